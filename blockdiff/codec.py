@@ -1,0 +1,252 @@
+"""Compression: independent members written, any number of them read, on several threads.
+
+A compressed file is a sequence of members (gzip) or frames (zstd) of a few MiB, each of which can be decompressed by
+itself; `gunzip` and `zstd -d` read them as ever. Each says how long it is (`docs/format.md`), so that a reader can
+hand the next one to another thread without decompressing this one. Files without those marks, such as the original's,
+are read as well, on one thread.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import zstandard
+from isal import igzip_lib, isal_zlib
+
+from blockdiff import lzop, pipeline
+from blockdiff.errors import DamagedError, ProcessError, StorageError, UsageError
+
+#: The suffix of a delta by the name of its compression.
+SUFFIXES = {"gzip": ".gz", "zstd": ".zst", "lzop": ".lzop", "none": ""}
+#: What `--compression` may be, with the levels and the default level of each.
+LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 3), "none": (0, 0, 0)}
+
+#: Largest member that is decompressed in one piece, in bytes before compression. We write much smaller ones.
+MAX_MEMBER = 16 << 20
+_CHUNK = 1 << 20
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
+# a gzip header with one extra field, "BD", of 4 bytes: the size of the whole member, header and trailer included
+_GZIP_SIZED = bytes.fromhex("1f8b0804 00000000 00ff 0800 4244 0400")
+_GZIP_HEADER_SIZE = len(_GZIP_SIZED) + 4
+# a skippable frame of 4 bytes, as pzstd writes: the size of the frame that follows
+_ZSTD_SIZED = bytes.fromhex("502a4d18 04000000")
+_ZSTD_HEADER_SIZE = len(_ZSTD_SIZED) + 4
+
+
+def compressor(name: str, level: int | None = None) -> Callable[[bytes], bytes]:
+    """Return a function that makes one member of some bytes; threads may share it.
+
+    gzip levels 1 to 3 are isal's (level 2 has about the ratio of ``gzip -1`` at seven times its speed), 4 to 9 zlib's;
+    zstd has 1 to 19. Raises `UsageError` for another level.
+    """
+    if name not in LEVELS:
+        raise UsageError(f"unknown compression {name}", f"choose one of {', '.join(LEVELS)}")
+    lowest, highest, default = LEVELS[name]
+    chosen = default if level is None else level
+    if not lowest <= chosen <= highest:
+        raise UsageError(f"{name} has no level {chosen}", f"choose --level {lowest} to {highest}")
+    if name == "none":
+        return bytes
+    if name == "gzip":
+        return lambda data: _gzip_member(data, chosen)
+    return lambda data: _zstd_frame(data, chosen)
+
+
+def _gzip_member(data: bytes, level: int) -> bytes:
+    if level <= 3:
+        deflated = igzip_lib.compress(data, level, flag=igzip_lib.COMP_DEFLATE, mem_level=igzip_lib.MEM_LEVEL_LARGE)
+    else:
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
+        deflated = deflate.compress(data) + deflate.flush()
+    size = _GZIP_HEADER_SIZE + len(deflated) + 8
+    trailer = isal_zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
+    return b"".join((_GZIP_SIZED, size.to_bytes(4, "little"), deflated, trailer))
+
+
+def _zstd_frame(data: bytes, level: int) -> bytes:
+    frame = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True).compress(data)
+    return b"".join((_ZSTD_SIZED, len(frame).to_bytes(4, "little"), frame))
+
+
+class _Input:
+    """A file that is read forwards, with room to put back what was read too far."""
+
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        self._file = file
+        self._back = b""
+        self.where = where
+
+    def read(self, count: int) -> bytes:
+        """Return `count` bytes, fewer only at the end of the file."""
+        parts = [self._back[:count]]
+        self._back = self._back[count:]
+        missing = count - len(parts[0])
+        try:
+            while missing:
+                part = self._file.read(missing)
+                if not part:
+                    break
+                parts.append(part)
+                missing -= len(part)
+        except OSError as error:
+            raise StorageError(f"cannot read {self.where}: {error.strerror}") from error
+        return b"".join(parts)
+
+    def put_back(self, data: bytes) -> None:
+        """Let the next `read` begin with `data`."""
+        self._back = data + self._back
+
+    def cut_off(self, what: str) -> DamagedError:
+        """Return the error for a file that ends too early."""
+        return DamagedError(f"{self.where} is cut off in the middle of a {what}", "use another copy of it")
+
+    def damaged(self, why: object) -> DamagedError:
+        """Return the error for a file that cannot be decompressed."""
+        return DamagedError(f"{self.where} is damaged: {why}", "use another copy of it")
+
+
+Task = Callable[[], bytes]
+
+
+def decompressed(file: BinaryIO, where: str, name: str | None = None) -> Iterator[bytes]:
+    """Yield the content of a compressed file in pieces of at most `MAX_MEMBER` bytes, members on several threads.
+
+    `name` is the compression; None looks at the first bytes. `where` names the file in messages. Raises `DamagedError`
+    for a file that is cut off or damaged, at its place in the order.
+    """
+    source = _Input(file, where)
+    if name is None:
+        first = source.read(len(_LZOP_MAGIC))
+        source.put_back(first)
+        name = _sniff(first)
+    if name == "lzop":
+        return _lzop_pieces(source)
+    tasks = {"none": _plain_tasks, "gzip": _gzip_tasks, "zstd": _zstd_tasks}[name](source)
+    workers = pipeline.worker_count()
+    return pipeline.in_order(lambda task: task(), tasks, workers, ahead=workers + 1)
+
+
+def _sniff(first: bytes) -> str:
+    if first.startswith(_GZIP_MAGIC + b"\x08"):
+        return "gzip"
+    if first.startswith((_ZSTD_MAGIC, _ZSTD_SIZED[:4])):
+        return "zstd"
+    return "lzop" if first == _LZOP_MAGIC else "none"
+
+
+def _given(data: bytes) -> Task:
+    return lambda: data
+
+
+def _plain_tasks(source: _Input) -> Iterator[Task]:
+    while data := source.read(_CHUNK):
+        yield _given(data)
+
+
+def _gzip_tasks(source: _Input) -> Iterator[Task]:
+    while header := source.read(_GZIP_HEADER_SIZE):
+        if header.startswith(_GZIP_SIZED) and len(header) == _GZIP_HEADER_SIZE:
+            size = int.from_bytes(header[-4:], "little")
+            if not _GZIP_HEADER_SIZE < size <= 2 * MAX_MEMBER:
+                raise source.damaged("a gzip member has an impossible size")
+            member = header + source.read(size - len(header))
+            if len(member) < size:
+                raise source.cut_off("gzip member")
+            yield _sized_gzip(source, member)
+        elif header.startswith(_GZIP_MAGIC):
+            source.put_back(header)
+            yield from (_given(data) for data in _gzip_stream(source))
+        else:
+            raise source.damaged("what follows a gzip member is none")
+
+
+def _sized_gzip(source: _Input, member: bytes) -> Task:
+    def task() -> bytes:
+        inflate = isal_zlib.decompressobj(wbits=31)
+        try:
+            data = inflate.decompress(member, MAX_MEMBER)
+        except isal_zlib.error as error:
+            raise source.damaged(error) from error
+        if not inflate.eof or inflate.unused_data:
+            raise source.damaged("a gzip member does not end where it says")
+        return data
+
+    return task
+
+
+def _gzip_stream(source: _Input) -> Iterator[bytes]:
+    """Yield the content of one member whose size is not known beforehand, and put back what follows it."""
+    inflate = isal_zlib.decompressobj(wbits=31)
+    data = source.read(_CHUNK)
+    while True:
+        try:
+            piece = inflate.decompress(data, _CHUNK)
+        except isal_zlib.error as error:
+            raise source.damaged(error) from error
+        if piece:
+            yield piece
+        if inflate.eof:
+            source.put_back(inflate.unused_data)
+            return
+        data = inflate.unconsumed_tail or source.read(_CHUNK)
+        if not data and not piece:
+            raise source.cut_off("gzip member")
+
+
+def _zstd_tasks(source: _Input) -> Iterator[Task]:
+    while header := source.read(_ZSTD_HEADER_SIZE):
+        if header.startswith(_ZSTD_SIZED) and len(header) == _ZSTD_HEADER_SIZE:
+            size = int.from_bytes(header[-4:], "little")
+            if size > 2 * MAX_MEMBER:
+                raise source.damaged("a zstd frame has an impossible size")
+            frame = source.read(size)
+            if len(frame) < size:
+                raise source.cut_off("zstd frame")
+            yield _sized_zstd(source, frame)
+        elif header.startswith(_ZSTD_MAGIC):
+            source.put_back(header)
+            yield from (_given(data) for data in _zstd_stream(source))
+        else:
+            raise source.damaged("what follows a zstd frame is none")
+
+
+def _sized_zstd(source: _Input, frame: bytes) -> Task:
+    def task() -> bytes:
+        try:
+            size = zstandard.frame_content_size(frame)
+            if not 0 <= size <= MAX_MEMBER:
+                raise source.damaged("a zstd frame has an impossible size")
+            return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise source.damaged(error) from error
+
+    return task
+
+
+def _zstd_stream(source: _Input) -> Iterator[bytes]:
+    """Yield the content of one frame whose size is not known beforehand, and put back what follows it.
+
+    A few bytes of zstd may hold 128 KiB, and `decompressobj` has no limit: small inputs bound what it returns.
+    """
+    inflate = zstandard.ZstdDecompressor().decompressobj()
+    while not inflate.eof:
+        data = source.read(512)
+        if not data:
+            raise source.cut_off("zstd frame")
+        try:
+            piece = inflate.decompress(data)
+        except zstandard.ZstdError as error:
+            raise source.damaged(error) from error
+        if piece:
+            yield piece
+    source.put_back(inflate.unused_data)
+
+
+def _lzop_pieces(source: _Input) -> Iterator[bytes]:
+    try:
+        yield from lzop.pieces(source.read)
+    except ProcessError as error:
+        raise source.damaged(error) from error

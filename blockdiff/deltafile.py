@@ -1,0 +1,286 @@
+"""Deltas and digest tables: bytes to records and back. The only place that knows their layout (`docs/format.md`)."""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, block_count
+from blockdiff.dump import Run
+from blockdiff.errors import DamagedError, StorageError
+
+#: Longest data record of a version 2 delta, in bytes.
+MAX_RECORD = MAX_BLOCK_SIZE
+
+_U32 = struct.Struct("<I")
+_OFFSET = struct.Struct("<Q")
+_MAGIC = b"\0\0\0\0BDv2"
+_HEADER_2 = struct.Struct("<8sIQ")
+_RECORD = struct.Struct("<BQQ")
+_DATA, _ZEROS, _END = 1, 2, 3
+_SHA256_SIZE = 32
+
+# Neighbouring records of a version 1 delta are handed on as one run of at most this many bytes and blocks.
+_RUN_BYTES = 1 << 20
+_RUN_BLOCKS = 8192
+
+
+class Sink(Protocol):
+    """What a delta or a digest table is written to."""
+
+    def write(self, data: bytes) -> object:
+        """Take all of `data`."""
+
+
+def header(delta_format: int, block_size: int, image_size: int) -> bytes:
+    """Return what a delta begins with."""
+    if delta_format == 1:
+        return _U32.pack(block_size)
+    return _HEADER_2.pack(_MAGIC, block_size, image_size)
+
+
+def record(delta_format: int, run: Run, block_size: int) -> list[bytes | memoryview]:
+    """Return the parts that joined are the record (version 2) or records (version 1) of a run.
+
+    A version 1 delta has no zero records: the bytes of a zero run are written out.
+    """
+    if delta_format == 2:
+        head = _RECORD.pack(_ZEROS if run.data is None else _DATA, run.offset, run.length)
+        return [head] if run.data is None else [head, run.data]
+    data = memoryview(bytes(min(run.length, block_size))) if run.data is None else run.data
+    parts: list[bytes | memoryview] = []
+    for i in range(0, run.length, block_size):
+        start = 0 if run.data is None else i
+        parts += (_OFFSET.pack(run.offset + i), data[start : start + min(block_size, run.length - i)])
+    return parts
+
+
+def end(delta_format: int, blocks: int, carried: int, table_sha256: str) -> bytes:
+    """Return what a delta ends with: nothing in version 1."""
+    if delta_format == 1:
+        return b""
+    return _RECORD.pack(_END, blocks, carried) + bytes.fromhex(table_sha256)
+
+
+class _Cursor:
+    """The pieces of a decompressed delta as one stream; gives views of a piece where it can, copies where it must."""
+
+    def __init__(self, pieces: Iterable[bytes], where: str) -> None:
+        self._pieces = iter(pieces)
+        self._view = memoryview(b"")
+        self._where = where
+        self.position = 0
+
+    def take(self, count: int, what: str) -> memoryview:
+        """Return exactly `count` bytes; raises `DamagedError` that names `what` where the delta ends before."""
+        view = self.take_up_to(count)
+        if len(view) < count:
+            raise self.damaged(f"it ends in the middle of {what}")
+        return view
+
+    def take_up_to(self, count: int) -> memoryview:
+        """Return `count` bytes, or what is left of the delta."""
+        view, self._view = self._view[:count], self._view[count:]
+        if len(view) < count:
+            parts = [view] if view else []
+            missing = count - len(view)
+            while missing and (piece := next(self._pieces, None)) is not None:
+                parts.append(memoryview(piece)[:missing])
+                self._view = memoryview(piece)[missing:]
+                missing -= len(parts[-1])
+            view = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        self.position += len(view)
+        return view
+
+    def damaged(self, why: str) -> DamagedError:
+        """Return the error for a delta that breaks the rules of its format."""
+        return DamagedError(
+            f"{self._where} is damaged: {why} (at byte {self.position} of the uncompressed delta)",
+            "use another copy of it",
+        )
+
+
+class DeltaReader:
+    """Reads a delta of either version; the header at once, the records by `runs`.
+
+    `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);
+    `blocks_carried` and, in version 2 only, `table_sha256` once `runs` is at its end. Raises `DamagedError` for whatever
+    breaks a rule of the format; `where` names the delta in messages.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], where: str) -> None:
+        self._cursor = _Cursor(pieces, where)
+        self.image_size: int | None = None
+        self.table_sha256: str | None = None
+        self.blocks_carried = 0
+        first = self._cursor.take(4, "its header")
+        self.block_size = int(_U32.unpack(first)[0])
+        self.format = 1
+        if self.block_size == 0:
+            self._read_header_2(bytes(first))
+        if not MIN_BLOCK_SIZE <= self.block_size <= MAX_BLOCK_SIZE:
+            raise self._cursor.damaged(f"its block size is {self.block_size}")
+
+    def _read_header_2(self, first: bytes) -> None:
+        rest = bytes(self._cursor.take(_HEADER_2.size - 4, "its header"))
+        magic, self.block_size, self.image_size = _HEADER_2.unpack(first + rest)
+        if magic != _MAGIC:
+            raise self._cursor.damaged("it is no delta")
+        if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
+            raise self._cursor.damaged(f"its image size is {self.image_size}")
+        self.format = 2
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the runs of blocks that the delta carries, ascending, to its end."""
+        return self._runs_1() if self.format == 1 else self._runs_2()
+
+    def _runs_1(self) -> Iterator[Run]:
+        """Neighbouring blocks are joined: whoever works on runs does so in few large steps.
+
+        A record that is shorter than a block can only be the last one: there is nothing left to read after it.
+        """
+        size, expected = self.block_size, 0
+        parts: list[memoryview] = []
+        start = length = 0
+        while head := self._cursor.take_up_to(_OFFSET.size):
+            if len(head) < _OFFSET.size:
+                raise self._cursor.damaged("it ends in the middle of a record")
+            offset = int(_OFFSET.unpack(head)[0])
+            if offset < expected or offset % size or offset + size > MAX_IMAGE_SIZE:
+                raise self._cursor.damaged(f"a record has the offset {offset}")
+            data = self._cursor.take_up_to(size)
+            if not data:
+                raise self._cursor.damaged("it ends in the middle of a record")
+            if parts and (offset != expected or length >= _RUN_BYTES or len(parts) >= _RUN_BLOCKS):
+                yield self._joined(start, parts)
+                parts, length = [], 0
+            if not parts:
+                start = offset
+            parts.append(data)
+            length += len(data)
+            expected = offset + size
+        if parts:
+            yield self._joined(start, parts)
+
+    def _joined(self, start: int, parts: list[memoryview]) -> Run:
+        self.blocks_carried += len(parts)
+        data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        return Run(start, len(data), data)
+
+    def _runs_2(self) -> Iterator[Run]:
+        assert self.image_size is not None
+        position = 0
+        while True:
+            kind, offset, length = _RECORD.unpack(self._cursor.take(_RECORD.size, "a record"))
+            if kind == _END:
+                self._read_end(offset, length)
+                return
+            stop = offset + length
+            if kind not in (_DATA, _ZEROS) or (kind == _DATA and length > MAX_RECORD):
+                raise self._cursor.damaged(f"a record has the kind {kind} and the length {length}")
+            if offset < position or offset % self.block_size or not length or stop > self.image_size:
+                raise self._cursor.damaged(f"a record covers {length} bytes at offset {offset}")
+            if stop % self.block_size and stop != self.image_size:
+                raise self._cursor.damaged(f"a record covers {length} bytes, not whole blocks, at offset {offset}")
+            data = self._cursor.take(length, "a record") if kind == _DATA else None
+            self.blocks_carried += block_count(length, self.block_size)
+            position = stop
+            yield Run(offset, length, data)
+
+    def _read_end(self, blocks: int, carried: int) -> None:
+        self.table_sha256 = bytes(self._cursor.take(_SHA256_SIZE, "its end mark")).hex()
+        if blocks != block_count(self.image_size or 0, self.block_size) or carried != self.blocks_carried:
+            raise self._cursor.damaged("its end mark has other counts than its records")
+        if self._cursor.take_up_to(1):
+            raise self._cursor.damaged("something follows its end mark")
+
+
+class TableReader:
+    """Reads a digest table through a descriptor that it then owns. A context manager.
+
+    `block_size` in bytes, `count` of digests, each of `digest_size` bytes. Raises `DamagedError` where the file cannot
+    be a digest table. Any number of threads may call `digests` at once.
+    """
+
+    def __init__(self, fd: int, where: str, digest_size: int) -> None:
+        self._fd = fd
+        self._where = where
+        self.digest_size = digest_size
+        try:
+            length = os.fstat(fd).st_size - _U32.size
+            self.block_size = int(_U32.unpack(self._read(0, _U32.size))[0]) if length >= 0 else 0
+            self.count, rest = divmod(length, digest_size)
+            if length < 0 or rest or not MIN_BLOCK_SIZE <= self.block_size <= MAX_BLOCK_SIZE:
+                raise DamagedError(
+                    f"{where} is damaged: {length + _U32.size} bytes with a block size of {self.block_size} "
+                    f"are no table of {digest_size}-byte digests",
+                    "restore it from a copy, or begin anew with --full",
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def __enter__(self) -> "TableReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._fd)
+
+    def digests(self, first: int, count: int) -> bytes:
+        """Return the joined digests of `count` blocks from block `first` on, or as many as there are."""
+        count = max(0, min(count, self.count - first))
+        return self._read(_U32.size + first * self.digest_size, count * self.digest_size)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file, in hexadecimal."""
+        digest, position = hashlib.sha256(), 0
+        total = _U32.size + self.count * self.digest_size
+        while position < total:
+            data = self._read(position, min(_RUN_BYTES, total - position))
+            digest.update(data)
+            position += len(data)
+        return digest.hexdigest()
+
+    def _read(self, offset: int, length: int) -> bytes:
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._fd, length, offset)
+            except OSError as error:
+                raise StorageError(f"cannot read {self._where}: {error.strerror}") from error
+            if not part:
+                raise DamagedError(f"{self._where} was cut off while it was read")
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+class TableWriter:
+    """Writes a digest table in large pieces; `sha256()` and `count` cover what was appended. `flush` ends it."""
+
+    def __init__(self, sink: Sink, block_size: int, digest_size: int) -> None:
+        self._sink = sink
+        self._digest_size = digest_size
+        self._buffer = bytearray(_U32.pack(block_size))
+        self._hash = hashlib.sha256()
+        self.count = 0
+
+    def append(self, digests: bytes) -> None:
+        """Append joined digests."""
+        self._buffer += digests
+        self.count += len(digests) // self._digest_size
+        if len(self._buffer) >= _RUN_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        self._hash.update(data)
+        self._sink.write(data)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of what was flushed, in hexadecimal."""
+        return self._hash.hexdigest()

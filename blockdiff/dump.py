@@ -1,0 +1,350 @@
+"""Scan a source: find the blocks that changed since the digests of the last run.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A scan goes through the image in batches. A few threads read and examine batches ahead of the consumer, which gets them
+in order. Holes of sparse files are never read, zero blocks never hashed, and what was not in the page cache before the
+scan is not left in it.
+"""
+
+import errno
+import os
+import stat
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+
+from blockdiff import pipeline
+from blockdiff.blocks import Hasher
+from blockdiff.errors import SourceError
+
+#: Bytes of a batch. Large enough that what Python does for each batch does not count, small enough that a handful of
+#: them fit in the agent's 64 MiB.
+BATCH_BYTES = 2 << 20
+#: Blocks of a batch at most: small blocks make lists of digests, not buffers, the larger part.
+BATCH_BLOCKS = 8192
+#: Bytes of a hole that are handled at once, at most `BATCH_BLOCKS` blocks.
+HOLE_BYTES = 256 << 20
+
+SAME, CHANGED, ZEROED = 0, 1, 2
+
+
+class Run(NamedTuple):
+    """Neighbouring blocks that changed: `length` bytes at `offset`; `data` is None where all of them are zero."""
+
+    offset: int
+    length: int
+    data: Optional[memoryview]
+
+
+class Batch(NamedTuple):
+    """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is asked for.
+
+    `digests` are the joined digests of all its blocks, or None where the scan was told not to compute any; `read` is
+    the number of bytes that were read for it, and `changed` the number of blocks in `runs`.
+    """
+
+    offset: int
+    length: int
+    runs: List[Run]
+    digests: Optional[bytes]
+    read: int
+    changed: int
+
+
+class Piece(NamedTuple):
+    """A stretch of the image that becomes a batch. `buffer` holds its bytes where they were read already."""
+
+    offset: int
+    length: int
+    is_hole: bool = False
+    cached: bool = True
+    buffer: Optional[bytearray] = None
+
+
+class FileSource:
+    """A regular file or block device, open for reading.
+
+    `size` in bytes is taken once, at the start: the image ends there even if the file grows. Raises `SourceError` when
+    `path` is missing, unreadable, empty, or of another kind. A context manager.
+    """
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+        self._shown = path.decode("utf-8", "replace")
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise SourceError("cannot open {}: {}".format(self._shown, error.strerror)) from error
+        try:
+            self._status = os.fstat(self._fd)
+            self.kind = self._kind()
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            if self.size == 0:
+                raise SourceError(
+                    "{} is empty: there is nothing to back up".format(self._shown),
+                    "is it the right path, and is the device behind it attached?",
+                )
+            # kernel read-ahead would reach into the next piece and make it look as if it had been cached before
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> "FileSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._fd)
+
+    def _kind(self) -> str:
+        mode = self._status.st_mode
+        if stat.S_ISREG(mode):
+            return "file"
+        if stat.S_ISBLK(mode):
+            return "device"
+        what = "a directory" if stat.S_ISDIR(mode) else "neither a regular file nor a block device"
+        raise SourceError("{} is {}".format(self._shown, what), "name a file, a disk or a logical volume")
+
+    def changed(self) -> Optional[bool]:
+        """Return whether the file was written to since it was opened; None for a device, which does not tell."""
+        if self.kind == "device":
+            return None
+        now = os.fstat(self._fd)
+        return (now.st_mtime_ns, now.st_size) != (self._status.st_mtime_ns, self._status.st_size)
+
+    def check_size(self) -> None:
+        """Raise `SourceError` if the source is smaller than it was at the start."""
+        size = os.lseek(self._fd, 0, os.SEEK_END)
+        if size < self.size:
+            raise self._shrunk(size)
+
+    def _shrunk(self, size: int) -> SourceError:
+        return SourceError(
+            "{} shrank from {} to {} bytes while it was read".format(self._shown, self.size, size),
+            "back up a snapshot, or run again when nothing resizes it",
+        )
+
+    def pieces(self, block_size: int) -> Iterator[Piece]:
+        """Yield the image as pieces of whole blocks, in order, and ask the kernel to read each ahead."""
+        data_step = _step(BATCH_BYTES, block_size)
+        hole_step = _step(HOLE_BYTES, block_size)
+        for start, end, is_hole in self._extents(block_size):
+            step = hole_step if is_hole else data_step
+            for offset in range(start, end, step):
+                length = min(step, end - offset)
+                cached = is_hole or self._read_ahead(offset, length)
+                yield Piece(offset, length, is_hole, cached)
+
+    def _extents(self, block_size: int) -> Iterator[Tuple[int, int, bool]]:
+        """Yield (start, end, is_hole) for the whole image, cut at block boundaries; a hole holds whole blocks."""
+        position = 0
+        while position < self.size:
+            data = self._seek(position, os.SEEK_DATA, self.size) if self.kind == "file" else position
+            hole_end = data if data == self.size else data - data % block_size
+            if hole_end > position:
+                yield position, hole_end, True
+                position = hole_end
+                continue
+            hole = self._seek(data, os.SEEK_HOLE, self.size) if self.kind == "file" else self.size
+            end = min(hole + -hole % block_size, self.size)
+            yield position, end, False
+            position = end
+
+    def _seek(self, position: int, whence: int, otherwise: int) -> int:
+        try:
+            return min(os.lseek(self._fd, position, whence), self.size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return otherwise
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all of it is data
+                return position if whence == os.SEEK_DATA else self.size
+            raise self._unreadable(position, error) from error
+
+    def _read_ahead(self, offset: int, length: int) -> bool:
+        """Start reading a piece; return whether it is to stay in the page cache because it was there before.
+
+        Dropping what somebody else had cached would hurt the host as much as filling its cache with our reads. A read
+        of the first byte that must not wait (`RWF_NOWAIT`, Python 3.7) tells.
+        """
+        try:
+            if os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1:
+                return True
+        except (AttributeError, OSError):
+            pass
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        return False
+
+    def fill(self, piece: Piece, buffer: bytearray) -> None:
+        """Read a piece into `buffer`; raises `SourceError` that names the offset where it cannot be read."""
+        view, done = memoryview(buffer), 0
+        while done < piece.length:
+            try:
+                count = self._read(view[done : piece.length], piece.offset + done)
+            except OSError as error:
+                raise self._unreadable(piece.offset + done, error) from error
+            if count == 0:
+                raise self._shrunk(piece.offset + done)
+            done += count
+        if not piece.cached:
+            os.posix_fadvise(self._fd, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+
+    if hasattr(os, "preadv"):
+
+        def _read(self, view: memoryview, offset: int) -> int:
+            return os.preadv(self._fd, [view], offset)
+
+    else:  # Python 3.6
+
+        def _read(self, view: memoryview, offset: int) -> int:
+            data = os.pread(self._fd, len(view), offset)
+            view[: len(data)] = data
+            return len(data)
+
+    def _unreadable(self, offset: int, error: OSError) -> SourceError:
+        return SourceError(
+            "cannot read {} at offset {}: {}".format(self._shown, offset, error.strerror),
+            "the disk may be failing, or the snapshot have overflowed: see the host's kernel log",
+        )
+
+
+class StreamSource:
+    """An image that can only be read from its beginning to its end: a pipe, or what standard input is.
+
+    `size` is None until the end was reached.
+    """
+
+    def __init__(self, fd: int, pool: pipeline.BufferPool) -> None:
+        self._fd = fd
+        self._pool = pool
+        self.size = None  # type: Optional[int]
+
+    def pieces(self, block_size: int) -> Iterator[Piece]:
+        """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""
+        step = _step(BATCH_BYTES, block_size)
+        offset = 0
+        while self.size is None:
+            buffer = self._pool.take()
+            view, done = memoryview(buffer)[:step], 0
+            while done < step:
+                try:
+                    count = os.readv(self._fd, [view[done:]])
+                except OSError as error:
+                    raise SourceError(
+                        "cannot read the input at offset {}: {}".format(offset + done, error.strerror)
+                    ) from error
+                if count == 0:
+                    self.size = offset + done
+                    break
+                done += count
+            if done:
+                yield Piece(offset, done, buffer=buffer)
+            offset += done
+
+    def fill(self, piece: Piece, buffer: bytearray) -> None:
+        """Nothing to do: `pieces` has read it."""
+
+
+def buffers_for(block_size: int) -> pipeline.BufferPool:
+    """Return the buffers that a scan with this block size needs."""
+    return pipeline.BufferPool(_step(BATCH_BYTES, block_size))
+
+
+def _step(limit: int, block_size: int) -> int:
+    return max(1, min(limit // block_size, BATCH_BLOCKS)) * block_size
+
+
+class _Examiner:
+    """What the worker threads do with a piece: read it, hash it where asked to, and find what changed."""
+
+    def __init__(self, source: "FileSource | StreamSource", hasher: Hasher, pool: pipeline.BufferPool) -> None:
+        self._source = source
+        self._hasher = hasher
+        self._pool = pool
+
+    def examine(self, task: "Tuple[Piece, Optional[bytes], bool]") -> Tuple[Batch, Optional[bytearray]]:
+        piece, old, with_digests = task
+        if piece.is_hole:
+            return self._examine_hole(piece, old, with_digests), None
+        buffer = piece.buffer if piece.buffer is not None else self._pool.take()
+        self._source.fill(piece, buffer)
+        flags = self._hasher.zero_flags(buffer, piece.length)
+        view = memoryview(buffer)[: piece.length]
+        digests = self._hasher.digests(view, flags) if with_digests or old is not None else None
+        joined = b"".join(digests) if digests is not None else None
+        if old is not None and digests is not None:
+            states = _compare(digests, b"" if joined is None else joined, old, flags)
+        else:
+            states = [ZEROED if is_zero else CHANGED for is_zero in flags]
+        runs = list(_runs(states, piece, self._hasher.block_size, view))
+        changed = len(states) - states.count(SAME)
+        return Batch(piece.offset, piece.length, runs, joined, piece.length, changed), buffer
+
+    def _examine_hole(self, piece: Piece, old: Optional[bytes], with_digests: bool) -> Batch:
+        size, block_size = self._hasher.digest.size, self._hasher.block_size
+        joined = self._hasher.zero_digests(piece.length) if with_digests or old is not None else b""
+        count = -(-piece.length // block_size)
+        if old is None:
+            states = [ZEROED] * count
+        elif joined == old:
+            states = [SAME] * count
+        else:
+            states = [
+                SAME if joined[i : i + size] == old[i : i + size] else ZEROED for i in range(0, count * size, size)
+            ]
+        runs = list(_runs(states, piece, block_size, None))
+        changed = count - states.count(SAME)
+        return Batch(piece.offset, piece.length, runs, joined if with_digests else None, 0, changed)
+
+
+def _compare(digests: List[bytes], joined: bytes, old: bytes, flags: List[bool]) -> List[int]:
+    """Return the state of each block: one comparison for a batch in which nothing changed, single ones otherwise."""
+    if joined == old:
+        return [SAME] * len(digests)
+    size = len(digests[0])
+    return [
+        SAME if digest == old[i * size : i * size + size] else (ZEROED if is_zero else CHANGED)
+        for i, (digest, is_zero) in enumerate(zip(digests, flags))
+    ]
+
+
+def _runs(states: List[int], piece: Piece, block_size: int, view: Optional[memoryview]) -> Iterator[Run]:
+    """Yield the runs of neighbouring changed blocks of one kind."""
+    start = 0
+    for i in range(1, len(states) + 1):
+        if i < len(states) and states[i] == states[start]:
+            continue
+        state, first, last = states[start], start * block_size, min(i * block_size, piece.length)
+        start = i
+        if state == SAME:
+            continue
+        data = view[first:last] if view is not None and state == CHANGED else None
+        yield Run(piece.offset + first, last - first, data)
+
+
+def scan(
+    source: "FileSource | StreamSource",
+    hasher: Hasher,
+    pool: pipeline.BufferPool,
+    old: Optional[Callable[[int], bytes]] = None,
+    with_digests: bool = True,
+) -> Iterator[Batch]:
+    """Yield what changed in `source`, batch by batch, to the end of the image.
+
+    `old(count)` returns the digests of the next `count` blocks of the previous generation, or fewer at its end; None
+    means that every block counts as changed. Without `with_digests` a full scan hashes nothing at all. Raises
+    `SourceError` when the source cannot be read, at its place in the order.
+    """
+    examiner = _Examiner(source, hasher, pool)
+
+    def tasks() -> Iterator[Tuple[Piece, Optional[bytes], bool]]:
+        for piece in source.pieces(hasher.block_size):
+            count = -(-piece.length // hasher.block_size)
+            yield piece, old(count) if old is not None else None, with_digests
+
+    workers = pipeline.worker_count()
+    for batch, buffer in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):
+        yield batch
+        if buffer is not None:
+            for run in batch.runs:
+                if run.data is not None:
+                    run.data.release()
+            pool.give_back(buffer)

@@ -1,0 +1,116 @@
+"""The exceptions of blockdiff, each with the exit status it ends a command with.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+An error names the thing and the place in one lowercase sentence; ``hint`` says what to do about it. Errors cross the
+connection as data (`to_wire`, `from_wire`), so that the agent's errors arrive at the server with their type.
+"""
+
+from typing import Dict, Optional, Type
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_WARNING = 3
+EXIT_BUSY = 4
+EXIT_DAMAGED = 5
+
+#: Longest message or hint that is accepted from the other side, in characters.
+MESSAGE_LIMIT = 2000
+
+
+def printable(text: str, limit: int = MESSAGE_LIMIT) -> str:
+    """Return `text` fit for a terminal: line ends and control characters become visible escapes.
+
+    What a host says is never trusted to be harmless: a terminal escape in a file name or in a login banner must not
+    reach the operator's terminal. At most `limit` characters are kept.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+class BlockdiffError(Exception):
+    """Something that ends the command: the sentence says what and where, `hint` what to do."""
+
+    exit_status = EXIT_FAILED
+
+    def __init__(self, message: str, hint: Optional[str] = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(BlockdiffError):
+    """The command line asks for something that cannot be."""
+
+    exit_status = EXIT_USAGE
+
+
+class SourceError(BlockdiffError):
+    """The source is missing, unfit, unreadable, or changed its size while it was read."""
+
+
+class ProcessError(BlockdiffError):
+    """A child process could not be started, failed, or missed its deadline."""
+
+
+class ProtocolError(BlockdiffError):
+    """The other side broke the rules of the connection."""
+
+
+class ConnectionLost(BlockdiffError):
+    """The other side is gone or silent."""
+
+
+class Interrupted(BlockdiffError):
+    """A signal asked the process to stop."""
+
+
+class TransportError(BlockdiffError):
+    """The connection to the host could not be made, or the agent could not be started there."""
+
+
+class ChainError(BlockdiffError):
+    """The chain cannot take this run as it is."""
+
+
+class BusyError(BlockdiffError):
+    """Another run holds the chain."""
+
+    exit_status = EXIT_BUSY
+
+
+class DamagedError(BlockdiffError):
+    """Backup data is missing or not what was written."""
+
+    exit_status = EXIT_DAMAGED
+
+
+class TargetError(BlockdiffError):
+    """The target of a restore cannot be, or could not be, written."""
+
+
+class StorageError(BlockdiffError):
+    """The backup directory could not be read or written."""
+
+
+_BY_NAME = {
+    kind.__name__: kind for kind in (UsageError, SourceError, ProcessError, ProtocolError, ConnectionLost, Interrupted)
+}  # type: Dict[str, Type[BlockdiffError]]
+
+
+def to_wire(error: BlockdiffError) -> Dict[str, object]:
+    """Return `error` as a JSON object for the other side."""
+    return {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def from_wire(fields: Dict[str, object], where: str) -> BlockdiffError:
+    """Return the error that the other side sent, with `where` (the host) in front of its message.
+
+    Unknown types become a plain `BlockdiffError`; text is made printable and cut to `MESSAGE_LIMIT`.
+    """
+    kind = _BY_NAME.get(str(fields.get("type")), BlockdiffError)
+    hint = fields.get("hint")
+    return kind(
+        where + ": " + printable(str(fields.get("message"))), printable(hint) if isinstance(hint, str) else None
+    )

@@ -1,0 +1,82 @@
+"""The first lines that run on the host: take the agent from standard input, check it, and start it.
+
+Shipped to the host as an argument of the Python that the remote command found; it must run on any Python 3.
+Standard input holds a line of JSON (`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, and the
+`prefix`, a command to run the agent under), and the archive: a zlib'd JSON list of module names and sources in the
+order in which they import each other.
+"""
+
+import hashlib
+import json
+import linecache
+import os
+import sys
+import types
+import zlib
+
+TOO_OLD = 91
+DAMAGED = 92
+NO_PREFIX = 93
+
+if sys.version_info < (3, 6):
+    sys.exit(TOO_OLD)
+
+
+def read_exactly(count: int) -> bytes:
+    """Return `count` bytes of standard input and take not one more: what follows is for the agent."""
+    data = b""
+    while len(data) < count:
+        more = os.read(0, count - len(data))
+        if not more:
+            sys.exit(DAMAGED)
+        data += more
+    return data
+
+
+def read_line() -> bytes:
+    """Return the header line."""
+    line = b""
+    while line[-1:] != b"\n":
+        line += read_exactly(1)
+    return line
+
+
+def load(archive: bytes) -> None:
+    """Make the modules in `archive` importable; their sources stay at hand for tracebacks."""
+    package = types.ModuleType("blockdiff")
+    package.__path__ = []  # type: ignore[attr-defined]
+    sys.modules["blockdiff"] = package
+    for name, source in json.loads(zlib.decompress(archive).decode("utf-8")):
+        full_name = "blockdiff." + name
+        module = types.ModuleType(full_name)
+        module.__file__ = "<" + full_name + ">"
+        sys.modules[full_name] = module
+        setattr(package, name, module)
+        linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
+        exec(compile(source, module.__file__, "exec"), module.__dict__)
+
+
+def run_under(prefix: list, header: dict) -> None:
+    """Replace this process by `prefix` running this loader again, which finds the header in the environment."""
+    os.environ["BLOCKDIFF_HEADER"] = json.dumps(dict(header, prefix=[]))
+    start = "import sys;exec(bytes.fromhex(sys.argv[2]))"
+    try:
+        os.execvp(prefix[0], prefix + [sys.executable, "-I", "-c", start] + sys.argv[1:])
+    except OSError as error:
+        sys.stderr.write("cannot run {}: {}\n".format(prefix[0], error.strerror))
+        sys.exit(NO_PREFIX)
+
+
+def start() -> None:
+    """Do all of it; returns only through the agent's end."""
+    header = json.loads(os.environ.pop("BLOCKDIFF_HEADER", None) or read_line().decode("ascii"))
+    if header["prefix"]:
+        run_under(header["prefix"], header)
+    archive = read_exactly(header["size"])
+    if hashlib.sha256(archive).hexdigest() != header["sha256"]:
+        sys.exit(DAMAGED)
+    load(archive)
+    sys.modules["blockdiff.agent"].main(bytes.fromhex(header["nonce"]))
+
+
+start()

@@ -1,0 +1,68 @@
+"""Work that overlaps: several threads ahead of one consumer, in order, in bounded memory.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+Reading, hashing, (de)compressing and writing release the interpreter's lock for nearly all of their time, so threads
+do overlap. This is the only place that starts threads for such work.
+"""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Deque, Iterable, Iterator, List, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: More threads than this do not help: beyond it the consumer is what holds a run back.
+MAX_WORKERS = 8
+
+
+def worker_count() -> int:
+    """Return how many worker threads to use: one for each CPU that this process may run on, 2 to `MAX_WORKERS`."""
+    return min(max(len(os.sched_getaffinity(0)), 2), MAX_WORKERS)
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """Yield ``work(item)`` for each of `items`, in order, computed by `workers` threads up to `ahead` items ahead.
+
+    `items` is drawn from in the caller's thread, and only as far as `ahead` results beyond the one that the caller
+    has taken: memory stays bounded. What `work` or `items` raises is raised here, at its place in the order. Work that
+    was begun is waited for when the caller stops early.
+    """
+    pending = deque()  # type: Deque
+    executor = ThreadPoolExecutor(max_workers=workers)
+    try:
+        for item in items:
+            pending.append(executor.submit(work, item))
+            while len(pending) > ahead or (pending and pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        executor.shutdown(wait=True)
+
+
+class BufferPool:
+    """Byte arrays of one size that are used again and again.
+
+    A fresh buffer costs a page fault for every 4 KiB that is read into it, which measures as more than the reading.
+    `list.append` and `list.pop` are atomic in CPython, so threads need no lock here.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free = []  # type: List[bytearray]
+
+    def take(self) -> bytearray:
+        """Return a buffer of `size` bytes with arbitrary content."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return bytearray(self.size)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """Take a buffer back; the caller keeps no view of it."""
+        self._free.append(buffer)

@@ -1,0 +1,253 @@
+"""Frames between server and agent.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A frame is a header of 24 bytes and at most `MAX_PAYLOAD` bytes::
+
+    u8 kind, 3 zero bytes, u32le length, u32le sequence, u32le crc, u64le offset
+
+`length` counts the payload, `sequence` the frames sent in this direction, from 0. `crc` is the CRC-32 of the payload.
+`offset` is a place in the image in bytes, where the kind has one. Control frames carry JSON, bulk frames raw bytes.
+SSH already guards what it carries; CRC and sequence hold for every transport, and cost little.
+"""
+
+import json
+import os
+import select
+import struct
+import threading
+import zlib
+from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+
+from blockdiff.errors import ConnectionLost, ProtocolError
+
+#: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
+#: use: the server pushes its own agent.
+PROTOCOL = 1
+
+HEADER = struct.Struct("<B3xIIIQ")
+MAX_PAYLOAD = 4 << 20
+#: Largest JSON payload.
+MAX_CONTROL = 1 << 20
+
+# Frame kinds. The first three may come from both sides.
+ALIVE = 1  # nothing: the sender is still there
+ERROR = 2  # JSON: what ended the sender's part of the run
+HELLO = 3  # JSON, agent: what it is and what it found
+REQUEST = 4  # JSON, server: what to do
+SOURCE = 5  # JSON, agent: what the source is
+TABLE = 6  # server: the previous generation's digests, in order, as far as WANT allows
+DATA = 7  # agent: whole blocks at `offset`; only the image's last may be short
+ZERO = 8  # agent: u64le length: this many zero bytes at `offset`
+PROGRESS = 9  # agent: everything below `offset` was examined
+WANT = 10  # agent: the server may send the digest table up to `offset` bytes, its digests alone
+END = 11  # JSON, agent: totals; nothing follows
+
+#: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
+TABLE_WINDOW = 1 << 20
+
+#: Each side sends something at least this often, in seconds ...
+HEARTBEAT_S = 10.0
+#: ... and takes the other side for lost after this much silence. A host under heavy load may stall for a while.
+SILENCE_S = 120.0
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+
+class Pipe:
+    """A two-way byte stream over a pair of file descriptors; other transports offer the same two methods."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._readable = select.poll()
+        self._readable.register(read_fd, select.POLLIN)
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """Read at least one byte into `view` and return how many; 0 means end of stream.
+
+        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
+        """
+        try:
+            if not self._readable.poll(timeout_s * 1000):
+                raise ConnectionLost("silent for {:g} s".format(timeout_s))
+            return os.readv(self._read_fd, [view])
+        except OSError as error:
+            raise ConnectionLost("cannot read: {}".format(error.strerror)) from error
+
+    def write(self, parts: Sequence[Buffer]) -> None:
+        """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
+        views = [memoryview(part) for part in parts if len(part)]
+        try:
+            while views:
+                written = os.writev(self._write_fd, views)
+                while views and written >= len(views[0]):
+                    written -= len(views.pop(0))
+                if written:
+                    views[0] = views[0][written:]
+        except OSError as error:
+            raise ConnectionLost("cannot write: {}".format(error.strerror)) from error
+
+
+class Frame(NamedTuple):
+    """The header of a frame whose payload is still to be read."""
+
+    kind: int
+    length: int
+    offset: int
+
+
+class Link:
+    """One end of the connection: sends and receives frames.
+
+    Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing.
+    """
+
+    def __init__(self, pipe: Pipe, silence_s: float = SILENCE_S) -> None:
+        self._pipe = pipe
+        self._silence_s = silence_s
+        self._send_lock = threading.Lock()
+        self._sent = 0
+        self._received = 0
+        self._header = bytearray(HEADER.size)
+        self._remaining = 0
+        self._crc = 0
+        self._expected_crc = 0
+        self.bytes_received = 0
+
+    def send(self, kind: int, *parts: Buffer, offset: int = 0) -> None:
+        """Send one frame whose payload is `parts`, one after the other; raises `ConnectionLost`."""
+        with self._send_lock:
+            self._send(kind, parts, offset)
+
+    def send_json(self, kind: int, fields: Dict[str, object]) -> None:
+        """Send one control frame."""
+        self.send(kind, json.dumps(fields).encode("ascii"))
+
+    def send_alive(self) -> None:
+        """Say that this side is there, unless another thread is sending just now, which says the same."""
+        if self._send_lock.acquire(False):
+            try:
+                self._send(ALIVE, (), 0)
+            finally:
+                self._send_lock.release()
+
+    def _send(self, kind: int, parts: Sequence[Buffer], offset: int) -> None:
+        crc = length = 0
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+            length += len(part)
+        header = HEADER.pack(kind, length, self._sent & 0xFFFFFFFF, crc, offset)
+        self._sent += 1
+        self._pipe.write((header,) + tuple(parts))
+
+    def receive(self) -> Frame:
+        """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
+
+        Raises `ConnectionLost` at the end of the stream or after `silence_s` seconds of silence, and `ProtocolError`
+        for a frame that cannot be.
+        """
+        while True:
+            self._fill(memoryview(self._header))
+            kind, length, sequence, crc, offset = HEADER.unpack(self._header)
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= END:
+                raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
+            if sequence != self._received & 0xFFFFFFFF:
+                raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))
+            if length > MAX_PAYLOAD:
+                raise ProtocolError("oversized frame of {} bytes".format(length))
+            self._received += 1
+            self._remaining, self._crc, self._expected_crc = length, 0, crc
+            if not length:
+                self._check_crc()
+            if kind != ALIVE:
+                return Frame(kind, length, offset)
+            if length:
+                raise ProtocolError("frame of kind {} with a payload".format(kind))
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes of the payload; its end is checked against the frame's CRC."""
+        if len(view) > self._remaining:
+            raise ProtocolError("frame is {} bytes short".format(len(view) - self._remaining))
+        if not len(view):
+            return
+        self._fill(view)
+        self._crc = zlib.crc32(view, self._crc)
+        self._remaining -= len(view)
+        if not self._remaining:
+            self._check_crc()
+
+    def read_bytes(self, frame: Frame, limit: int) -> bytes:
+        """Return the whole payload of `frame`; raises `ProtocolError` where it has more than `limit` bytes."""
+        if frame.length > limit:
+            raise ProtocolError("oversized frame of kind {}: {} bytes".format(frame.kind, frame.length))
+        payload = bytearray(frame.length)
+        self.read_into(memoryview(payload))
+        return bytes(payload)
+
+    def read_json(self, frame: Frame) -> Dict[str, object]:
+        """Return the JSON object that `frame` carries."""
+        payload = self.read_bytes(frame, MAX_CONTROL)
+        try:
+            fields = json.loads(payload.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError("frame of kind {} is not JSON".format(frame.kind)) from error
+        if not isinstance(fields, dict):
+            raise ProtocolError("frame of kind {} is not a JSON object".format(frame.kind))
+        return fields
+
+    def _check_crc(self) -> None:
+        if self._crc != self._expected_crc:
+            raise ProtocolError("frame {} was damaged on the way".format(self._received - 1))
+
+    def _fill(self, view: memoryview) -> None:
+        filled, size = 0, len(view)
+        while filled < size:
+            count = self._pipe.readinto(view[filled:], self._silence_s)
+            if count == 0:
+                raise ConnectionLost("the connection ended")
+            filled += count
+            self.bytes_received += count
+
+
+class Heartbeat:
+    """A thread that keeps saying ALIVE over a link until the context ends or the link does."""
+
+    def __init__(self, link: Link, interval_s: float = HEARTBEAT_S) -> None:
+        self._link = link
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._link.send_alive()
+            except ConnectionLost:
+                return
+
+
+def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
+    """Return the fields `names`, which must be integers of 0 or more; raises `ProtocolError`."""
+    found = []  # type: List[int]
+    for name in names:
+        value = fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+        found.append(value)
+    return tuple(found)
+
+
+def text(fields: Dict[str, object], name: str) -> str:
+    """Return the field `name`, which must be a string; raises `ProtocolError`."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+    return value
