@@ -1,26 +1,88 @@
-"""What is sent to a host: the modules of the agent as one archive, and the command that starts it.
+"""What is sent to a host: the command that finds a Python there, and the bytes that make it the agent.
 
-The same bytes serve hosts behind SSH and local sources, and the tests.
+The same bytes serve hosts behind SSH, local sources, and the tests.
 """
 
 import hashlib
 import json
-import os
+import sys
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-from blockdiff import loader_status
+from blockdiff import loader
 
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = ("errors", "blocks", "pipeline", "wire", "process", "dump", "agent")
 
 NONCE_SIZE = 16
 
-# names under which Python 3 is found, the best first; RHEL's own is not on the PATH
+# names under which a Python 3 is found, the likeliest first; RHEL's own is not on the PATH
 _PYTHONS = (
     "python3 /usr/libexec/platform-python /usr/bin/python3 /usr/local/bin/python3 "
     "python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 python3.7 python3.6"
 )
-_START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
+
+# runs the loader, which comes first on standard input behind its size in 8 digits
+_FIRST_LINES = b"""\
+import os,sys
+def take(n):
+    data=b""
+    while len(data)<n:
+        more=os.read(0,n-len(data))
+        if not more: sys.exit(92)
+        data+=more
+    return data
+exec(take(int(take(8))))
+"""
+
+# Hexadecimal digits mean the same to every shell. The lines travel as an argument of their own, and the loader finds
+# them at the same place when it starts itself again under a prefix.
+
+_LABEL = "blockdiff-agent"
+
+
+def local_command() -> list[str]:
+    """Return the command that starts the agent on this machine."""
+    return [sys.executable, "-I", "-c", loader.START, _LABEL, _FIRST_LINES.hex()]
+
+
+def remote_command() -> str:
+    """Return the command line that starts the agent on a host: a constant, whatever its login shell is.
+
+    sh, csh and fish agree on single quotes as long as there is no quote, backslash, exclamation mark or newline inside.
+    """
+    probe = '-I -c "import sys;sys.exit(sys.version_info<(3,6))" </dev/null 2>/dev/null'
+    start = f'-I -c "{loader.START}" {_LABEL} {_FIRST_LINES.hex()}'
+    script = (
+        f"s={loader.NO_PYTHON}; for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
+        f"$p {probe} && exec $p {start}; s={loader.TOO_OLD}; done; exit $s"
+    )
+    return f"exec /bin/sh -c '{script}'"
+
+
+def startup(nonce: bytes, prefix: Sequence[str] = ()) -> bytes:
+    """Return what the started command reads from standard input to become the agent, which begins with `nonce`.
+
+    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``.
+    """
+    archive = _archive()
+    first = _with_loader({"prefix": list(prefix)}) if prefix else b""
+    digest = hashlib.sha256(archive).hexdigest()
+    return first + _with_loader({"prefix": [], "size": len(archive), "sha256": digest, "nonce": nonce.hex()}) + archive
+
+
+def _with_loader(header: dict[str, object]) -> bytes:
+    source = _source("loader").encode("utf-8")
+    return b"%08d%s%s\n" % (len(source), source, json.dumps(header).encode("ascii"))
+
+
+@cache
+def _archive() -> bytes:
+    return zlib.compress(json.dumps([(name, _source(name)) for name in SHIPPED]).encode("utf-8"), 9)
+
+
+@cache
+def _source(name: str) -> str:
+    return files("blockdiff").joinpath(f"{name}.py").read_text("utf-8")

@@ -1,9 +1,8 @@
-"""The first lines that run on the host: take the agent from standard input, check it, and start it.
+"""The first module that runs on the host: take the agent from standard input, check it, and start it.
 
-Shipped to the host as an argument of the Python that the remote command found; it must run on any Python 3.
-Standard input holds a line of JSON (`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, and the
-`prefix`, a command to run the agent under), and the archive: a zlib'd JSON list of module names and sources in the
-order in which they import each other.
+Shipped to the host ahead of everything else; it must run on any Python 3. Standard input goes on with a line of JSON
+(`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, and the `prefix`, a command to run the agent
+under), and the archive: a zlib'd JSON list of module names and sources in the order in which they import each other.
 """
 
 import hashlib
@@ -14,12 +13,13 @@ import sys
 import types
 import zlib
 
+# exit statuses of the start on the host; 90 comes from the shell that looks for a Python
+NO_PYTHON = 90
 TOO_OLD = 91
 DAMAGED = 92
 NO_PREFIX = 93
 
-if sys.version_info < (3, 6):
-    sys.exit(TOO_OLD)
+START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
 
 
 def read_exactly(count: int) -> bytes:
@@ -56,12 +56,10 @@ def load(archive: bytes) -> None:
         exec(compile(source, module.__file__, "exec"), module.__dict__)
 
 
-def run_under(prefix: list, header: dict) -> None:
-    """Replace this process by `prefix` running this loader again, which finds the header in the environment."""
-    os.environ["BLOCKDIFF_HEADER"] = json.dumps(dict(header, prefix=[]))
-    start = "import sys;exec(bytes.fromhex(sys.argv[2]))"
+def run_under(prefix: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
+    """Replace this process by `prefix` running the same start again; the server sends everything a second time."""
     try:
-        os.execvp(prefix[0], prefix + [sys.executable, "-I", "-c", start] + sys.argv[1:])
+        os.execvp(prefix[0], prefix + [sys.executable, "-I", "-c", START] + sys.argv[1:])
     except OSError as error:
         sys.stderr.write("cannot run {}: {}\n".format(prefix[0], error.strerror))
         sys.exit(NO_PREFIX)
@@ -69,9 +67,11 @@ def run_under(prefix: list, header: dict) -> None:
 
 def start() -> None:
     """Do all of it; returns only through the agent's end."""
-    header = json.loads(os.environ.pop("BLOCKDIFF_HEADER", None) or read_line().decode("ascii"))
+    if sys.version_info < (3, 6):
+        sys.exit(TOO_OLD)
+    header = json.loads(read_line().decode("ascii"))
     if header["prefix"]:
-        run_under(header["prefix"], header)
+        run_under(header["prefix"])
     archive = read_exactly(header["size"])
     if hashlib.sha256(archive).hexdigest() != header["sha256"]:
         sys.exit(DAMAGED)
@@ -79,4 +79,5 @@ def start() -> None:
     sys.modules["blockdiff.agent"].main(bytes.fromhex(header["nonce"]))
 
 
-start()
+if __name__ == "__main__":
+    start()

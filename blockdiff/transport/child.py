@@ -1,0 +1,105 @@
+"""Connections that are child processes: the agent on this machine, and what `openssh` builds on."""
+
+import fcntl
+import os
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import IO
+
+from blockdiff import bundle, process, wire
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport.connection import Tail
+
+#: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
+PIPE_SIZE = 1 << 20
+
+
+class ChildConnection:
+    """A command that runs as our child and speaks on its standard input and output. See `connection.Connection`."""
+
+    def __init__(self, arguments: Sequence[str], login: str) -> None:
+        self.login = login
+        self._program = arguments[0]
+        self._write_lock = threading.Lock()
+        self._closed = False
+        try:
+            self._child = subprocess.Popen(
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+            )
+        except OSError as error:
+            raise TransportError(f"cannot start {arguments[0]}: {error.strerror}") from error
+        assert self._child.stdin is not None and self._child.stdout is not None and self._child.stderr is not None
+        self._input, self._output = self._child.stdin, self._child.stdout
+        for pipe in (self._input, self._output):
+            _enlarge(pipe.fileno())
+        self._pipe = wire.Pipe(self._output.fileno(), self._input.fileno())
+        self._tail = Tail(_chunks(self._child.stderr))
+
+    def __enter__(self) -> "ChildConnection":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """See `connection.Connection`."""
+        return self._pipe.readinto(view, timeout_s)
+
+    def write(self, parts: Sequence[wire.Buffer]) -> None:
+        """See `connection.Connection`."""
+        with self._write_lock:
+            if self._closed:
+                raise ConnectionLost("the connection is closed")
+            self._pipe.write(parts)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """See `connection.Connection`; the number of a signal counts negative."""
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """See `connection.Connection`."""
+        process.stop(self._child)
+        # A thread may still be writing. It fails now that the child is gone, and only then may the descriptor be closed:
+        # closed under it, its number could already be that of another file.
+        with self._write_lock:
+            self._closed = True
+            self._input.close()
+        self._output.close()
+
+    def stderr(self) -> str:
+        """See `connection.Connection`."""
+        return self._tail.text(1.0)
+
+    def explain(self, error: ConnectionLost) -> BlockdiffError:
+        """See `connection.Connection`."""
+        status = self._child.poll()
+        ended = "" if status is None else f" ({self._program} {process.status_text(status)})"
+        said = self._tail.last_line(1.0)
+        return TransportError(f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}")
+
+
+def local() -> ChildConnection:
+    """Start the agent on this machine."""
+    return ChildConnection(bundle.local_command(), "localhost")
+
+
+def _enlarge(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass  # an unprivileged user may have reached the limit for all pipes; the default size works as well
+
+
+def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    with stream:
+        while chunk := os.read(stream.fileno(), 4096):
+            yield chunk

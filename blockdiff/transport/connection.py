@@ -1,0 +1,119 @@
+"""What the transports have in common: a byte stream to a started command, and the start of the agent on it."""
+
+import secrets
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from blockdiff import bundle, loader, wire
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, printable
+
+#: Login shells may print this many bytes before the agent begins.
+NOISE_LIMIT = 64 << 10
+#: How long the way from the start of the connection to the agent's first byte may be silent, in seconds.
+START_TIMEOUT_S = 90.0
+#: How long the command may take to end once it has nothing more to do, in seconds.
+EXIT_TIMEOUT_S = 30.0
+#: How much of what the other side says on standard error is kept, in characters.
+STDERR_LIMIT = 4000
+
+
+class Connection(Protocol):
+    """A running command on the other side, as a context manager that leaves nothing running.
+
+    `login` is what messages call the other side.
+    """
+
+    login: str
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """Read at least one byte; 0 means end of stream. Raises `ConnectionLost` after `timeout_s` of silence."""
+
+    def write(self, parts: Sequence[wire.Buffer]) -> None:
+        """Write all bytes of all `parts`; raises `ConnectionLost`."""
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the command's exit status once it has ended, None if it has not after `timeout_s` seconds."""
+
+    def close(self) -> None:
+        """End the connection at once; may be called again, and by any thread."""
+
+    def stderr(self) -> str:
+        """Return the end of what the other side said on standard error so far."""
+
+    def explain(self, error: ConnectionLost) -> BlockdiffError:
+        """Return why the connection was lost, as far as can be told; called after `wait`."""
+
+
+class Tail:
+    """Keeps the end of a text stream that a thread reads to its end."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._text = b""
+        self._chunks = chunks
+        self._thread = threading.Thread(target=self._read, name="stderr", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for chunk in self._chunks:
+            self._text = (self._text + chunk)[-STDERR_LIMIT:]
+
+    def text(self, wait_s: float = 0.0) -> str:
+        """Return the end of the stream, after waiting up to `wait_s` seconds for it to be complete."""
+        self._thread.join(wait_s)
+        return self._text.decode("utf-8", "replace")
+
+    def last_line(self, wait_s: float = 0.0) -> str:
+        """Return the last line that is not blank, fit for a message."""
+        lines = [line.strip() for line in self.text(wait_s).splitlines() if line.strip()]
+        return printable(lines[-1], 500) if lines else ""
+
+
+def push_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: float = START_TIMEOUT_S) -> wire.Link:
+    """Start the agent over `connection` and return the link to it.
+
+    What the login shell printed before, up to `NOISE_LIMIT` bytes, is skipped: the agent begins with a random nonce
+    that we gave it. Raises `TransportError` where no agent answers.
+    """
+    nonce = secrets.token_bytes(bundle.NONCE_SIZE)
+    try:
+        connection.write([bundle.startup(nonce, prefix)])
+        _skip_to(connection, nonce, timeout_s)
+    except ConnectionLost as error:
+        raise failed_start(connection, error) from error
+    return wire.Link(connection)
+
+
+def _skip_to(connection: Connection, nonce: bytes, timeout_s: float) -> None:
+    """Read up to the end of `nonce` and not one byte further."""
+    seen, skipped = b"", 0
+    while seen != nonce:
+        view = memoryview(bytearray(len(nonce) - len(seen)))
+        count = connection.readinto(view, timeout_s)
+        if count == 0:
+            raise ConnectionLost("the connection ended before the agent began")
+        skipped += count
+        if skipped > NOISE_LIMIT:
+            raise TransportError(
+                f"{connection.login} printed more than {NOISE_LIMIT // 1024} KiB before the agent began",
+                f"look at what `ssh {connection.login} true` prints, and at the shell's start files there",
+            )
+        seen += bytes(view[:count])
+        while not nonce.startswith(seen):
+            seen = seen[1:]
+
+
+def failed_start(connection: Connection, error: ConnectionLost) -> BlockdiffError:
+    """Return why no agent began, from the exit status of the command that should have become it."""
+    status = connection.wait(EXIT_TIMEOUT_S if "silent" not in error.message else 0)
+    where = connection.login
+    said = printable(connection.stderr().strip(), 500)
+    reasons = {
+        loader.NO_PYTHON: (f"{where} has no python3", "install python3 (3.6 or newer) there; nothing else is needed"),
+        loader.TOO_OLD: (f"{where} has no python3 of version 3.6 or newer", "install a newer python3 there"),
+        loader.DAMAGED: (f"the agent arrived damaged at {where}", "run again; if it stays so, suspect the network"),
+        loader.NO_PREFIX: (f"{where} cannot run the agent under SSH_BLOCKDIFF_PREFIX: {said}", "correct the command"),
+    }
+    if status in reasons:
+        return TransportError(*reasons[status])
+    return connection.explain(error)

@@ -1,0 +1,167 @@
+"""SSH in Python: for machines without an ssh program, and by choice.
+
+It reads the host's ``HostName``, ``Port``, ``User`` and ``IdentityFile`` from ``~/.ssh/config``, and known keys from the
+usual places.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+import paramiko
+
+from blockdiff import bundle, wire
+from blockdiff.address import Address
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
+from blockdiff.transport import advice
+from blockdiff.transport.connection import Tail
+
+CONNECT_TIMEOUT_S = 30.0
+#: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
+WINDOW_SIZE = 8 << 20
+#: The largest packet that OpenSSH sends, in bytes.
+PACKET_SIZE = 32 << 10
+_FAST_CIPHER = "aes128-gcm@openssh.com"
+# Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does when it wants to.
+_NEVER = 1 << 60
+_OPTIONS = ("HostName", "Port", "User", "IdentityFile", "UserKnownHostsFile", "ConnectTimeout")
+
+
+class ParamikoConnection:
+    """A command on a host, through paramiko. See `connection.Connection`."""
+
+    def __init__(self, address: Address, options: Sequence[str]) -> None:
+        self.login = address.login
+        self._address = address
+        self._client = paramiko.SSHClient()
+        try:
+            self._channel = self._start(_settings(address, options))
+        except BaseException:
+            self._client.close()
+            raise
+        self._tail = Tail(self._error_chunks())
+
+    def __enter__(self) -> "ParamikoConnection":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, settings: dict[str, str]) -> paramiko.Channel:
+        try:
+            self._connect(settings)
+            transport = self._client.get_transport()
+            assert transport is not None
+            channel = transport.open_session(WINDOW_SIZE, PACKET_SIZE, timeout=CONNECT_TIMEOUT_S)
+            channel.exec_command(bundle.remote_command())
+            return channel
+        except paramiko.BadHostKeyException as error:
+            raise advice.changed_host_key(self._address) from error
+        except paramiko.AuthenticationException as error:
+            raise advice.refused_login(self._address, str(error)) from error
+        except paramiko.SSHException as error:
+            if "not found in known_hosts" in str(error):
+                raise advice.unknown_host_key(self._address) from error
+            raise advice.unreachable(self._address, str(error)) from error
+        except OSError as error:
+            raise advice.unreachable(self._address, str(error.strerror or error)) from error
+
+    def _connect(self, settings: dict[str, str]) -> None:
+        self._client.load_system_host_keys()
+        if "userknownhostsfile" in settings:
+            self._client.load_host_keys(os.path.expanduser(settings["userknownhostsfile"]))
+        self._client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        timeout_s = float(settings.get("connecttimeout", CONNECT_TIMEOUT_S))
+        self._client.connect(
+            settings.get("hostname", self._address.host or ""),
+            port=self._address.port or int(settings.get("port", 22)),
+            username=self._address.user or settings.get("user"),
+            key_filename=os.path.expanduser(settings["identityfile"]) if "identityfile" in settings else None,
+            timeout=timeout_s,
+            banner_timeout=timeout_s,
+            auth_timeout=timeout_s,
+            transport_factory=_transport,
+        )
+
+    def _error_chunks(self) -> Iterator[bytes]:
+        while True:
+            try:
+                chunk = self._channel.recv_stderr(4096)
+            except TimeoutError:
+                continue
+            if not chunk:
+                return
+            yield chunk
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """See `connection.Connection`."""
+        self._channel.settimeout(timeout_s)
+        try:
+            data = self._channel.recv(len(view))
+        except TimeoutError as error:
+            raise ConnectionLost(f"silent for {timeout_s:g} s") from error
+        except OSError as error:
+            raise ConnectionLost(f"cannot read: {error}") from error
+        view[: len(data)] = data
+        return len(data)
+
+    def write(self, parts: Sequence[wire.Buffer]) -> None:
+        """See `connection.Connection`."""
+        try:
+            for part in parts:
+                self._channel.sendall(part)
+        except OSError as error:
+            raise ConnectionLost(f"cannot write: {error}") from error
+
+    def wait(self, timeout_s: float) -> int | None:
+        """See `connection.Connection`; -1 where the connection ended without a status."""
+        if not self._channel.status_event.wait(timeout_s):
+            return None
+        return self._channel.exit_status
+
+    def close(self) -> None:
+        """See `connection.Connection`."""
+        self._client.close()
+
+    def stderr(self) -> str:
+        """See `connection.Connection`."""
+        return self._tail.text(1.0)
+
+    def explain(self, error: ConnectionLost) -> BlockdiffError:
+        """See `connection.Connection`."""
+        said = self._tail.last_line(1.0)
+        return TransportError(f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}")
+
+
+def _transport(sock: socket.socket, **arguments: object) -> paramiko.Transport:
+    """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself."""
+    transport = paramiko.Transport(sock, WINDOW_SIZE, PACKET_SIZE, **arguments)  # type: ignore[arg-type]
+    options = transport.get_security_options()
+    options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher != _FAST_CIPHER)
+    transport.packetizer.REKEY_BYTES = _NEVER
+    transport.packetizer.REKEY_PACKETS = _NEVER
+    return transport
+
+
+def _settings(address: Address, options: Sequence[str]) -> dict[str, str]:
+    """Return the settings for the host, in lower case: the user's options, then ``~/.ssh/config``."""
+    config = paramiko.SSHConfig()
+    path = os.path.expanduser("~/.ssh/config")
+    if os.path.exists(path):
+        try:
+            config = paramiko.SSHConfig.from_path(path)
+        except (OSError, paramiko.SSHException) as error:
+            raise TransportError(f"cannot read {path}: {printable(str(error), 300)}") from error
+    found = dict(config.lookup(address.host or ""))
+    settings = {name: value for name, value in found.items() if name in {o.lower() for o in _OPTIONS}}
+    if isinstance(settings.get("identityfile"), list):
+        settings["identityfile"] = settings["identityfile"][0]
+    for option in options:
+        name, _, value = option.partition("=")
+        known = {o.lower() for o in _OPTIONS}
+        if name.lower() not in known:
+            raise UsageError(f"paramiko has no option {printable(name, 100)}", f"it knows {', '.join(_OPTIONS)}")
+        settings[name.lower()] = value
+    return settings
