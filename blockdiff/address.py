@@ -12,7 +12,7 @@ _HOST = re.compile(r"(?:(?P<user>[^@/:]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@/:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a source is. `host` is None for this machine; `user` and `port` are None where SSH's own settings decide."""
+    """Where a source is. `host` is None for this machine, `user` and `port` where SSH's settings decide."""
 
     host: str | None
     path: str

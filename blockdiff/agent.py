@@ -20,7 +20,15 @@ import traceback
 from typing import Dict, Optional
 
 from blockdiff import blocks, dump, process, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, Interrupted, ProtocolError, printable, to_wire
+from blockdiff.errors import (
+    BlockdiffError,
+    ConnectionLost,
+    Interrupted,
+    ProcessError,
+    ProtocolError,
+    printable,
+    to_wire,
+)
 
 #: How long the server may take from the agent's start to its request, in seconds: it may be taking a lock elsewhere.
 REQUEST_TIMEOUT_S = 600.0
@@ -91,25 +99,25 @@ class Agent:
 
     def __init__(self, link: wire.Link) -> None:
         self._link = link
-        self._requests = queue.Queue()  # type: queue.Queue[Dict[str, object]]
-        self._feed = None  # type: Optional[TableFeed]
+        self._requests: "queue.Queue[Dict[str, object]]" = queue.Queue()
+        self._feed: "Optional[TableFeed]" = None
         self._finished = False
-        self._failure = None  # type: Optional[BlockdiffError]
+        self._failure: "Optional[BlockdiffError]" = None
 
     def run(self) -> None:
         """Say hello, do what the server asks, and send the totals; raises whatever ends it early."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._interrupt)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
-        with wire.Heartbeat(self._link):
-            self._link.send_json(wire.HELLO, hello())
-            try:
-                request = self._requests.get(timeout=REQUEST_TIMEOUT_S)
-            except queue.Empty as error:
-                raise ProtocolError("no request after {:g} s".format(REQUEST_TIMEOUT_S)) from error
-            totals = self._dump(request)
-            self._link.send_json(wire.END, totals)
-            self._finished = True
+        wire.Heartbeat(self._link).start()
+        self._link.send_json(wire.HELLO, hello())
+        try:
+            request = self._requests.get(timeout=REQUEST_TIMEOUT_S)
+        except queue.Empty as error:
+            raise ProtocolError("no request after {:g} s".format(REQUEST_TIMEOUT_S)) from error
+        totals = self._dump(request)
+        self._link.send_json(wire.END, totals)
+        self._finished = True
 
     def _interrupt(self, number: int, _frame: object) -> None:
         """Unwind the main thread, once: what follows is clean-up, which no further signal may disturb."""
@@ -199,7 +207,7 @@ def lower_priority() -> None:
     os.nice(NICENESS)
     try:
         process.run(["ionice", "-c", "2", "-n", str(IO_LEVEL), "-p", str(os.getpid())], timeout_s=10)
-    except process.ProcessError:
+    except ProcessError:
         pass
 
 
@@ -223,7 +231,7 @@ def main(nonce: bytes) -> None:
             raise
         except BlockdiffError as error:
             link.send_json(wire.ERROR, to_wire(error))
-        except Exception as error:  # the boundary: whatever it is, the server gets a sentence and no traceback is lost
+        except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
             traceback.print_exc()
             link.send_json(wire.ERROR, {"message": "the agent failed: {}: {}".format(type(error).__name__, error)})
     except BlockdiffError as error:

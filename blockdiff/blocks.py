@@ -46,6 +46,10 @@ def _blake2b(data: memoryview) -> "hashlib._Hash":
     return hashlib.blake2b(data, digest_size=32)  # type: ignore[return-value,unused-ignore]
 
 
+def _xxh3(data: memoryview) -> "hashlib._Hash":
+    return xxhash.xxh3_128(data)  # type: ignore[return-value,unused-ignore]
+
+
 def _available() -> Dict[str, Digest]:
     digests = [
         Digest("sha256", 32, hashlib.sha256),
@@ -53,7 +57,7 @@ def _available() -> Dict[str, Digest]:
         Digest("md5", 16, _md5_function()),
     ]
     if xxhash is not None and hasattr(xxhash, "xxh3_128"):
-        digests.append(Digest("xxh3", 16, xxhash.xxh3_128))
+        digests.append(Digest("xxh3", 16, _xxh3))
     return {digest.name: digest for digest in digests}
 
 
@@ -119,7 +123,8 @@ class Hasher:
             found = [new(view[i : i + size]).digest() for i in range(0, whole, size)]
         else:
             found = [
-                zero if is_zero else new(view[i : i + size]).digest() for i, is_zero in zip(range(0, whole, size), flags)
+                zero if is_zero else new(view[i : i + size]).digest()
+                for i, is_zero in zip(range(0, whole, size), flags)
             ]
         if whole < len(view):
             found.append(new(view[whole:]).digest())

@@ -8,7 +8,7 @@ are read as well, on one thread.
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 import zstandard
 from isal import igzip_lib, isal_zlib
@@ -25,6 +25,7 @@ LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 3), "none": (0, 0, 0)}
 MAX_MEMBER = 16 << 20
 _CHUNK = 1 << 20
 
+_GZIP_ERRORS: tuple[type[Exception], ...] = (igzip_lib.IsalError,)
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
@@ -71,10 +72,17 @@ def _zstd_frame(data: bytes, level: int) -> bytes:
     return b"".join((_ZSTD_SIZED, len(frame).to_bytes(4, "little"), frame))
 
 
+class Readable(Protocol):
+    """A file that is read forwards."""
+
+    def read(self, count: int, /) -> bytes:
+        """Return up to `count` bytes, b"" at the end."""
+
+
 class _Input:
     """A file that is read forwards, with room to put back what was read too far."""
 
-    def __init__(self, file: BinaryIO, where: str) -> None:
+    def __init__(self, file: Readable, where: str) -> None:
         self._file = file
         self._back = b""
         self.where = where
@@ -111,7 +119,7 @@ class _Input:
 Task = Callable[[], bytes]
 
 
-def decompressed(file: BinaryIO, where: str, name: str | None = None) -> Iterator[bytes]:
+def decompressed(file: Readable, where: str, name: str | None = None) -> Iterator[bytes]:
     """Yield the content of a compressed file in pieces of at most `MAX_MEMBER` bytes, members on several threads.
 
     `name` is the compression; None looks at the first bytes. `where` names the file in messages. Raises `DamagedError`
@@ -168,7 +176,7 @@ def _sized_gzip(source: _Input, member: bytes) -> Task:
         inflate = isal_zlib.decompressobj(wbits=31)
         try:
             data = inflate.decompress(member, MAX_MEMBER)
-        except isal_zlib.error as error:
+        except _GZIP_ERRORS as error:
             raise source.damaged(error) from error
         if not inflate.eof or inflate.unused_data:
             raise source.damaged("a gzip member does not end where it says")
@@ -184,7 +192,7 @@ def _gzip_stream(source: _Input) -> Iterator[bytes]:
     while True:
         try:
             piece = inflate.decompress(data, _CHUNK)
-        except isal_zlib.error as error:
+        except _GZIP_ERRORS as error:
             raise source.damaged(error) from error
         if piece:
             yield piece

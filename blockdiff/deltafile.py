@@ -105,8 +105,8 @@ class DeltaReader:
     """Reads a delta of either version; the header at once, the records by `runs`.
 
     `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);
-    `blocks_carried` and, in version 2 only, `table_sha256` once `runs` is at its end. Raises `DamagedError` for whatever
-    breaks a rule of the format; `where` names the delta in messages.
+    `blocks_carried` and, in version 2 only, `table_sha256` once `runs` is at its end. Raises `DamagedError` for
+    whatever breaks a rule of the format; `where` names the delta in messages.
     """
 
     def __init__(self, pieces: Iterable[bytes], where: str) -> None:

@@ -215,7 +215,7 @@ class StreamSource:
     def __init__(self, fd: int, pool: pipeline.BufferPool) -> None:
         self._fd = fd
         self._pool = pool
-        self.size = None  # type: Optional[int]
+        self.size: "Optional[int]" = None
 
     def pieces(self, block_size: int) -> Iterator[Piece]:
         """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""

@@ -58,11 +58,11 @@ class ProtocolError(BlockdiffError):
     """The other side broke the rules of the connection."""
 
 
-class ConnectionLost(BlockdiffError):
+class ConnectionLost(BlockdiffError):  # noqa: N818
     """The other side is gone or silent."""
 
 
-class Interrupted(BlockdiffError):
+class Interrupted(BlockdiffError):  # noqa: N818
     """A signal asked the process to stop."""
 
 
@@ -94,9 +94,9 @@ class StorageError(BlockdiffError):
     """The backup directory could not be read or written."""
 
 
-_BY_NAME = {
+_BY_NAME: Dict[str, Type[BlockdiffError]] = {
     kind.__name__: kind for kind in (UsageError, SourceError, ProcessError, ProtocolError, ConnectionLost, Interrupted)
-}  # type: Dict[str, Type[BlockdiffError]]
+}
 
 
 def to_wire(error: BlockdiffError) -> Dict[str, object]:

@@ -44,7 +44,7 @@ def read_line() -> bytes:
 def load(archive: bytes) -> None:
     """Make the modules in `archive` importable; their sources stay at hand for tracebacks."""
     package = types.ModuleType("blockdiff")
-    package.__path__ = []  # type: ignore[attr-defined]
+    package.__path__ = []
     sys.modules["blockdiff"] = package
     for name, source in json.loads(zlib.decompress(archive).decode("utf-8")):
         full_name = "blockdiff." + name

@@ -70,9 +70,10 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
 
     feeder = threading.Thread(target=feed, name="lzop", daemon=True)
     feeder.start()
+    output_file = child.stdout
+    assert output_file is not None
     try:
-        assert child.stdout is not None
-        output = child.stdout.fileno()
+        output = output_file.fileno()
         while True:
             if not select.select([output], [], [], TIMEOUT_S)[0]:
                 raise ProcessError(f"lzop gave nothing for {TIMEOUT_S:g} s")
@@ -86,7 +87,7 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
             raise failures[0]
     finally:
         process.stop(child)
-        child.stdout.close()
+        output_file.close()
 
 
 def _wait(child: "subprocess.Popen[bytes]") -> None:

@@ -65,7 +65,7 @@ class Manifest:
     table: StoredFile
     digest: str
     block_size: int
-    image_size: int
+    image_size: int | None
     blocks: int
     changed_blocks: int
     source: Source
@@ -126,7 +126,7 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         table=stored("table"),
         digest=get(fields, "digest", str),
         block_size=get(fields, "block_size", int),
-        image_size=get(fields, "image_size", int),
+        image_size=optional(fields, "image_size", int),
         blocks=get(fields, "blocks", int),
         changed_blocks=get(fields, "changed_blocks", int),
         source=Source(optional(source, "host", str), get(source, "path", str), get(source, "kind", str)),
@@ -137,3 +137,8 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         bytes_received=optional(fields, "bytes_received", int),
         versions={str(k): str(v) for k, v in get(fields, "versions", dict).items()},
     )
+
+
+def sha256(content: bytes) -> str:
+    """Return the checksum of a manifest file by which its child knows it, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

@@ -30,7 +30,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     has taken: memory stays bounded. What `work` or `items` raises is raised here, at its place in the order. Work that
     was begun is waited for when the caller stops early.
     """
-    pending = deque()  # type: Deque
+    pending: "Deque[Future[Result]]" = deque()
     executor = ThreadPoolExecutor(max_workers=workers)
     try:
         for item in items:
@@ -54,7 +54,7 @@ class BufferPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free = []  # type: List[bytearray]
+        self._free: List[bytearray] = []
 
     def take(self) -> bytearray:
         """Return a buffer of `size` bytes with arbitrary content."""

@@ -70,7 +70,7 @@ def run(
             stop(child)
             raise
     if child.returncode != 0:
-        lines = stderr.decode("utf-8", "replace").strip().splitlines()  # type: List[str]
+        lines: List[str] = stderr.decode("utf-8", "replace").strip().splitlines()
         said = ": " + printable(lines[-1], 500) if lines else ""
         raise ProcessError("{} {}{}".format(shown(arguments), status_text(child.returncode), said))
     return Completed(stdout, stderr)

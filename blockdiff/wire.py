@@ -17,6 +17,7 @@ import select
 import struct
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 
 from blockdiff.errors import ConnectionLost, ProtocolError
@@ -54,8 +55,23 @@ SILENCE_S = 120.0
 Buffer = Union[bytes, bytearray, memoryview]
 
 
-class Pipe:
-    """A two-way byte stream over a pair of file descriptors; other transports offer the same two methods."""
+class Stream(ABC):
+    """What a `Link` needs: a two-way byte stream."""
+
+    @abstractmethod
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """Read at least one byte into `view` and return how many; 0 means end of stream.
+
+        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
+        """
+
+    @abstractmethod
+    def write(self, parts: Sequence[Buffer]) -> None:
+        """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
+
+
+class Pipe(Stream):
+    """A stream over a pair of file descriptors."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
@@ -64,10 +80,7 @@ class Pipe:
         self._readable.register(read_fd, select.POLLIN)
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
-        """Read at least one byte into `view` and return how many; 0 means end of stream.
-
-        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
-        """
+        """See `Stream`."""
         try:
             if not self._readable.poll(timeout_s * 1000):
                 raise ConnectionLost("silent for {:g} s".format(timeout_s))
@@ -76,7 +89,7 @@ class Pipe:
             raise ConnectionLost("cannot read: {}".format(error.strerror)) from error
 
     def write(self, parts: Sequence[Buffer]) -> None:
-        """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
+        """See `Stream`."""
         views = [memoryview(part) for part in parts if len(part)]
         try:
             while views:
@@ -103,9 +116,9 @@ class Link:
     Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing.
     """
 
-    def __init__(self, pipe: Pipe, silence_s: float = SILENCE_S) -> None:
-        self._pipe = pipe
-        self._silence_s = silence_s
+    def __init__(self, stream: Stream, silence_s: float = SILENCE_S) -> None:
+        self._stream = stream
+        self.silence_s = silence_s
         self._send_lock = threading.Lock()
         self._sent = 0
         self._received = 0
@@ -139,7 +152,7 @@ class Link:
             length += len(part)
         header = HEADER.pack(kind, length, self._sent & 0xFFFFFFFF, crc, offset)
         self._sent += 1
-        self._pipe.write((header,) + tuple(parts))
+        self._stream.write((header,) + tuple(parts))
 
     def receive(self) -> Frame:
         """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
@@ -203,7 +216,7 @@ class Link:
     def _fill(self, view: memoryview) -> None:
         filled, size = 0, len(view)
         while filled < size:
-            count = self._pipe.readinto(view[filled:], self._silence_s)
+            count = self._stream.readinto(view[filled:], self.silence_s)
             if count == 0:
                 raise ConnectionLost("the connection ended")
             filled += count
@@ -211,7 +224,7 @@ class Link:
 
 
 class Heartbeat:
-    """A thread that keeps saying ALIVE over a link until the context ends or the link does."""
+    """A thread that keeps saying ALIVE over a link, from `start` to `stop` or to the end of the link."""
 
     def __init__(self, link: Link, interval_s: float = HEARTBEAT_S) -> None:
         self._link = link
@@ -219,11 +232,12 @@ class Heartbeat:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Heartbeat":
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def stop(self) -> None:
+        """Let the thread end; it is not waited for, because it may be stuck in a write until the connection closes."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -236,7 +250,7 @@ class Heartbeat:
 
 def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
     """Return the fields `names`, which must be integers of 0 or more; raises `ProtocolError`."""
-    found = []  # type: List[int]
+    found: List[int] = []
     for name in names:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

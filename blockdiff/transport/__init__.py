@@ -21,7 +21,9 @@ def connect(address: Address, name: str | None = None, options: Sequence[str] = 
         return child.local()
     installed = shutil.which("ssh") is not None
     if name == "ssh" and not installed:
-        raise TransportError("there is no ssh program on this machine", "install openssh-client, or --transport paramiko")
+        raise TransportError(
+            "there is no ssh program on this machine", "install openssh-client, or --transport paramiko"
+        )
     if name == "ssh" or (name is None and installed):
         return openssh.SshConnection(address, options)
     from blockdiff.transport import paramiko_ssh  # here, because its import takes longer than a small backup

@@ -42,7 +42,7 @@ def unreachable(address: Address, said: str) -> TransportError:
 
 
 _UNREACHABLE = re.compile(
-    r"could not resolve|connection refused|timed out|no route to host|network is unreachable|connection closed by remote",
+    r"could not resolve|connection refused|timed out|no route to host|network is unreachable|closed by remote host",
     re.IGNORECASE,
 )
 

@@ -5,19 +5,18 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import IO
 
 from blockdiff import bundle, process, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.transport.connection import Tail
+from blockdiff.transport.connection import Connection, Tail
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
 
 
-class ChildConnection:
-    """A command that runs as our child and speaks on its standard input and output. See `connection.Connection`."""
+class ChildConnection(Connection):
+    """A command that runs as our child and speaks on its standard input and output."""
 
     def __init__(self, arguments: Sequence[str], login: str) -> None:
         self.login = login
@@ -41,12 +40,6 @@ class ChildConnection:
         self._pipe = wire.Pipe(self._output.fileno(), self._input.fileno())
         self._tail = Tail(_chunks(self._child.stderr))
 
-    def __enter__(self) -> "ChildConnection":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
     def readinto(self, view: memoryview, timeout_s: float) -> int:
         """See `connection.Connection`."""
         return self._pipe.readinto(view, timeout_s)
@@ -59,7 +52,7 @@ class ChildConnection:
             self._pipe.write(parts)
 
     def wait(self, timeout_s: float) -> int | None:
-        """See `connection.Connection`; the number of a signal counts negative."""
+        """See `connection.Connection`."""
         try:
             return self._child.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -68,8 +61,8 @@ class ChildConnection:
     def close(self) -> None:
         """See `connection.Connection`."""
         process.stop(self._child)
-        # A thread may still be writing. It fails now that the child is gone, and only then may the descriptor be closed:
-        # closed under it, its number could already be that of another file.
+        # A thread may still be writing. It fails now that the child is gone, and only then may the descriptor be
+        # closed: its number could otherwise be that of another file by the time it is used.
         with self._write_lock:
             self._closed = True
             self._input.close()

@@ -2,8 +2,9 @@
 
 import secrets
 import threading
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from types import TracebackType
 
 from blockdiff import bundle, loader, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, printable
@@ -18,31 +19,38 @@ EXIT_TIMEOUT_S = 30.0
 STDERR_LIMIT = 4000
 
 
-class Connection(Protocol):
-    """A running command on the other side, as a context manager that leaves nothing running.
+class Connection(wire.Stream):
+    """A running command on the other side. A context manager that leaves nothing running.
 
     `login` is what messages call the other side.
     """
 
     login: str
 
-    def readinto(self, view: memoryview, timeout_s: float) -> int:
-        """Read at least one byte; 0 means end of stream. Raises `ConnectionLost` after `timeout_s` of silence."""
+    def __enter__(self) -> "Connection":
+        return self
 
-    def write(self, parts: Sequence[wire.Buffer]) -> None:
-        """Write all bytes of all `parts`; raises `ConnectionLost`."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
+    @abstractmethod
     def wait(self, timeout_s: float) -> int | None:
-        """Return the command's exit status once it has ended, None if it has not after `timeout_s` seconds."""
+        """Return the command's exit status once it has ended, None if it has not after `timeout_s` seconds.
 
+        A negative status is the number of a signal, or -1 where the connection ended without any.
+        """
+
+    @abstractmethod
     def close(self) -> None:
-        """End the connection at once; may be called again, and by any thread."""
+        """End the connection at once; may be called again."""
 
+    @abstractmethod
     def stderr(self) -> str:
-        """Return the end of what the other side said on standard error so far."""
+        """Return the end of what the other side said on standard error, after a moment for the rest to arrive."""
 
+    @abstractmethod
     def explain(self, error: ConnectionLost) -> BlockdiffError:
-        """Return why the connection was lost, as far as can be told; called after `wait`."""
+        """Return why the connection was lost, as far as can be told."""
 
 
 class Tail:

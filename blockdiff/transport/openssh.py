@@ -8,8 +8,8 @@ from blockdiff.errors import BlockdiffError, ConnectionLost
 from blockdiff.transport import advice
 from blockdiff.transport.child import ChildConnection
 
-#: Settings that hold whatever ``~/.ssh/config`` says, unless the user gave the same with --ssh-option. The cipher is the
-#: fastest by far where the CPU has AES, and only moved to the front of the list.
+#: Settings that hold whatever ``~/.ssh/config`` says, unless the user gave the same with --ssh-option. The cipher
+#: is the fastest by far where the CPU has AES, and only moved to the front of the list.
 _SETTINGS = (
     "BatchMode=yes",
     "StrictHostKeyChecking=yes",

@@ -1,14 +1,11 @@
 """SSH in Python: for machines without an ssh program, and by choice.
 
-It reads the host's ``HostName``, ``Port``, ``User`` and ``IdentityFile`` from ``~/.ssh/config``, and known keys from the
-usual places.
+It reads the host's ``HostName``, ``Port``, ``User`` and ``IdentityFile`` from ``~/.ssh/config``, and known keys from
+the usual places.
 """
 
 import os
-import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import paramiko
 
@@ -16,7 +13,7 @@ from blockdiff import bundle, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
 from blockdiff.transport import advice
-from blockdiff.transport.connection import Tail
+from blockdiff.transport.connection import Connection, Tail
 
 CONNECT_TIMEOUT_S = 30.0
 #: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
@@ -29,8 +26,8 @@ _NEVER = 1 << 60
 _OPTIONS = ("HostName", "Port", "User", "IdentityFile", "UserKnownHostsFile", "ConnectTimeout")
 
 
-class ParamikoConnection:
-    """A command on a host, through paramiko. See `connection.Connection`."""
+class ParamikoConnection(Connection):
+    """A command on a host, through paramiko."""
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
         self.login = address.login
@@ -42,12 +39,6 @@ class ParamikoConnection:
             self._client.close()
             raise
         self._tail = Tail(self._error_chunks())
-
-    def __enter__(self) -> "ParamikoConnection":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def _start(self, settings: dict[str, str]) -> paramiko.Channel:
         try:
@@ -111,12 +102,12 @@ class ParamikoConnection:
         """See `connection.Connection`."""
         try:
             for part in parts:
-                self._channel.sendall(part)
+                self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
         except OSError as error:
             raise ConnectionLost(f"cannot write: {error}") from error
 
     def wait(self, timeout_s: float) -> int | None:
-        """See `connection.Connection`; -1 where the connection ended without a status."""
+        """See `connection.Connection`."""
         if not self._channel.status_event.wait(timeout_s):
             return None
         return self._channel.exit_status
@@ -135,9 +126,16 @@ class ParamikoConnection:
         return TransportError(f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}")
 
 
-def _transport(sock: socket.socket, **arguments: object) -> paramiko.Transport:
+def _transport(
+    sock: socket.socket,
+    /,
+    *,
+    gss_kex: bool = False,
+    gss_deleg_creds: bool = True,
+    disabled_algorithms: Mapping[str, Iterable[str]] | None = None,
+) -> paramiko.Transport:
     """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself."""
-    transport = paramiko.Transport(sock, WINDOW_SIZE, PACKET_SIZE, **arguments)  # type: ignore[arg-type]
+    transport = paramiko.Transport(sock, WINDOW_SIZE, PACKET_SIZE, disabled_algorithms=disabled_algorithms)
     options = transport.get_security_options()
     options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher != _FAST_CIPHER)
     transport.packetizer.REKEY_BYTES = _NEVER

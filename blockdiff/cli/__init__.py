@@ -1,0 +1,103 @@
+"""The commands: the only place that prints, exits, and knows everybody.
+
+Here is what they share: the boundary where errors become sentences and exit statuses.
+"""
+
+import os
+import re
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable
+from blockdiff.progress import Progress
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes, 1 or more, with K, M, G or T for powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        match = _SIZE.fullmatch(str(value))
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{printable(str(value), 100)!r} is no size; use a number with K, M or G behind it", param, ctx)
+        return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def agent_prefix() -> list[str] | None:
+    """Return the command to run the agent under, from ``SSH_BLOCKDIFF_PREFIX``; None where it is not set.
+
+    Raises `UsageError` for open quotes.
+    """
+    line = os.environ.get("SSH_BLOCKDIFF_PREFIX")
+    if line is None:
+        return None
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UsageError(f"SSH_BLOCKDIFF_PREFIX is no command line: {error}") from error
+
+
+def say(text: str) -> None:
+    """Print one line on standard error."""
+    click.echo(f"blockdiff: {text}", err=True)
+
+
+def say_error(error: BlockdiffError, before: str = "") -> None:
+    """Print an error and its hint on standard error."""
+    say(before + printable(error.message))
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+
+
+@contextmanager
+def watched(what: str) -> Iterator[Progress]:
+    """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield Progress()
+        return
+    from blockdiff.cli.progressbar import Bar  # here, because its import takes longer than a small backup
+
+    with Bar(printable(what, 40)) as bar:
+        yield bar
+
+
+def run(command: click.Command) -> None:
+    """Run a command and end the process with its exit status: the boundary for errors of every kind."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    try:
+        command(standalone_mode=False)
+        sys.stdout.flush()
+    except BlockdiffError as error:
+        say_error(error)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(EXIT_FAILED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: let the last flush succeed
+        sys.exit(EXIT_FAILED)
+    except Exception as error:  # noqa: BLE001  # the boundary
+        traceback.print_exc()
+        say(f"this is a fault in blockdiff: {type(error).__name__}: {printable(str(error), 500)}")
+        sys.exit(EXIT_FAILED)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """Unwind, once: what follows is clean-up, which no further signal may disturb."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(f"stopped by {signal.Signals(number).name}; the chain is as it was")

@@ -1,0 +1,233 @@
+"""The `blockdiff` command: backup, list, verify and restore."""
+
+import json
+import os
+import re
+import sys
+from dataclasses import asdict
+from datetime import datetime
+
+import click
+
+from blockdiff import __version__, address, backup, codec, listing, merge, target, transport, verify
+from blockdiff.blocks import DIGEST_SIZES
+from blockdiff.chain import Chain
+from blockdiff.cli import ByteSize, agent_prefix, run, say, say_error, watched
+from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, TargetError, printable
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="blockdiff %(version)s")
+def cli() -> None:
+    """Block-level incremental backups of volumes and disk images, pulled over SSH.
+
+    Exit status: 0 done, 1 failed, 2 usage, 3 done with a warning, 4 chain is busy, 5 backup data damaged.
+    """
+
+
+@cli.command("backup")
+@click.argument("name")
+@click.argument("source")
+@click.option("--block-size", type=ByteSize(), help="Bytes of a block. Default 64K; a chain keeps its own.")
+@click.option("--digest", type=click.Choice(list(DIGEST_SIZES)), help="Default sha256; a chain keeps its own.")
+@click.option("--compression", type=click.Choice(list(codec.LEVELS)), default="gzip", show_default=True)
+@click.option("--level", type=int, help="gzip 1-9 (default 2), zstd 1-19 (default 3).")
+@click.option("--format", "delta_format", type=click.Choice(["2", "1"]), help="Default 2; 1 is the original's.")
+@click.option("--full", is_flag=True, help="Store every block, inside the chain.")
+@click.option(
+    "--chain",
+    "period",
+    type=click.Choice(["monthly", "weekly", "daily"]),
+    help="Begin a new chain NAME-DATE each period.",
+)
+@click.option("--transport", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed.")
+@click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
+@click.option("--bwlimit", type=ByteSize(), help="Bytes a second that the host may send at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def backup_command(
+    name: str,
+    source: str,
+    block_size: int | None,
+    digest: str | None,
+    compression: str,
+    level: int | None,
+    delta_format: str | None,
+    full: bool,
+    period: str | None,
+    transport: str | None,
+    ssh_options: tuple[str, ...],
+    bwlimit: int | None,
+    as_json: bool,
+) -> None:
+    """Add a generation of SOURCE to the chain NAME.
+
+    NAME is a path such as /var/backup/web1-disk. SOURCE is /path, [user@]host:/path or
+    ssh://[user@]host[:port]/path: a regular file or a block device.
+    """
+    options = backup.Options(
+        block_size=block_size,
+        digest=digest,
+        delta_format=int(delta_format) if delta_format else None,
+        compression=compression,
+        level=level,
+        full=full,
+        transport=transport,
+        ssh_options=ssh_options,
+        bandwidth=bwlimit,
+        prefix=agent_prefix(),
+    )
+    chain_name = name + _period_suffix(period)
+    where = address.parse(source)
+    with watched(os.path.basename(chain_name)) as progress:
+        result = backup.backup(chain_name, where, options, progress)
+    for note in result.notes:
+        if sys.stderr.isatty():
+            say(f"note: {note}")
+    if as_json:
+        summary = {"name": result.name, "warnings": result.warnings, "notes": result.notes, **asdict(result.manifest)}
+        click.echo(json.dumps(summary, indent=1))
+    elif sys.stdout.isatty():
+        made = result.manifest
+        kind = "full" if made.full else f"{made.changed_blocks} of {made.blocks} blocks changed"
+        click.echo(f"generation {made.generation}: {kind}, {_size(made.delta.size + made.table.size)} stored")
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    if result.warnings:
+        sys.exit(EXIT_WARNING)
+
+
+@cli.command("list")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_command(name: str, as_json: bool) -> None:
+    """Show the generations of the chain NAME (or NAME@N: one of them)."""
+    chain_name, number = split_name(name)
+    with Chain(chain_name) as chain:
+        found = listing.entries(chain)
+        if not found or number is not None:
+            chain.generation(number)  # says what is not there
+            found = [entry for entry in found if entry.generation == number]
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+    else:
+        _print_table(found)
+    if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
+        sys.exit(EXIT_DAMAGED)
+
+
+@cli.command("verify")
+@click.argument("name")
+def verify_command(name: str) -> None:
+    """Prove that every generation of NAME (or NAME@N: one of them) restores exactly.
+
+    Reads everything, writes nothing. Silent when all is well and standard output is no terminal.
+    """
+    chain_name, number = split_name(name)
+    damaged = False
+    with Chain(chain_name) as chain, watched("verify") as progress:
+        chain.generation(number)
+        progress.begin(None)
+        with verify.Verifier(chain, progress.advance) as verifier:
+            for verdict in verifier.all() if number is None else [verifier.one(number)]:
+                damaged = damaged or verdict.error is not None
+                if verdict.error is not None:
+                    say_error(verdict.error, f"generation {verdict.number}: ")
+                elif sys.stdout.isatty():
+                    click.echo(f"generation {verdict.number}: ok")
+    if damaged:
+        sys.exit(EXIT_DAMAGED)
+
+
+@cli.command("restore")
+@click.argument("name")
+@click.argument("path")
+@click.option("--force", is_flag=True, help="Replace an existing file; overwrite a device that holds data.")
+def restore_command(name: str, path: str, force: bool) -> None:
+    """Write the image of NAME@N (without @N: the newest) to PATH, a new file or a block device.
+
+    Every block is compared with the digests of its generation before it is written.
+    """
+    chain_name, number = split_name(name)
+    with Chain(chain_name) as chain, watched("restore") as progress:
+        generation = chain.generation(number)
+        if _same_directory(os.path.dirname(path), chain.directory.path):
+            raise TargetError(
+                f"{printable(path)} is in the directory of the chain itself",
+                "restore to another place: backups stay apart",
+            )
+        needed = chain.needed(generation.number)
+        image_size = generation.manifest.image_size if generation.manifest else None
+        progress.begin(image_size)
+        with target.open_target(path, force, image_size) as out:
+            merge.merge(needed, out, progress.advance)
+
+
+def split_name(text: str) -> tuple[str, int | None]:
+    """Return NAME and N of ``NAME@N``, None for N where there is no ``@N``."""
+    match = re.fullmatch(r"(.+)@([1-9][0-9]{0,17})", text, re.DOTALL)
+    return (match[1], int(match[2])) if match else (text, None)
+
+
+def _period_suffix(period: str | None) -> str:
+    """Return what --chain appends to NAME: the month, ISO week or day of the local time."""
+    formats = {None: "", "monthly": "-%Y%m", "weekly": "-%GW%V", "daily": "-%Y%m%d"}
+    return datetime.now().strftime(formats[period])
+
+
+def _same_directory(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path or ".", other)
+    except OSError:
+        return False
+
+
+def _size(count: int | None) -> str:
+    """Return a number of bytes for people: 1.5G, powers of 1024."""
+    if count is None:
+        return "-"
+    value, unit = float(count), ""
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1024 or unit == "T":
+            break
+        value /= 1024
+    return f"{value:.0f}" if unit == "" else f"{value:.1f}{unit}"
+
+
+def _when(text: str | None) -> str:
+    """Return a time of the manifest in local time."""
+    if text is None:
+        return "-"
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return printable(text, 40)
+
+
+def _print_table(found: list[listing.Entry]) -> None:
+    kinds = {True: "full", False: "incremental", None: "-"}
+    rows = [("gen", "when", "kind", "image", "changed", "stored", "consistency", "state")]
+    rows += [
+        (
+            str(entry.generation),
+            _when(entry.when),
+            kinds[entry.full],
+            _size(entry.image_size),
+            _size(entry.changed),
+            _size(entry.stored),
+            entry.consistency or "-",
+            entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
+        )
+        for entry in found
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in (0, 3, 4, 5) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        click.echo("  ".join([*cells, row[7]]).rstrip())
+
+
+def main() -> None:
+    """The entry point."""
+    run(cli)

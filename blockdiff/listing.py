@@ -1,0 +1,102 @@
+"""What `blockdiff list` says of a chain: one entry for each generation, from a cheap look at its files."""
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from blockdiff.blocks import DIGEST_SIZES
+from blockdiff.chain import Chain, Generation
+from blockdiff.errors import DamagedError
+
+OK = "ok"
+NO_MANIFEST = "no manifest"
+DAMAGED = "damaged"
+INCOMPLETE = "incomplete"
+MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One generation; sizes are in bytes, None where nothing tells. `problem` explains a state that is not ``ok``."""
+
+    generation: int
+    when: str | None
+    full: bool | None
+    image_size: int | None
+    changed: int | None
+    stored: int | None
+    consistency: str | None
+    state: str
+    problem: str | None = None
+    source: str | None = None
+    digest: str | None = None
+    block_size: int | None = None
+    format: int | None = None
+
+
+def entries(chain: Chain) -> list[Entry]:
+    """Return an entry for each generation from the first that is there to the last, committed or not."""
+    if not chain.generations:
+        return []
+    last = _last(chain)
+    return [
+        _entry(chain, number, last) for number in range(min(chain.generations), max(last, max(chain.generations)) + 1)
+    ]
+
+
+def _last(chain: Chain) -> int:
+    try:
+        return chain.last()
+    except DamagedError:
+        return max(chain.generations)
+
+
+def _entry(chain: Chain, number: int, last: int) -> Entry:
+    generation = chain.generations.get(number)
+    if generation is None:
+        return Entry(number, None, None, None, None, None, None, MISSING, "none of its files is there")
+    state, problem = _state(chain, generation, last)
+    known = generation.manifest
+    stored = generation.stored_bytes()
+    if known is None:
+        return Entry(
+            number, _written(generation), None, None, None, stored, None, state, problem, digest=_digest(generation)
+        )
+    changed = known.changed_blocks * known.block_size
+    if known.image_size is not None:
+        changed = min(changed, known.image_size)
+    return Entry(
+        generation=number,
+        when=known.finished,
+        full=known.full,
+        image_size=known.image_size,
+        changed=changed,
+        stored=stored,
+        consistency=known.consistency,
+        state=state,
+        problem=problem,
+        source=str(known.source),
+        digest=known.digest,
+        block_size=known.block_size,
+        format=known.delta_format,
+    )
+
+
+def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | None]:
+    if generation.number > last:
+        return INCOMPLETE, "a run was cut off here; the next one moves these files aside"
+    try:
+        generation.check_files()
+        chain.check_parent(generation)
+    except DamagedError as error:
+        return DAMAGED, error.message
+    return (NO_MANIFEST, None) if generation.manifest is None else (OK, None)
+
+
+def _written(generation: Generation) -> str:
+    newest = max(generation.directory.modified(generation.name(suffix)) for suffix in generation.suffixes)
+    return datetime.fromtimestamp(newest, timezone.utc).isoformat(timespec="seconds")
+
+
+def _digest(generation: Generation) -> str | None:
+    found = [name for name in DIGEST_SIZES if "." + name in generation.suffixes]
+    return found[0] if len(found) == 1 else None

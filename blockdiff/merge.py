@@ -1,0 +1,197 @@
+"""Turn the deltas of a chain back into an image: the one reader that restore and verify share.
+
+An image is put together newest delta first, so that each block is written once and only the deltas that are needed are
+read. Every block is compared with the digest table of the generation that is restored before it is written.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, Protocol
+
+from blockdiff import codec, pipeline
+from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.chain import Generation
+from blockdiff.deltafile import DeltaReader, TableReader
+from blockdiff.dump import Run
+from blockdiff.errors import DamagedError, printable
+
+#: Blocks of a zero run that are looked at in one step.
+_ZERO_BLOCKS = 65536
+
+
+class Target(Protocol):
+    """What an image is written to. `write` and `zero` may be called by several threads at once."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make `length` bytes at `offset` zero."""
+
+    def finish(self, image_size: int) -> None:
+        """Everything was written; the image has this many bytes."""
+
+
+def open_delta(generation: Generation) -> BinaryIO:
+    """Return the file of a generation's delta; raises `DamagedError` where it is not there."""
+    return os.fdopen(generation.directory.open(generation.name(generation.delta_suffix)), "rb", buffering=0)
+
+
+def read_delta(generation: Generation, file: codec.Readable) -> DeltaReader:
+    """Return a reader of the generation's delta, whose header fits the manifest; raises `DamagedError`."""
+    where = generation.path(generation.delta_suffix)
+    reader = DeltaReader(codec.decompressed(file, where, generation.compression), where)
+    known = generation.manifest
+    if known is not None and (reader.format, reader.block_size) != (known.delta_format, known.block_size):
+        raise DamagedError(f"{where} is not the delta that its manifest describes", "restore it from a copy")
+    if known is not None and reader.image_size not in (None, known.image_size):
+        raise DamagedError(f"{where} has another image size than its manifest", "restore it from a copy")
+    return reader
+
+
+class _Merger:
+    """One restore: the digest table that everything is held against, and which blocks are done."""
+
+    def __init__(self, generation: Generation, table: TableReader, target: Target) -> None:
+        self._generation = generation
+        self._table = table
+        self._target = target
+        self._hasher = Hasher(digest_named(generation.digest), table.block_size)
+        self._done = bytearray(table.count)
+        self.remaining = table.count
+        self.image_size = generation.manifest.image_size if generation.manifest is not None else None
+
+    def apply(self, generation: Generation, advance: Callable[[int], object]) -> None:
+        """Write what is still missing and this delta has."""
+        with open_delta(generation) as file:
+            reader = read_delta(generation, file)
+            if reader.block_size != self._table.block_size:
+                raise DamagedError(
+                    f"{generation.path(generation.delta_suffix)} has blocks of {reader.block_size} bytes, "
+                    f"but generation {self._generation.number}, which needs it, of {self._table.block_size}"
+                )
+            if generation is self._generation:
+                self.image_size = reader.image_size if self.image_size is None else self.image_size
+                self._check_size()
+
+            def check_and_write(run: Run) -> int:
+                return self._check_and_write(generation, run)
+
+            workers = pipeline.worker_count()
+            for length in pipeline.in_order(
+                check_and_write, self._missing(reader, generation is self._generation), workers, ahead=workers + 1
+            ):
+                advance(length)
+            if generation is self._generation and reader.table_sha256 not in (None, self._table.sha256()):
+                raise DamagedError(
+                    f"{generation.path(generation.table_suffix)} is not the table that the delta was written with",
+                    "restore it from a copy",
+                )
+
+    def _check_size(self) -> None:
+        if self.image_size is not None and block_count(self.image_size, self._table.block_size) != self._table.count:
+            raise DamagedError(
+                f"{self._generation.path(self._generation.table_suffix)} has {self._table.count} digests, "
+                f"which do not fit an image of {self.image_size} bytes"
+            )
+
+    def _missing(self, reader: DeltaReader, to_the_end: bool) -> Iterator[Run]:
+        """Yield the parts of the delta's runs that no newer delta had, and count them as done.
+
+        The newest delta is read to its end, because that is checked; an older one only as far as it is needed.
+        """
+        for run in reader.runs():
+            yield from self._undone_parts(run)
+            if not self.remaining and not to_the_end:
+                return
+
+    def _undone_parts(self, run: Run) -> Iterator[Run]:
+        size = self._table.block_size
+        base = run.offset // size
+        stop = min(base + block_count(run.length, size), self._table.count)
+        first = self._done.find(0, base, stop) if base < stop else -1
+        while first >= 0:
+            last = self._done.find(1, first, stop)
+            last = stop if last < 0 else last
+            for start in range(first, last, _ZERO_BLOCKS):
+                yield self._part(run, start - base, min(start + _ZERO_BLOCKS, last) - base)
+            self._done[first:last] = b"\1" * (last - first)
+            self.remaining -= last - first
+            first = self._done.find(0, last, stop)
+
+    def _part(self, run: Run, first: int, last: int) -> Run:
+        size = self._table.block_size
+        start, end = first * size, min(last * size, run.length)
+        part = Run(run.offset + start, end - start, None if run.data is None else run.data[start:end])
+        if part.offset // size + last - first == self._table.count and self.image_size is None:
+            self.image_size = run.offset + end  # without a manifest, the newest record of the last block tells
+        return part
+
+    def _check_and_write(self, generation: Generation, run: Run) -> int:
+        """What the worker threads do. Returns the length of the run in bytes."""
+        size, digest_size = self._table.block_size, self._table.digest_size
+        first = run.offset // size
+        count = block_count(run.length, size)
+        expected = self._table.digests(first, count)
+        if run.data is None:
+            digests = self._hasher.zero_digests(run.length)
+            found = [digests[i : i + digest_size] for i in range(0, len(digests), digest_size)]
+        else:
+            found = self._hasher.digests(run.data)
+            digests = b"".join(found)
+        if digests != expected:
+            bad = next(i for i in range(count) if found[i] != expected[i * digest_size : (i + 1) * digest_size])
+            raise DamagedError(
+                f"{generation.path(generation.delta_suffix)} is damaged: the block at offset {(first + bad) * size} "
+                f"does not match the digest table of generation {self._generation.number}",
+                "use another copy of it, or restore another generation",
+            )
+        if run.data is None:
+            self._target.zero(run.offset, run.length)
+        else:
+            self._write(run, run.data, found)
+        return run.length
+
+    def _write(self, run: Run, data: memoryview, digests: list[bytes]) -> None:
+        """Write neighbouring blocks at once, zero blocks as zeros: their digest tells."""
+        size, zero = self._table.block_size, self._hasher.zero_digest
+        start = 0
+        for i in range(1, len(digests) + 1):
+            if i < len(digests) and (digests[i] == zero) == (digests[start] == zero):
+                continue
+            begin, end = start * size, min(i * size, run.length)
+            if digests[start] == zero:
+                self._target.zero(run.offset + begin, end - begin)
+            else:
+                self._target.write(run.offset + begin, data[begin:end])
+            start = i
+
+
+def merge(
+    generations: Sequence[Generation], target: Target, advance: Callable[[int], object] = lambda length: None
+) -> int:
+    """Write the image of ``generations[0]`` to `target`, and return its size in bytes.
+
+    `generations` are newest first (`Chain.needed`). `advance` is told the length of each part that was written. Raises
+    `DamagedError` where what is there does not give the exact image; the target is then not to be trusted.
+    """
+    newest = generations[0]
+    newest.check_files()
+    with newest.open_table() as table:
+        merger = _Merger(newest, table, target)
+        oldest = newest.number
+        for generation in generations:
+            if not merger.remaining and generation is not newest:
+                break
+            merger.apply(generation, advance)
+            oldest = generation.number
+        if merger.remaining:
+            raise DamagedError(
+                f"generation {newest.number} of {printable(newest.base)} needs {merger.remaining} blocks that are in "
+                f"none of the generations {oldest} to {newest.number}: generation {oldest - 1} is missing",
+                "restore its files from a copy",
+            )
+        assert merger.image_size is not None or table.count == 0
+        image_size = merger.image_size or 0
+        target.finish(image_size)
+        return image_size

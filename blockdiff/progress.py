@@ -1,0 +1,14 @@
+"""How long work tells whoever watches how far it is. This watcher keeps it to itself."""
+
+
+class Progress:
+    """Told how a run goes, by the thread that runs it."""
+
+    def begin(self, total: int | None) -> None:
+        """The work has this many bytes in all, None where nobody knows."""
+
+    def update(self, offset: int, received: int) -> None:
+        """Everything below `offset` was examined, and `received` bytes have come from the host."""
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""

@@ -1,0 +1,227 @@
+"""Prove, without writing an image, which generations of a chain restore exactly.
+
+All deltas are read once, oldest first, and for each block the digest of its newest bytes is kept. A generation restores
+exactly if and only if these digests are those of its table, which is what a restore checks block by block. A delta that
+cannot be read takes everything older with it: a restore that gets so far fails there, too.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from blockdiff import merge, pipeline
+from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.chain import Chain, Generation
+from blockdiff.deltafile import DeltaReader, TableReader
+from blockdiff.dump import Run
+from blockdiff.errors import BlockdiffError, DamagedError, StorageError
+
+_COMPARE_BLOCKS = 65536
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found of one generation; `error` is None for a sound one."""
+
+    number: int
+    error: BlockdiffError | None
+
+
+class _HashedFile:
+    """A file whose SHA-256 is known when it has been read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(count)
+        self._hash.update(data)
+        return data
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+class _Newest:
+    """The digests of the newest bytes of every block, in an unnamed file: they may be more than the memory holds."""
+
+    def __init__(self, digest_size: int, block_size: int) -> None:
+        self.digest_size = digest_size
+        self.block_size = block_size
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def put(self, first: int, digests: bytes) -> None:
+        self._file.seek(first * self.digest_size)
+        self._file.write(digests)
+
+    def get(self, first: int, count: int) -> bytes:
+        """Return the digests of `count` blocks, zero bytes for blocks that no delta had."""
+        self._file.seek(first * self.digest_size)
+        found = self._file.read(count * self.digest_size) or b""
+        return found.ljust(count * self.digest_size, b"\0")
+
+    def keep_only(self, carried: bytearray) -> "_Newest":
+        """Return a copy that knows only the blocks that are marked in `carried`, and close this one."""
+        copy = _Newest(self.digest_size, self.block_size)
+        first = carried.find(1)
+        while first >= 0:
+            last = carried.find(0, first)
+            last = len(carried) if last < 0 else last
+            for start in range(first, last, _COMPARE_BLOCKS):
+                copy.put(start, self.get(start, min(_COMPARE_BLOCKS, last - start)))
+            first = carried.find(1, last)
+        self.close()
+        return copy
+
+
+class Verifier:
+    """Verifies the generations of a chain, oldest first. A context manager.
+
+    `advance` is told the number of bytes of each stored delta that was read.
+    """
+
+    def __init__(self, chain: Chain, advance: Callable[[int], object] = lambda count: None) -> None:
+        self._chain = chain
+        self._advance = advance
+        self._newest: _Newest | None = None
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._forget()
+
+    def all(self) -> Iterator[Verdict]:
+        """Yield the verdict on every generation from the first that is there to the last complete one."""
+        numbers = self._chain.generations
+        if numbers:
+            for number in range(min(numbers), self._chain.last() + 1):
+                yield self._verify(number)
+
+    def one(self, number: int) -> Verdict:
+        """Return the verdict on one generation; the older ones are read as far as a restore would read them."""
+        oldest = self._chain.needed(number)[-1].number
+        for older in range(oldest, number):
+            self._verify(older)
+        return self._verify(number)
+
+    def _forget(self) -> None:
+        if self._newest is not None:
+            self._newest.close()
+            self._newest = None
+
+    def _verify(self, number: int) -> Verdict:
+        generation = self._chain.generations.get(number)
+        if generation is None:
+            self._forget()
+            return Verdict(number, DamagedError(f"generation {number} is missing", "restore its files from a copy"))
+        errors = [
+            self._try(generation.check_files),
+            self._try(lambda: self._chain.check_parent(generation)),
+            self._try(lambda: self._take_delta(generation)),
+        ]
+        if errors == [None, None, None]:
+            errors.append(self._try(lambda: self._compare(generation)))
+        return Verdict(number, next((error for error in errors if error is not None), None))
+
+    @staticmethod
+    def _try(check: Callable[[], object]) -> BlockdiffError | None:
+        try:
+            check()
+        except (DamagedError, StorageError) as error:
+            return error
+        return None
+
+    def _take_delta(self, generation: Generation) -> None:
+        """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end."""
+        carried = bytearray()
+        try:
+            with merge.open_delta(generation) as raw:
+                file = _HashedFile(raw)
+                reader = merge.read_delta(generation, file)
+                self._prepare(generation, reader)
+                self._take_runs(generation, reader, carried)
+                known = generation.manifest
+                if known is not None and file.sha256() != known.delta.sha256:
+                    raise DamagedError(
+                        f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's"
+                    )
+                if reader.table_sha256 is not None:
+                    self._check_table(generation, reader.table_sha256)
+        except (DamagedError, StorageError):
+            if self._newest is not None:
+                self._newest = self._newest.keep_only(carried)
+            raise
+
+    def _prepare(self, generation: Generation, reader: DeltaReader) -> None:
+        digest_size = digest_named(generation.digest).size
+        newest = self._newest
+        if newest is None or (newest.digest_size, newest.block_size) != (digest_size, reader.block_size):
+            self._forget()
+            self._newest = _Newest(digest_size, reader.block_size)
+
+    def _take_runs(self, generation: Generation, reader: DeltaReader, carried: bytearray) -> None:
+        assert self._newest is not None
+        hasher = Hasher(digest_named(generation.digest), reader.block_size)
+
+        def digest(run: Run) -> tuple[Run, bytes]:
+            return run, hasher.zero_digests(run.length) if run.data is None else b"".join(hasher.digests(run.data))
+
+        workers = pipeline.worker_count()
+        for run, digests in pipeline.in_order(digest, _short_runs(reader), workers, ahead=workers + 1):
+            first, count = run.offset // reader.block_size, block_count(run.length, reader.block_size)
+            self._newest.put(first, digests)
+            carried.extend(bytes(max(0, first + count - len(carried))))
+            carried[first : first + count] = b"\1" * count
+            self._advance(run.length)
+
+    @staticmethod
+    def _check_table(generation: Generation, sha256: str) -> None:
+        with generation.open_table() as table:
+            if table.sha256() != sha256:
+                raise DamagedError(
+                    f"{generation.path(generation.table_suffix)} is not the table that the delta was written with"
+                )
+
+    def _compare(self, generation: Generation) -> None:
+        """Raise `DamagedError` unless the newest digests are those of the generation's table."""
+        assert self._newest is not None
+        with generation.open_table() as table:
+            known = generation.manifest
+            if (table.block_size, known.blocks if known else table.count) != (self._newest.block_size, table.count):
+                raise DamagedError(
+                    f"{generation.path(generation.table_suffix)} does not fit the delta and the manifest"
+                )
+            for first in range(0, table.count, _COMPARE_BLOCKS):
+                expected = table.digests(first, _COMPARE_BLOCKS)
+                found = self._newest.get(first, len(expected) // table.digest_size)
+                if found != expected:
+                    raise self._differs(generation, table, first, expected, found)
+
+    @staticmethod
+    def _differs(generation: Generation, table: TableReader, first: int, expected: bytes, found: bytes) -> DamagedError:
+        size = table.digest_size
+        bad = next(i for i in range(0, len(expected), size) if expected[i : i + size] != found[i : i + size])
+        offset = (first + bad // size) * table.block_size
+        why = "is in no readable delta" if found[bad : bad + size] == bytes(size) else "does not match its digest table"
+        return DamagedError(
+            f"{generation.path()} cannot be restored: the block at offset {offset} {why}",
+            "restore the damaged files from a copy, or begin anew with --full",
+        )
+
+
+def _short_runs(reader: DeltaReader) -> Iterator[Run]:
+    """Yield the delta's runs, long runs of zeros in parts whose digests fit in the memory."""
+    step = _COMPARE_BLOCKS * reader.block_size
+    for run in reader.runs():
+        if run.data is not None:
+            yield run
+            continue
+        for start in range(0, run.length, step):
+            yield Run(run.offset + start, min(step, run.length - start), None)
