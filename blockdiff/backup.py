@@ -5,12 +5,12 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 
 from blockdiff import __version__, codec, merge
 from blockdiff.address import Address
 from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
 from blockdiff.chain import Generation, LockedChain
+from blockdiff.clock import now
 from blockdiff.deltafile import TableReader
 from blockdiff.deltawriter import DeltaWriter
 from blockdiff.errors import ChainError, DamagedError, UsageError, printable
@@ -75,7 +75,7 @@ def backup(name: str, address: Address, options: Options, progress: Progress | N
     compress = codec.compressor(options.compression, options.level)
     with ExitStack() as stack:
         chain = stack.enter_context(LockedChain(name))
-        started = _now()
+        started = now()
         plan = _plan(chain, address, options, stack)
         hasher = Hasher(digest_named(plan.digest), plan.block_size)
         session = stack.enter_context(
@@ -113,7 +113,7 @@ def backup(name: str, address: Address, options: Options, progress: Progress | N
             source=Source(address.host, address.path, session.source_kind),
             consistency=_consistency(session.totals),
             started=started,
-            finished=_now(),
+            finished=now(),
             bytes_read=session.totals.read,
             bytes_received=session.bytes_received,
             versions=_versions(session),
@@ -212,7 +212,3 @@ def _warnings(address: Address, totals: Totals) -> list[str]:
 
 def _versions(session: Session) -> dict[str, str]:
     return {"blockdiff": __version__, "python": platform.python_version(), "host_python": session.host["python"]}
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

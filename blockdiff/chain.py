@@ -395,6 +395,10 @@ class NewGeneration:
     def _temporary(self, suffix: str) -> str:
         return f".{self._final(suffix)}.tmp"
 
+    def open_table(self, digest_size: int) -> TableReader:
+        """Return the new digest table as it is so far, for reading."""
+        return TableReader(os.dup(self.table.fileno()), "the new digest table", digest_size)
+
     def stored(self) -> tuple[manifest.StoredFile, manifest.StoredFile]:
         """Return what the manifest says of delta and digest table; both are complete and durable from here on."""
         delta_suffix, table_suffix, _ = self._suffixes

@@ -8,7 +8,7 @@ are read as well, on one thread.
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
 import zstandard
 from isal import igzip_lib, isal_zlib
@@ -25,7 +25,7 @@ LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 3), "none": (0, 0, 0)}
 MAX_MEMBER = 16 << 20
 _CHUNK = 1 << 20
 
-_GZIP_ERRORS: tuple[type[Exception], ...] = (igzip_lib.IsalError,)
+_GzipError = cast("type[Exception]", igzip_lib.IsalError)  # its stub takes the class for an instance
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
@@ -176,7 +176,7 @@ def _sized_gzip(source: _Input, member: bytes) -> Task:
         inflate = isal_zlib.decompressobj(wbits=31)
         try:
             data = inflate.decompress(member, MAX_MEMBER)
-        except _GZIP_ERRORS as error:
+        except _GzipError as error:
             raise source.damaged(error) from error
         if not inflate.eof or inflate.unused_data:
             raise source.damaged("a gzip member does not end where it says")
@@ -192,7 +192,7 @@ def _gzip_stream(source: _Input) -> Iterator[bytes]:
     while True:
         try:
             piece = inflate.decompress(data, _CHUNK)
-        except _GZIP_ERRORS as error:
+        except _GzipError as error:
             raise source.damaged(error) from error
         if piece:
             yield piece

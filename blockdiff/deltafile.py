@@ -33,8 +33,8 @@ class Sink(Protocol):
         """Take all of `data`."""
 
 
-def header(delta_format: int, block_size: int, image_size: int) -> bytes:
-    """Return what a delta begins with."""
+def header(delta_format: int, block_size: int, image_size: int | None) -> bytes:
+    """Return what a delta begins with; only version 2 knows the image's size."""
     if delta_format == 1:
         return _U32.pack(block_size)
     return _HEADER_2.pack(_MAGIC, block_size, image_size)

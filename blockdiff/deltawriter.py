@@ -54,7 +54,8 @@ class DeltaWriter:
     """Writes one delta and its digest table.
 
     `old` is the previous generation's table, None for a full one. `allocate` gives the room that a run's data is to be
-    received in; the run must then be the next one that `write` is given.
+    received in; the run must then be the next one that `write` is given. `image_size` in bytes may be None at first for
+    a version 1 delta, and must be set when the runs are at their end.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class DeltaWriter:
         table: Sink,
         delta_format: int,
         hasher: Hasher,
-        image_size: int,
+        image_size: int | None,
         compress: Callable[[bytes], bytes],
         old: TableReader | None,
     ) -> None:
         self._delta = delta
         self._format = delta_format
         self._hasher = hasher
-        self._image_size = image_size
+        self.image_size = image_size
         self._compress = compress
         self._old = old
         self._table = TableWriter(table, hasher.block_size, hasher.digest.size)
@@ -94,13 +95,14 @@ class DeltaWriter:
         Raises `ProtocolError` if blocks are missing that the previous table does not have; whatever `runs` or the sinks
         raise comes through.
         """
-        self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self._image_size)))
+        self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
         workers = pipeline.worker_count()
         for encoded in pipeline.in_order(self._encode, self._members(runs), workers, ahead=workers + 1):
             self._delta.write(encoded.data)
             for offset, length, digests in encoded.digests:
                 self._append_digests(offset, length, digests)
-        blocks = block_count(self._image_size, self._hasher.block_size)
+        assert self.image_size is not None, "the image's size must be known at its end"
+        blocks = block_count(self.image_size, self._hasher.block_size)
         self._keep_until(blocks)
         self._table.flush()
         end = deltafile.end(self._format, blocks, self._changed_blocks, self._table.sha256())

@@ -15,6 +15,8 @@ from types import TracebackType
 from blockdiff.blocks import MAX_IMAGE_SIZE
 from blockdiff.errors import StorageError
 
+_READ_SIZE = 1 << 20
+
 _HINTS = {
     errno.ENOSPC: "free some space there; the chain is as it was before this run",
     errno.EDQUOT: "raise the quota; the chain is as it was before this run",
@@ -64,6 +66,19 @@ class OutputFile:
                 view = view[os.write(self._fd, view) :]
         self._hash.update(data)
         self.size += len(data)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for a child process to write to."""
+        assert self._fd is not None, "finished already"
+        return self._fd
+
+    def take_in(self) -> None:
+        """Count and hash what another process has written through the descriptor; raises `StorageError`."""
+        self._hash, self.size = hashlib.sha256(), 0
+        with _named("read", self.path):
+            while data := os.pread(self.fileno(), _READ_SIZE, self.size):
+                self._hash.update(data)
+                self.size += len(data)
 
     def finish(self) -> None:
         """Make the content durable and close the file; raises `StorageError`."""
@@ -140,7 +155,7 @@ class Directory:
     def create(self, name: str) -> OutputFile:
         """Make a new file of mode 0600; raises `StorageError` where the name is taken."""
         with _named("create", self.path_of(name)):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             return OutputFile(os.open(name, flags, 0o600, dir_fd=self._fd), self.path_of(name))
 
     def link(self, name: str, new_name: str) -> None:

@@ -8,7 +8,7 @@ do overlap. This is the only place that starts threads for such work.
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, Deque, Iterable, Iterator, List, TypeVar
 
 Item = TypeVar("Item")

@@ -72,12 +72,12 @@ def watched(what: str) -> Iterator[Progress]:
         yield bar
 
 
-def run(command: click.Command) -> None:
+def run(command: click.Command, name: str) -> None:
     """Run a command and end the process with its exit status: the boundary for errors of every kind."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
-        command(standalone_mode=False)
+        command(prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except BlockdiffError as error:
         say_error(error)

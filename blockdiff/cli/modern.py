@@ -230,4 +230,4 @@ def _print_table(found: list[listing.Entry]) -> None:
 
 def main() -> None:
     """The entry point."""
-    run(cli)
+    run(cli, "blockdiff")

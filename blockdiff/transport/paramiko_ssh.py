@@ -5,7 +5,9 @@ the usual places.
 """
 
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import paramiko
 
@@ -127,7 +129,7 @@ class ParamikoConnection(Connection):
 
 
 def _transport(
-    sock: socket.socket,
+    sock: object,
     /,
     *,
     gss_kex: bool = False,
@@ -135,7 +137,9 @@ def _transport(
     disabled_algorithms: Mapping[str, Iterable[str]] | None = None,
 ) -> paramiko.Transport:
     """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself."""
-    transport = paramiko.Transport(sock, WINDOW_SIZE, PACKET_SIZE, disabled_algorithms=disabled_algorithms)
+    transport = paramiko.Transport(
+        cast(socket.socket, sock), WINDOW_SIZE, PACKET_SIZE, disabled_algorithms=disabled_algorithms
+    )
     options = transport.get_security_options()
     options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher != _FAST_CIPHER)
     transport.packetizer.REKEY_BYTES = _NEVER

@@ -1,0 +1,11 @@
+"""Let the commands in this folder run from a checkout: find its virtual environment and its package."""
+
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_PYTHON = os.path.join(_ROOT, ".venv", "bin", "python3")
+
+if os.path.exists(_PYTHON) and os.path.realpath(sys.prefix) != os.path.join(_ROOT, ".venv"):
+    os.execv(_PYTHON, [_PYTHON, *sys.argv])
+sys.path.insert(0, _ROOT)

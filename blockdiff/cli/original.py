@@ -1,0 +1,111 @@
+"""The commands of the 2010 original under their own names, compatible byte for byte."""
+
+import os
+import shlex
+
+import click
+
+from blockdiff import __version__, address, codec
+from blockdiff.apply import apply
+from blockdiff.cli import agent_prefix, run
+from blockdiff.command_backup import backup_with_command
+from blockdiff.descriptors import dump_local, dump_remote
+from blockdiff.errors import UsageError, printable
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_version = click.version_option(__version__, message="%(version)s")
+_gzip = click.option("-z", "--gzip", is_flag=True, help="Compress with gzip.")
+_lzop = click.option("--lzop", is_flag=True, help="Compress with lzop, which must be installed here.")
+
+
+@click.command(context_settings=_SETTINGS)
+@click.option("--blocksize", type=int, help="Bytes of a block; default BLOCKSIZE in the environment, or 16384.")
+@_gzip
+@_lzop
+@_version
+@click.argument("file", required=False)
+def _dump(blocksize: int | None, gzip: bool, lzop: bool, file: str | None) -> None:
+    """Write the changed blocks of FILE (default: standard input) to standard output.
+
+    The old digest table is read from descriptor 5, if it is open, and the new one written to descriptor 6:
+
+    blockdiff_dump FILE 5< NAME.1.md5 6> NAME.2.md5 > NAME.2
+    """
+    dump_local(file, blocksize if blocksize is not None else _block_size(), _compression(gzip, lzop))
+
+
+@click.command(context_settings=_SETTINGS)
+@_version
+@click.argument("file")
+def _merge(file: str) -> None:
+    """Apply the delta on standard input, plain or compressed by gzip, zstd or lzop, to FILE."""
+    with os.fdopen(os.dup(0), "rb", buffering=0) as delta:
+        apply(codec.decompressed(delta, "the delta on standard input"), file)
+
+
+@click.command(context_settings={**_SETTINGS, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@_version
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def _backup(name: str, command: tuple[str, ...]) -> None:
+    """Add a generation to the chain NAME: what COMMAND, with its arguments, dumps.
+
+    -z, --gzip or --lzop among the arguments tells how COMMAND compresses. VERBOSE in the environment shows it.
+    """
+    if os.environ.get("VERBOSE"):
+        click.echo(f"running: {printable(shlex.join(command))}", err=True)
+    gzip, lzop = any(word in ("-z", "--gzip") for word in command), "--lzop" in command
+    _number, notes = backup_with_command(name, command, _compression(gzip, lzop))
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo("backup completed successfully", err=True)
+
+
+@click.command(context_settings=_SETTINGS)
+@_gzip
+@_lzop
+@_version
+@click.argument("host", metavar="[USER@]HOST")
+@click.argument("file")
+def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
+    """Write the changed blocks of FILE on HOST to standard output; descriptors as for blockdiff_dump.
+
+    SSH_BLOCKDIFF_PREFIX in the environment is a command that the agent is run under, such as `ionice -c3 nice`.
+    """
+    dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
+
+
+def _compression(gzip: bool, lzop: bool) -> str:
+    if gzip and lzop:
+        raise UsageError("a delta cannot be compressed by both gzip and lzop")
+    return "gzip" if gzip else "lzop" if lzop else "none"
+
+
+def _block_size() -> int | None:
+    """Return the block size in the environment, in bytes."""
+    value = os.environ.get("BLOCKSIZE")
+    if not value:
+        return None
+    if not value.isascii() or not value.isdigit():
+        raise UsageError(f"BLOCKSIZE is {printable(value, 100)!r}, not a number of bytes")
+    return int(value)
+
+
+def blockdiff_dump() -> None:
+    """The entry point."""
+    run(_dump, "blockdiff_dump")
+
+
+def blockdiff_merge() -> None:
+    """The entry point."""
+    run(_merge, "blockdiff_merge")
+
+
+def blockdiff_backup() -> None:
+    """The entry point."""
+    run(_backup, "blockdiff_backup")
+
+
+def ssh_blockdiff_dump() -> None:
+    """The entry point."""
+    run(_ssh_dump, "ssh_blockdiff_dump")

@@ -1,0 +1,189 @@
+"""The original's descriptor protocol: a delta on standard output, digest tables on descriptors 5 and 6.
+
+Deltas are of version 1 and digests MD5, whatever reads or writes the other end.
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from blockdiff import codec, dump
+from blockdiff.address import Address
+from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
+from blockdiff.deltafile import Sink, TableReader
+from blockdiff.deltawriter import DeltaWriter
+from blockdiff.errors import SourceError, StorageError, UsageError, printable
+from blockdiff.lzop import LzopWriter
+from blockdiff.pipeline import BufferPool
+from blockdiff.session import Request, Session
+
+DEFAULT_BLOCK_SIZE = 16384
+
+DELTA_FD = 1
+OLD_TABLE_FD = 5
+NEW_TABLE_FD = 6
+
+_MD5 = digest_named("md5")
+
+
+class FdSink:
+    """Writes to a descriptor. `finish` must be called: a late error shows only when the descriptor is closed."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        self._fd = fd
+        self._what = what
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`; raises `StorageError`."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> None:
+        """Close the descriptor; raises `StorageError`."""
+        try:
+            os.close(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(f"cannot write the {self._what} (descriptor {self._fd}): {error.strerror}")
+
+
+class _Protocol:
+    """Both ends of one dump: the old table, if there is one, and where delta and new table go. A context manager."""
+
+    def __init__(self, block_size: int | None, compression: str) -> None:
+        self._stack = ExitStack()
+        self._compression = compression
+        self._asked_block_size = block_size
+
+    def __enter__(self) -> "_Protocol":
+        if not _is_open(NEW_TABLE_FD):
+            raise UsageError(
+                f"descriptor {NEW_TABLE_FD} is not open: the new digest table has nowhere to go",
+                f"add {NEW_TABLE_FD}> NAME.md5, or run this through blockdiff_backup",
+            )
+        with self._stack as stack:
+            self.old = stack.enter_context(_old_table()) if _is_open(OLD_TABLE_FD) else None
+            self.block_size = self.old.block_size if self.old is not None else self._block_size()
+            self._table = FdSink(NEW_TABLE_FD, "new digest table")
+            self._delta: FdSink | LzopWriter = FdSink(DELTA_FD, "delta")
+            if self._compression == "lzop":
+                self._delta = stack.enter_context(LzopWriter(DELTA_FD))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _block_size(self) -> int:
+        size = DEFAULT_BLOCK_SIZE if self._asked_block_size is None else self._asked_block_size
+        if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
+            raise UsageError(f"the block size {size} is not between {MIN_BLOCK_SIZE} and {MAX_BLOCK_SIZE} bytes")
+        return size
+
+    def writer(self, image_size: int | None) -> DeltaWriter:
+        """Return what turns runs into the delta and the new table."""
+        compress = codec.compressor("gzip" if self._compression == "gzip" else "none")
+        hasher = Hasher(_MD5, self.block_size)
+        delta: Sink = self._delta
+        return DeltaWriter(delta, self._table, 1, hasher, image_size, compress, self.old)
+
+    def finish(self) -> None:
+        """Make sure that everything arrived where it was written to."""
+        self._delta.finish()
+        self._table.finish()
+
+
+def dump_local(path: str | None, block_size: int | None, compression: str) -> None:
+    """Dump the file or device at `path`, or standard input for None.
+
+    `compression` is ``gzip``, ``lzop`` or ``none``; `block_size` in bytes counts only where there is no old table.
+    Raises `SourceError`, `StorageError`, `UsageError`, or `DamagedError` for an old table that cannot be one.
+    """
+    with _Protocol(block_size, compression) as ends, ExitStack() as stack:
+        pool = dump.buffers_for(ends.block_size)
+        source: dump.FileSource | dump.StreamSource
+        source = dump.StreamSource(0, pool) if path is None else _open_source(path, pool, stack)
+        writer = ends.writer(source.size)
+
+        def runs() -> Iterator[dump.Run]:
+            taken = 0
+
+            def take(count: int) -> bytes:
+                nonlocal taken
+                taken += count
+                return ends.old.digests(taken - count, count) if ends.old is not None else b""
+
+            hasher = Hasher(_MD5, ends.block_size)
+            old = take if ends.old is not None else None
+            for batch in dump.scan(source, hasher, pool, old, with_digests=False):
+                for run in batch.runs:
+                    yield _kept(run, writer)
+            writer.image_size = source.size
+
+        writer.write(runs())
+        ends.finish()
+
+
+def dump_remote(
+    host: Address, path: str, block_size: int | None, compression: str, prefix: list[str] | None = None
+) -> None:
+    """Dump the file or device at `path` on a host, through the agent; see `dump_local`.
+
+    `prefix` is a command to run the agent under, None for low priority.
+    """
+    with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
+        request = Request(os.fsencode(path), ends.block_size, _MD5, ends.old, low_priority=prefix is None)
+        writer = ends.writer(session.open_source(request))
+        writer.write(session.changes(request, writer.allocate))
+        ends.finish()
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _old_table() -> TableReader:
+    """Return the old digest table as a file of our own: the descriptor may be a pipe."""
+    with tempfile.TemporaryFile() as copy, os.fdopen(os.dup(OLD_TABLE_FD), "rb") as file:
+        try:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+        except OSError as error:
+            raise StorageError(f"cannot read descriptor {OLD_TABLE_FD}: {error.strerror}") from error
+        return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
+
+
+def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.StreamSource:
+    """Return the source at `path`; pipes, and empty files as the original allows them, are read as streams."""
+    try:
+        status = os.stat(path)
+        is_stream = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)
+        if not is_stream and (status.st_size or not stat.S_ISREG(status.st_mode)):
+            return stack.enter_context(dump.FileSource(os.fsencode(path)))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"cannot open {printable(path)}: {error.strerror}") from error
+    stack.callback(os.close, fd)
+    return dump.StreamSource(fd, pool)
+
+
+def _kept(run: dump.Run, writer: DeltaWriter) -> dump.Run:
+    """Return the run with its bytes in the writer's room: those of the scan are gone with its next batch."""
+    if run.data is None:
+        return run
+    room = writer.allocate(run.length)
+    room[:] = run.data
+    return dump.Run(run.offset, run.length, room)
