@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from blockdiff import __version__, codec, merge
 from blockdiff.address import Address
 from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
-from blockdiff.chain import Generation, LockedChain
+from blockdiff.chain import Generation
 from blockdiff.clock import now
+from blockdiff.commit import LockedChain
 from blockdiff.deltafile import TableReader
 from blockdiff.deltawriter import DeltaWriter
 from blockdiff.errors import ChainError, DamagedError, UsageError, printable

@@ -1,21 +1,18 @@
-"""A chain: the files ``NAME.N.*`` and ``NAME.ver`` in one directory, what they mean, and how one more is added.
+"""A chain as it is found: the files ``NAME.N.*`` and ``NAME.ver`` in one directory, and what they mean.
 
-The order of writing is what the safety of a chain rests on: see `NewGeneration.commit` and `docs/architecture.md`.
+Nothing here writes; `commit` does.
 """
 
-import errno
-import fcntl
 import os
 import re
-import uuid
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from blockdiff import codec, manifest
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.deltafile import TableReader
-from blockdiff.durable import Directory, OutputFile
-from blockdiff.errors import BusyError, ChainError, DamagedError, StorageError, UsageError, printable
+from blockdiff.durable import Directory
+from blockdiff.errors import ChainError, DamagedError, UsageError, printable
 from blockdiff.manifest import Manifest
 
 DELTA_SUFFIXES = tuple(codec.SUFFIXES.values())
@@ -262,181 +259,3 @@ class Chain:
             if known is not None and known.full:
                 break
         return found
-
-
-class LockedChain(Chain):
-    """A chain that this process alone may add to, after what a crash left was put in order.
-
-    Raises `BusyError` where another run holds it. `notes` says what was put in order.
-    """
-
-    def __init__(self, name: str) -> None:
-        if re.search(r"@[0-9]+$", name):
-            raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
-        self.notes: list[str] = []
-        self._lock_fd = -1
-        super().__init__(name)
-        try:
-            self._lock()
-            self._remove_temporary()
-            self.reload()
-            self._recover()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "LockedChain":
-        return self
-
-    def close(self) -> None:
-        """Release the lock and close the directory."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-        super().close()
-
-    def _lock(self) -> None:
-        self._lock_fd = self.directory.open_lock(f".{self.base}.lock")
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageError(f"cannot lock {self.path_of('.lock')}: {error.strerror}") from error
-            raise BusyError(
-                f"another run is busy with {printable(self.name)}", "let it finish, then run again"
-            ) from error
-
-    def _remove_temporary(self) -> None:
-        pattern = re.compile(re.escape(f".{self.base}.") + r"(ver|[1-9][0-9]*(\.[a-z0-9]+)?)\.tmp")
-        for name in self.directory.names():
-            if pattern.fullmatch(name):
-                self.directory.unlink(name)
-
-    def _recover(self) -> None:
-        last = self.last()
-        if last and last != self.version:
-            self.write_version(last)
-            self.notes.append(f"{self.path_of('.ver')} was put right: generation {last} is the last complete one")
-        beyond = [generation for number, generation in self.generations.items() if number > last]
-        for generation in beyond:
-            for suffix in sorted(generation.suffixes):
-                self._set_aside(generation, suffix)
-            del self.generations[generation.number]
-        if beyond:
-            self.directory.sync()
-
-    def _set_aside(self, generation: Generation, suffix: str) -> None:
-        name, taken, count = generation.name(suffix), set(self.directory.names()), 1
-        while f"{name}.aside-{count}" in taken:
-            count += 1
-        self.directory.rename(name, f"{name}.aside-{count}")
-        self.notes.append(f"{generation.path(suffix)} was never completed; it was moved to {name}.aside-{count}")
-
-    def write_version(self, number: int) -> None:
-        """Let ``NAME.ver`` say that `number` is the last complete generation."""
-        temporary = f".{self.base}.ver.tmp"
-        self.directory.unlink(temporary)
-        try:
-            with self.directory.create(temporary) as file:
-                file.write(b"%d\n" % number)
-                file.finish()
-            self.directory.rename(temporary, f"{self.base}.ver")
-        except BaseException:
-            self.directory.unlink(temporary)
-            raise
-        self.directory.sync()
-        self.version = number
-
-    def chain_id(self) -> str:
-        """Return the identifier that the chain's manifests share; a new one where there is no manifest yet."""
-        known = [generation.manifest.chain for generation in self.generations.values() if generation.manifest]
-        return known[-1] if known else uuid.uuid4().hex
-
-    def begin(self, delta_suffix: str, table_suffix: str) -> "NewGeneration":
-        """Return the next generation, to be written."""
-        return NewGeneration(self, self.last() + 1, delta_suffix, table_suffix)
-
-
-class NewGeneration:
-    """A generation that is being written: under temporary names, until it is committed.
-
-    A context manager: without `commit` nothing of it stays.
-    """
-
-    def __init__(self, chain: LockedChain, number: int, delta_suffix: str, table_suffix: str) -> None:
-        self.number = number
-        self._chain = chain
-        self._directory = chain.directory
-        self._suffixes = (delta_suffix, table_suffix, MANIFEST_SUFFIX)
-        self._committed = False
-        self._linked: list[str] = []
-        self._files: list[OutputFile] = []
-        try:
-            self.delta = self._create(delta_suffix)
-            self.table = self._create(table_suffix)
-        except BaseException:
-            self._undo()
-            raise
-
-    def __enter__(self) -> "NewGeneration":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._undo()
-
-    def _create(self, suffix: str) -> OutputFile:
-        file = self._directory.create(self._temporary(suffix))
-        self._files.append(file)
-        return file
-
-    def _final(self, suffix: str) -> str:
-        return f"{self._chain.base}.{self.number}{suffix}"
-
-    def _temporary(self, suffix: str) -> str:
-        return f".{self._final(suffix)}.tmp"
-
-    def open_table(self, digest_size: int) -> TableReader:
-        """Return the new digest table as it is so far, for reading."""
-        return TableReader(os.dup(self.table.fileno()), "the new digest table", digest_size)
-
-    def stored(self) -> tuple[manifest.StoredFile, manifest.StoredFile]:
-        """Return what the manifest says of delta and digest table; both are complete and durable from here on."""
-        delta_suffix, table_suffix, _ = self._suffixes
-        self.delta.finish()
-        self.table.finish()
-        return (
-            manifest.StoredFile(delta_suffix, self.delta.size, self.delta.sha256()),
-            manifest.StoredFile(table_suffix, self.table.size, self.table.sha256()),
-        )
-
-    def commit(self, content: Manifest) -> None:
-        """Make the generation a part of the chain. The link of the manifest is the moment that decides.
-
-        Every content is durable before any name appears, delta and table have their names before the manifest has, and
-        ``NAME.ver`` follows: whenever the power fails, what is found later is complete or not there.
-        """
-        delta_suffix, table_suffix, manifest_suffix = self._suffixes
-        with self._create(manifest_suffix) as file:
-            file.write(content.to_bytes())
-            file.finish()
-        for suffix in (delta_suffix, table_suffix):
-            self._link(suffix)
-        self._directory.sync()
-        self._link(manifest_suffix)
-        self._directory.sync()
-        self._committed = True
-        self._chain.write_version(self.number)
-
-    def _link(self, suffix: str) -> None:
-        self._directory.link(self._temporary(suffix), self._final(suffix))
-        self._linked.append(self._final(suffix))
-
-    def _undo(self) -> None:
-        """Remove the temporary names, and the final ones that this very object made and did not commit."""
-        for file in self._files:
-            file.__exit__(None, None, None)
-        if not self._committed:
-            for name in reversed(self._linked):
-                self._directory.unlink(name)
-        for suffix in self._suffixes:
-            self._directory.unlink(self._temporary(suffix))

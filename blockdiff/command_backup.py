@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from blockdiff import __version__, codec, pipeline, process
 from blockdiff.blocks import Hasher, block_count, digest_named
-from blockdiff.chain import Generation, LockedChain, NewGeneration
+from blockdiff.chain import Generation
 from blockdiff.clock import now
+from blockdiff.commit import LockedChain, NewGeneration
 from blockdiff.deltafile import DeltaReader, TableReader
 from blockdiff.descriptors import DELTA_FD, NEW_TABLE_FD, OLD_TABLE_FD
 from blockdiff.dump import Run
@@ -126,11 +127,11 @@ def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Fi
         if reader.block_size != table.block_size:
             raise DamagedError(f"{where} has blocks of {reader.block_size} bytes, its table of {table.block_size}")
         checked = end = 0
-        for first, count, digests, end in _digests(reader):
+        for first, count, digests, stop in _digests(reader):
             _check_kept(table, old, checked, first)
             if table.digests(first, count) != digests:
                 raise DamagedError(f"{where} does not match the new digest table at offset {first * table.block_size}")
-            checked = first + count
+            checked, end = first + count, stop
         _check_kept(table, old, checked, table.count)
         if checked > table.count or reader.table_sha256 not in (None, table.sha256()):
             raise DamagedError(f"{where} and the new digest table do not belong together")

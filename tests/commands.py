@@ -1,0 +1,38 @@
+"""Run the real commands in processes of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+BIN = Path(__file__).resolve().parent.parent / "bin"
+
+
+def run(
+    *arguments: str | bytes | Path,
+    stdin: bytes = b"",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 120,
+    pass_fds: Sequence[int] = (),
+) -> "subprocess.CompletedProcess[bytes]":
+    """Run a command of ``bin/`` (its first word) and return what it printed; the exit status is the caller's to check."""
+    program = BIN / os.fsdecode(arguments[0])
+    return subprocess.run(
+        [sys.executable, program, *arguments[1:]],
+        input=stdin,
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})},
+        capture_output=True,
+        timeout=timeout_s,
+        pass_fds=pass_fds,
+        check=False,
+    )
+
+
+def done(*arguments: str | bytes | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> bytes:
+    """Run a command that must exit 0 and say nothing on standard error; return its standard output."""
+    result = run(*arguments, cwd=cwd, env=env)
+    assert (result.returncode, result.stderr) == (0, b""), result
+    return result.stdout

@@ -1,0 +1,52 @@
+"""What the tests share: how a test says that it needs something, and the fixtures that start real programs."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.sshd import Sshd
+
+#: Where large images go: memory, where the machine offers it as a file system.
+LARGE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+
+
+def require(present: object, what: str) -> None:
+    """Skip the test where `what` is missing; fail it where the environment says that nothing may be (CI)."""
+    if present:
+        return
+    if os.environ.get("BLOCKDIFF_REQUIRE") == "1":
+        pytest.fail(f"needs {what}, and BLOCKDIFF_REQUIRE is set")
+    pytest.skip(f"needs {what}")
+
+
+def require_program(name: str) -> str:
+    """Return the path of a program, or skip the test."""
+    path = shutil.which(name)
+    require(path, f"the program {name}")
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """A real sshd on loopback that lets this user in with a key of its own."""
+    require(Sshd.available(), "the programs sshd, ssh and ssh-keygen")
+    with Sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture
+def large_tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory for large images, in memory where possible; gone after the test."""
+    if LARGE is None:
+        yield tmp_path
+        return
+    path = LARGE / f"blockdiff-{os.getpid()}-{tmp_path.name}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
