@@ -103,8 +103,9 @@ class LockedChain(Chain):
 
     def chain_id(self) -> str:
         """Return the identifier that the chain's manifests share; a new one where there is no manifest yet."""
-        known = [generation.manifest.chain for generation in self.generations.values() if generation.manifest]
-        return known[-1] if known else uuid.uuid4().hex
+        known = [(number, generation.manifest) for number, generation in self.generations.items()]
+        newest = max(((n, found.chain) for n, found in known if found is not None), default=None)
+        return newest[1] if newest is not None else uuid.uuid4().hex
 
     def begin(self, delta_suffix: str, table_suffix: str) -> "NewGeneration":
         """Return the next generation, to be written."""

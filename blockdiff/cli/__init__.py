@@ -100,4 +100,4 @@ def _interrupt(number: int, _frame: object) -> None:
     """Unwind, once: what follows is clean-up, which no further signal may disturb."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(f"stopped by {signal.Signals(number).name}; the chain is as it was")
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
