@@ -33,6 +33,9 @@ from blockdiff.errors import (
 #: How long the server may take from the agent's start to its request, in seconds: it may be taking a lock elsewhere.
 REQUEST_TIMEOUT_S = 600.0
 
+#: How long the agent may try to tell why it failed, in seconds; then SIGALRM ends it.
+LAST_WORD_S = 60
+
 #: Added to the niceness, and the level in the best-effort class of I/O priorities (7 is the lowest): a backup yields to
 #: production but is never starved, because a snapshot that is kept for long fills up.
 NICENESS = 10
@@ -230,9 +233,11 @@ def main(nonce: bytes) -> None:
         except (ConnectionLost, Interrupted):
             raise
         except BlockdiffError as error:
+            signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, to_wire(error))
         except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
             traceback.print_exc()
+            signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, {"message": "the agent failed: {}: {}".format(type(error).__name__, error)})
     except BlockdiffError as error:
         sys.stderr.write("blockdiff agent: {}\n".format(printable(str(error))))

@@ -217,11 +217,9 @@ class Verifier:
 
 
 def _short_runs(reader: DeltaReader) -> Iterator[Run]:
-    """Yield the delta's runs, long runs of zeros in parts whose digests fit in the memory."""
+    """Yield the delta's runs in parts whose digests fit in the memory."""
     step = _COMPARE_BLOCKS * reader.block_size
     for run in reader.runs():
-        if run.data is not None:
-            yield run
-            continue
         for start in range(0, run.length, step):
-            yield Run(run.offset + start, min(step, run.length - start), None)
+            length = min(step, run.length - start)
+            yield Run(run.offset + start, length, None if run.data is None else run.data[start : start + length])

@@ -160,6 +160,9 @@ def restore_command(name: str, path: str, force: bool) -> None:
         progress.begin(image_size)
         with target.open_target(path, force, image_size) as out:
             merge.merge(needed, out, progress.advance)
+        if generation.manifest_error is not None:
+            say(f"warning: {generation.manifest_error.message}; every block was restored and compared all the same")
+            sys.exit(EXIT_WARNING)
 
 
 def split_name(text: str) -> tuple[str, int | None]:
