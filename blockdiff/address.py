@@ -20,6 +20,11 @@ class Address:
     port: int | None = None
 
     @property
+    def machine(self) -> str | None:
+        """``host`` or ``host:port``, which tells machines behind one name apart; None for this machine."""
+        return self.host if self.port is None else f"{self.host}:{self.port}"
+
+    @property
     def login(self) -> str:
         """``user@host``, ``host``, or ``localhost``: how messages call the machine."""
         host = printable(self.host or "localhost", 300)

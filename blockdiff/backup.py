@@ -111,7 +111,7 @@ def backup(name: str, address: Address, options: Options, progress: Progress | N
             image_size=image_size,
             blocks=written.blocks,
             changed_blocks=written.changed_blocks,
-            source=Source(address.host, address.path, session.source_kind),
+            source=Source(address.machine, address.path, session.source_kind),
             consistency=_consistency(session.totals),
             started=started,
             finished=now(),
@@ -154,9 +154,9 @@ def _full_plan(base: Generation | None, parent: Parent | None, options: Options)
 
 
 def _check_source(chain: LockedChain, known: Source, address: Address) -> None:
-    if known.kind == "command" or known.same_place(Source(address.host, address.path, "")):
+    here = Source(address.machine, address.path, "")
+    if known.kind == "command" or known.same_place(here):
         return
-    here = Source(address.host, address.path, "")
     raise ChainError(
         f"{printable(chain.name)} holds backups of {printable(str(known))}, not of {printable(str(here))}",
         "use another NAME, or say --full if this source really takes the place of the other",

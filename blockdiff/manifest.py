@@ -38,7 +38,10 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Source:
-    """What was backed up. `host` is None for this machine; `kind` is ``file``, ``device`` or ``command``."""
+    """What was backed up.
+
+    `host` (with ``:port`` where one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
+    """
 
     host: str | None
     path: str
