@@ -2,17 +2,16 @@
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
-STAMP = $(VENV)/installed
 
 .PHONY: demo test check clean
 
-demo: $(STAMP)
+demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
 
-test: $(STAMP)
+test: $(VENV)/installed-for-tests
 	$(PYTHON) -m pytest
 
-check: $(STAMP)
+check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
@@ -21,9 +20,13 @@ check: $(STAMP)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-$(STAMP): setup.cfg pyproject.toml
+$(VENV)/installed: setup.cfg pyproject.toml
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo 'blockdiff needs Python 3.10 or newer on the server' >&2; exit 1; }
+		echo 'the server side of blockdiff needs python3 of version 3.10 or newer' >&2; exit 1; }
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-for-tests: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
