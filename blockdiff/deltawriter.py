@@ -119,8 +119,8 @@ class DeltaWriter:
                 member.blocks += block_count(piece.length, self._hasher.block_size)
                 if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
                     self._close_member()
-            yield from self._full_members
-            self._full_members.clear()
+                yield from self._full_members  # within this loop: a run of zeros may be of any length
+                self._full_members.clear()
         self._close_member()
         yield from self._full_members
 

@@ -4,6 +4,7 @@ The host is trusted for the content of its own volume and for nothing else. What
 rules of `docs/architecture.md` before it is used, and every buffer has a bound.
 """
 
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from blockdiff.transport import connection
 
 #: Digests that are sent in one frame, in bytes.
 _TABLE_FRAME = 64 << 10
+
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,8 @@ class Session:
         if request.old is not None:
             self._sender = _TableSender(self._link, request.old)
             self._sender.start()
-        checker = _Checker(self.image_size, request.block_size)
+        table_size = request.old.count * request.old.digest_size if request.old is not None else 0
+        checker = _Checker(self.image_size, request.block_size, table_size)
         while True:
             frame = self._next()
             try:
@@ -198,13 +202,14 @@ class Session:
                     self._link.read_into(room)
                     yield Run(frame.offset, frame.length, room)
                 elif frame.kind == wire.ZERO:
-                    length = int.from_bytes(self._link.read_bytes(frame, 8), "little")
+                    length = self._read_length(frame)
                     checker.check_run(frame.offset, length, is_zero=True)
                     yield Run(frame.offset, length, None)
                 elif frame.kind == wire.PROGRESS and not frame.length:
                     checker.check_progress(frame.offset)
                     progress(frame.offset)
                 elif frame.kind == wire.WANT and not frame.length and self._sender is not None:
+                    checker.check_want(frame.offset)
                     self._sender.want(frame.offset)
                 elif frame.kind == wire.END:
                     self.totals = checker.check_totals(self._link.read_json(frame))
@@ -219,8 +224,22 @@ class Session:
                 raise self._sender.failure
         self._check_exit()
 
+    def _read_length(self, frame: wire.Frame) -> int:
+        if frame.length != _LENGTH.size:
+            raise ProtocolError(f"sent a length of {frame.length} bytes")
+        (length,) = _LENGTH.unpack(self._link.read_bytes(frame, _LENGTH.size))
+        return int(length)
+
     def _check_exit(self) -> None:
-        """The agent has said that all is well; it must also have ended well."""
+        """The agent has said that all is well; it must also end well, and without another word."""
+        self._link.silence_s = connection.EXIT_TIMEOUT_S
+        try:
+            frame = self._link.receive()
+            raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
+        except ConnectionLost:
+            pass  # as it should be
+        except ProtocolError as error:
+            raise self._broken(error.message) from error
         status = self._connection.wait(connection.EXIT_TIMEOUT_S)
         if status != 0:
             how = "did not end" if status is None else f"ended with status {status}"
@@ -263,11 +282,13 @@ class Session:
 class _Checker:
     """The rules for what an agent may send. Raises `ProtocolError`."""
 
-    def __init__(self, image_size: int, block_size: int) -> None:
+    def __init__(self, image_size: int, block_size: int, table_size: int) -> None:
         self._image_size = image_size
         self._block_size = block_size
+        self._table_size = table_size
         self._position = 0
         self._progress = 0
+        self._wanted = 0
         self._changed_blocks = 0
 
     def check_run(self, offset: int, length: int, is_zero: bool) -> None:
@@ -284,10 +305,16 @@ class _Checker:
         self._changed_blocks += blocks
 
     def check_progress(self, offset: int) -> None:
-        """Progress goes forward, to the image's end at most."""
-        if not self._progress <= offset <= self._image_size:
+        """Progress goes forward, each time, and to the image's end at most: so there is an end of it."""
+        if not self._progress < offset <= self._image_size:
             raise ProtocolError(f"reported progress to offset {offset} of {self._image_size}, after {self._progress}")
         self._progress = offset
+
+    def check_want(self, offset: int) -> None:
+        """More of the digest table is wanted each time, and not much more than there is: so there is an end of it."""
+        if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW:
+            raise ProtocolError(f"wants {offset} of {self._table_size} bytes of digests, after {self._wanted}")
+        self._wanted = offset
 
     def check_totals(self, end: dict[str, object]) -> Totals:
         """The totals are those of what came, and the whole image was examined."""

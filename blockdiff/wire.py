@@ -4,10 +4,11 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 
 A frame is a header of 24 bytes and at most `MAX_PAYLOAD` bytes::
 
-    u8 kind, 3 zero bytes, u32le length, u32le sequence, u32le crc, u64le offset
+    u8 kind, 3 zero bytes, u32le length, u32le sequence, u64le offset, u32le crc
 
-`length` counts the payload, `sequence` the frames sent in this direction, from 0. `crc` is the CRC-32 of the payload.
-`offset` is a place in the image in bytes, where the kind has one. Control frames carry JSON, bulk frames raw bytes.
+`length` counts the payload, `sequence` the frames sent in this direction, from 0. `offset` is a place in the image in
+bytes, where the kind has one. `crc` is the CRC-32 of all else: the header before it, and the payload. Control frames
+carry JSON, bulk frames raw bytes.
 SSH already guards what it carries; CRC and sequence hold for every transport, and cost little.
 """
 
@@ -26,7 +27,9 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 #: use: the server pushes its own agent.
 PROTOCOL = 1
 
-HEADER = struct.Struct("<B3xIIIQ")
+HEADER = struct.Struct("<B3xIIQI")
+_HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
+_CRC = struct.Struct("<I")
 MAX_PAYLOAD = 4 << 20
 #: Largest JSON payload.
 MAX_CONTROL = 1 << 20
@@ -146,13 +149,13 @@ class Link:
                 self._send_lock.release()
 
     def _send(self, kind: int, parts: Sequence[Buffer], offset: int) -> None:
-        crc = length = 0
+        length = sum(len(part) for part in parts)
+        header = _HEADER_BEFORE_CRC.pack(kind, length, self._sent & 0xFFFFFFFF, offset)
+        crc = zlib.crc32(header)
         for part in parts:
             crc = zlib.crc32(part, crc)
-            length += len(part)
-        header = HEADER.pack(kind, length, self._sent & 0xFFFFFFFF, crc, offset)
         self._sent += 1
-        self._stream.write((header,) + tuple(parts))
+        self._stream.write((header + _CRC.pack(crc),) + tuple(parts))
 
     def receive(self) -> Frame:
         """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
@@ -162,7 +165,7 @@ class Link:
         """
         while True:
             self._fill(memoryview(self._header))
-            kind, length, sequence, crc, offset = HEADER.unpack(self._header)
+            kind, length, sequence, offset, crc = HEADER.unpack(self._header)
             if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= END:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
@@ -170,7 +173,8 @@ class Link:
             if length > MAX_PAYLOAD:
                 raise ProtocolError("oversized frame of {} bytes".format(length))
             self._received += 1
-            self._remaining, self._crc, self._expected_crc = length, 0, crc
+            self._remaining, self._expected_crc = length, crc
+            self._crc = zlib.crc32(memoryview(self._header)[: _HEADER_BEFORE_CRC.size])
             if not length:
                 self._check_crc()
             if kind != ALIVE:
