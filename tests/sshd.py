@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import processes
+
 
 class Sshd:
     """A running sshd with keys of its own, as a context manager.
 
     `options` make either transport find and trust it, `login` is ``user@127.0.0.1``, and `extra` are lines for its
-    configuration. `url(path)` is a SOURCE on it.
+    configuration. `url(path)` is a SOURCE on it. Everything that it starts carries `mark` in its environment.
     """
 
     def __init__(self, directory: Path, extra: Sequence[str] = ()) -> None:
@@ -23,6 +25,7 @@ class Sshd:
         self.host_key = directory / "host_key"
         self.user_key = directory / "user_key"
         self.known_hosts = directory / "known_hosts"
+        self.mark = processes.new_mark()
         self._extra = extra
         self._log = directory / "log"
 
@@ -43,17 +46,34 @@ class Sshd:
         """The options as words for the `blockdiff backup` command line."""
         return [word for option in self.options for word in ("--ssh-option", option)]
 
-    def url(self, path: str | Path) -> str:
-        return f"ssh://{self.login}:{self.port}{path}"
+    def url(self, path: str | Path, port: int | None = None) -> str:
+        """Return a SOURCE; `port` is that of a relay, None for the sshd's own."""
+        return f"ssh://{self.login}:{port or self.port}{path}"
+
+    def trust(self, port: int, known_hosts: Path | None = None) -> None:
+        """Let `known_hosts` know this sshd's key under another port of 127.0.0.1."""
+        kind, key = self.host_key.with_suffix(".pub").read_text().split()[:2]
+        with (known_hosts or self.known_hosts).open("a") as file:
+            file.write(f"[127.0.0.1]:{port} {kind} {key}\n")
+
+    def login_through(self, script: str) -> list[str]:
+        """Return the options of a login whose shell is a script; it finds the command in SSH_ORIGINAL_COMMAND."""
+        key = self.directory / f"key-{len(list(self.directory.iterdir()))}"
+        shell = key.with_suffix(".sh")
+        shell.write_text(script)
+        shell.chmod(0o755)
+        _make_key(key)
+        with (self.directory / "authorized_keys").open("a") as file:
+            file.write(f'command="{shell}" {key.with_suffix(".pub").read_text()}')
+        return [f"IdentityFile={key}", "IdentitiesOnly=yes", f"UserKnownHostsFile={self.known_hosts}"]
 
     def __enter__(self) -> "Sshd":
         for key in (self.host_key, self.user_key):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True, timeout=60)
+            _make_key(key)
         shutil.copy(self.user_key.with_suffix(".pub"), self.directory / "authorized_keys")
         (self.directory / "authorized_keys").chmod(0o600)
         self.port = _free_port()
-        public = self.host_key.with_suffix(".pub").read_text().split()
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
+        self.trust(self.port)
         config = self.directory / "sshd_config"
         config.write_text("\n".join(self._settings()) + "\n")
         if os.getuid() == 0:
@@ -87,7 +107,9 @@ class Sshd:
             "PasswordAuthentication no",
             "PermitRootLogin yes",
             "MaxStartups 100",
+            f"SetEnv {self.mark}",
             *self._extra,
+            *(["PerSourcePenalties no"] if _punishes() else []),
         ]
 
     def _wait_until_it_answers(self) -> None:
@@ -100,6 +122,18 @@ class Sshd:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"sshd does not answer: {self.log()}") from None
                 time.sleep(0.02)
+
+
+def _make_key(path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=60)
+
+
+def _punishes() -> bool:
+    """Return whether this sshd (9.8 and newer) would lock out an address whose connections broke too often."""
+    program = shutil.which("sshd", path=_PATH)
+    assert program is not None
+    tried = subprocess.run([program, "-G", "-f", os.devnull, "-o", "PerSourcePenalties no"], capture_output=True)
+    return tried.returncode == 0
 
 
 def _free_port() -> int:

@@ -41,10 +41,8 @@ def unreachable(address: Address, said: str) -> TransportError:
     return TransportError(f"cannot reach {address.login}: {printable(said, 300)}", "is it up, and the name right?")
 
 
-_UNREACHABLE = re.compile(
-    r"could not resolve|connection refused|timed out|no route to host|network is unreachable|closed by remote host",
-    re.IGNORECASE,
-)
+# what ssh says of a connection that was never made; one that breaks later has other words
+_UNREACHABLE = re.compile(r"ssh: |(kex|ssh)_exchange_identification|.*banner exchange")
 
 
 def from_ssh(address: Address, stderr: str) -> TransportError | None:
@@ -57,6 +55,6 @@ def from_ssh(address: Address, stderr: str) -> TransportError | None:
     for line in reversed(lines):
         if "Permission denied" in line or "Too many authentication failures" in line:
             return refused_login(address, line)
-        if _UNREACHABLE.search(line):
+        if _UNREACHABLE.match(line):
             return unreachable(address, line)
     return None

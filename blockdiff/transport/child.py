@@ -9,7 +9,7 @@ from typing import IO
 
 from blockdiff import bundle, process, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.transport.connection import Connection, Tail
+from blockdiff.transport.connection import LOST_HINT, Connection, Tail
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
@@ -77,7 +77,9 @@ class ChildConnection(Connection):
         status = self._child.poll()
         ended = "" if status is None else f" ({self._program} {process.status_text(status)})"
         said = self._tail.last_line(1.0)
-        return TransportError(f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}")
+        return TransportError(
+            f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}", LOST_HINT
+        )
 
 
 def local() -> ChildConnection:

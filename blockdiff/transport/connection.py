@@ -17,6 +17,8 @@ START_TIMEOUT_S = 90.0
 EXIT_TIMEOUT_S = 30.0
 #: How much of what the other side says on standard error is kept, in characters.
 STDERR_LIMIT = 4000
+#: What to do about a connection that was lost.
+LOST_HINT = "nothing of this run was kept; run again"
 
 
 class Connection(wire.Stream):
@@ -77,8 +79,13 @@ class Tail:
         return printable(lines[-1], 500) if lines else ""
 
 
-def push_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: float = START_TIMEOUT_S) -> wire.Link:
-    """Start the agent over `connection` and return the link to it.
+def push_agent(
+    connection: Connection,
+    prefix: Sequence[str] = (),
+    timeout_s: float = START_TIMEOUT_S,
+    silence_s: float = wire.SILENCE_S,
+) -> wire.Link:
+    """Start the agent over `connection` and return the link to it, on which it may be silent for `silence_s`.
 
     What the login shell printed before, up to `NOISE_LIMIT` bytes, is skipped: the agent begins with a random nonce
     that we gave it. Raises `TransportError` where no agent answers.
@@ -89,7 +96,7 @@ def push_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: fl
         _skip_to(connection, nonce, timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
-    return wire.Link(connection)
+    return wire.Link(connection, silence_s)
 
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float) -> None:

@@ -4,8 +4,10 @@ It reads the host's ``HostName``, ``Port``, ``User`` and ``IdentityFile`` from `
 the usual places.
 """
 
+import logging
 import os
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -15,7 +17,7 @@ from blockdiff import bundle, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
 from blockdiff.transport import advice
-from blockdiff.transport.connection import Connection, Tail
+from blockdiff.transport.connection import LOST_HINT, Connection, Tail
 
 CONNECT_TIMEOUT_S = 30.0
 #: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
@@ -26,6 +28,9 @@ _FAST_CIPHER = "aes128-gcm@openssh.com"
 # Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does when it wants to.
 _NEVER = 1 << 60
 _OPTIONS = ("HostName", "Port", "User", "IdentityFile", "UserKnownHostsFile", "ConnectTimeout")
+
+# What paramiko logs, its exceptions tell as well; without a handler, Python would print it to standard error.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class ParamikoConnection(Connection):
@@ -43,30 +48,47 @@ class ParamikoConnection(Connection):
         self._tail = Tail(self._error_chunks())
 
     def _start(self, settings: dict[str, str]) -> paramiko.Channel:
+        timeout_s = float(settings.get("connecttimeout", CONNECT_TIMEOUT_S))
         try:
-            self._connect(settings)
+            self._connect(settings, timeout_s)
             transport = self._client.get_transport()
             assert transport is not None
-            channel = transport.open_session(WINDOW_SIZE, PACKET_SIZE, timeout=CONNECT_TIMEOUT_S)
-            channel.exec_command(bundle.remote_command())
+            channel = transport.open_session(WINDOW_SIZE, PACKET_SIZE, timeout=timeout_s)
+            self._execute(channel, timeout_s)
             return channel
         except paramiko.BadHostKeyException as error:
             raise advice.changed_host_key(self._address) from error
-        except paramiko.AuthenticationException as error:
-            raise advice.refused_login(self._address, str(error)) from error
         except paramiko.SSHException as error:
-            if "not found in known_hosts" in str(error):
-                raise advice.unknown_host_key(self._address) from error
-            raise advice.unreachable(self._address, str(error)) from error
+            raise self._explained(error, timeout_s) from error
+        except EOFError as error:
+            raise advice.unreachable(self._address, "the connection ended during the SSH handshake") from error
         except OSError as error:
             raise advice.unreachable(self._address, str(error.strerror or error)) from error
 
-    def _connect(self, settings: dict[str, str]) -> None:
+    def _explained(self, error: paramiko.SSHException, timeout_s: float) -> TransportError:
+        said = str(error)
+        if "not found in known_hosts" in said:
+            return advice.unknown_host_key(self._address)
+        if "No existing session" in said or "Authentication timeout" in said:  # what paramiko calls silence
+            return advice.unreachable(self._address, f"silent for {timeout_s:g} s during the SSH handshake")
+        if isinstance(error, paramiko.AuthenticationException) and "saw EOF" not in said:
+            return advice.refused_login(self._address, said)
+        return advice.unreachable(self._address, said)
+
+    def _execute(self, channel: paramiko.Channel, timeout_s: float) -> None:
+        """Start the command. paramiko would wait for the answer for ever; it wakes up when the connection closes."""
+        watchdog = threading.Timer(timeout_s, self._client.close)
+        watchdog.start()
+        try:
+            channel.exec_command(bundle.remote_command())
+        finally:
+            watchdog.cancel()
+
+    def _connect(self, settings: dict[str, str], timeout_s: float) -> None:
         self._client.load_system_host_keys()
         if "userknownhostsfile" in settings:
             self._client.load_host_keys(os.path.expanduser(settings["userknownhostsfile"]))
         self._client.set_missing_host_key_policy(paramiko.RejectPolicy())
-        timeout_s = float(settings.get("connecttimeout", CONNECT_TIMEOUT_S))
         self._client.connect(
             settings.get("hostname", self._address.host or ""),
             port=self._address.port or int(settings.get("port", 22)),
@@ -125,7 +147,9 @@ class ParamikoConnection(Connection):
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """See `connection.Connection`."""
         said = self._tail.last_line(1.0)
-        return TransportError(f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}")
+        return TransportError(
+            f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}", LOST_HINT
+        )
 
 
 def _transport(

@@ -1,0 +1,49 @@
+"""Find processes by a mark in their environment, which they hand down to whatever they start."""
+
+import os
+import secrets
+import time
+from pathlib import Path
+
+
+def new_mark() -> str:
+    """Return a variable for the environment of a process, as ``NAME=value``."""
+    return f"BLOCKDIFF_TEST_{secrets.token_hex(8)}=1"
+
+
+def environment(mark: str) -> dict[str, str]:
+    """Return the mark as what is added to an environment."""
+    name, _, value = mark.partition("=")
+    return {name: value}
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Return the pids of the processes that carry the mark, with their command lines."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            if mark.encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                found[int(name)] = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            pass  # it ended meanwhile, or is a zombie, or another user's
+    return found
+
+
+def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
+    """Wait until no process carries the mark any more; fails after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while left := marked(mark):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.01)
+
+
+def peak_rss(pid: int) -> int:
+    """Return the most memory that a running process has held so far, in bytes; 0 where it has ended."""
+    try:
+        status = Path("/proc", str(pid), "status").read_text()
+    except OSError:
+        return 0
+    sizes = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")]
+    return sizes[0] if sizes else 0

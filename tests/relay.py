@@ -1,0 +1,91 @@
+"""A TCP relay on loopback that passes bytes on until it is told to cut the connection or to go silent."""
+
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+#: What `Relay.act` does: close both sockets, or keep them open and pass nothing on.
+CUT, SILENCE = "cut", "silence"
+
+
+class Relay:
+    """Passes connections to `port` of 127.0.0.1 on, from a `port` of its own. A context manager.
+
+    `limit_up` and `limit_down` are bytes from the client and to it; when one has passed, `act` happens, to every
+    connection. `on_bytes` is told the totals (up, down) whenever something has passed; the relay's thread calls it.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        limit_up: int | None = None,
+        limit_down: int | None = None,
+        act: str = CUT,
+        on_bytes: Callable[[int, int], object] = lambda up, down: None,
+    ) -> None:
+        self._target = port
+        self._limits = [limit_up, limit_down]
+        self._act = act
+        self._on_bytes = on_bytes
+        self.passed = [0, 0]
+        self.acted = threading.Event()
+        self._closing = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._threads: list[threading.Thread] = []
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> "Relay":
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.set()
+        self._acceptor.join()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+    def act(self) -> None:
+        """Cut the connections, or go silent, now."""
+        self.acted.set()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._listener], [], [], 0.02)[0]:
+                client, _ = self._listener.accept()
+                thread = threading.Thread(target=self._pass_on, args=(client,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            ways = {client: (0, server), server: (1, client)}
+            while ways and not self._closing.is_set():
+                if self.acted.is_set():
+                    if self._act == CUT:
+                        return
+                    self._closing.wait()
+                    return
+                for readable in select.select(list(ways), [], [], 0.02)[0]:
+                    way, other = ways[readable]
+                    try:
+                        if not self._pass_some(readable, way, other):
+                            return
+                    except OSError:
+                        return
+
+    def _pass_some(self, source: socket.socket, way: int, target: socket.socket) -> bool:
+        """Pass on what is there, up to the limit; False when the connection has ended."""
+        limit = self._limits[way]
+        room = (1 << 16) if limit is None else min(1 << 16, limit - self.passed[way])
+        data = source.recv(room) if room else b""
+        if room and not data:
+            return False
+        target.sendall(data)
+        self.passed[way] += len(data)
+        if limit is not None and self.passed[way] >= limit:
+            self.act()
+        self._on_bytes(self.passed[0], self.passed[1])
+        return True
