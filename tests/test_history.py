@@ -1,0 +1,207 @@
+"""Whatever happens to an image over the days, every generation comes back exactly, in every documented way."""
+
+import gzip
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockdiff import apply, backup, listing, merge, target, verify
+from blockdiff.address import Address
+from blockdiff.blocks import DIGEST_SIZES
+from blockdiff.chain import Chain
+from blockdiff.errors import DamagedError
+from tests import commands, conftest, recipe
+from tests.images import BLOCK_SIZES, histories, write_sparse
+
+SLOW_IS_FINE = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a chain is made with; one of its generations is a full one."""
+
+    block_size: int
+    delta_format: int
+    digest: str
+    compression: str
+    full_day: int
+
+    def options(self, day: int) -> backup.Options:
+        return backup.Options(
+            self.block_size, self.digest, self.delta_format, self.compression, full=day == self.full_day
+        )
+
+
+SETTINGS = st.builds(
+    Setting,
+    st.sampled_from(BLOCK_SIZES),
+    st.sampled_from([1, 2]),
+    st.sampled_from(sorted(DIGEST_SIZES)),
+    st.sampled_from(["gzip", "zstd", "none"]),
+    st.integers(1, 12),
+)
+CASES = SETTINGS.flatmap(lambda setting: st.tuples(st.just(setting), histories(setting.block_size)))
+
+
+@contextmanager
+def chain_of(setting: Setting, images: list[bytes]) -> Iterator[Path]:
+    """Yield a directory with the chain ``backup/name`` that has one generation for each image."""
+    with tempfile.TemporaryDirectory(dir=conftest.LARGE) as directory:
+        path = Path(directory)
+        (path / "backup").mkdir()
+        for day, image in enumerate(images, 1):
+            write_sparse(f"{path}/source", image)
+            made = backup.backup(f"{path}/backup/name", Address(None, f"{path}/source"), setting.options(day))
+            assert made.manifest.image_size == len(image)
+        yield path
+
+
+def restored(path: Path, number: int) -> bytes:
+    out = path / "restored"
+    with Chain(f"{path}/backup/name") as chain, target.open_target(str(out), True, None) as file:
+        merge.merge(chain.needed(number), file)
+    return out.read_bytes()
+
+
+def uncompressed(setting: Setting, path: Path, number: int) -> bytes:
+    """Return the content of a delta by the ordinary programs' libraries."""
+    base = f"{path}/backup/name.{number}"
+    if setting.compression == "gzip":
+        return gzip.decompress(Path(base + ".gz").read_bytes())
+    if setting.compression == "zstd":
+        with open(base + ".zst", "rb") as file:
+            return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
+    return Path(base).read_bytes()
+
+
+@SLOW_IS_FINE
+@given(CASES)
+def test_every_generation_of_any_history_restores_exactly_in_every_way(case: tuple[Setting, list[bytes]]) -> None:
+    setting, images = case
+    with chain_of(setting, images) as path:
+        with Chain(f"{path}/backup/name") as chain:
+            sizes = [entry.image_size for entry in listing.entries(chain)]
+            with verify.Verifier(chain) as verifier:
+                verdicts = list(verifier.all())
+        assert [(v.number, v.error) for v in verdicts] == [(n + 1, None) for n in range(len(images))]
+        applied, by_recipe = path / "applied", path / "recipe"
+        by_recipe.touch()
+        for number, image in enumerate(images, 1):
+            assert restored(path, number) == image
+            delta = uncompressed(setting, path, number)
+            listed = sizes[number - 1]
+            assert listed is not None
+            if setting.delta_format == 1 and applied.exists() and applied.stat().st_size > listed:
+                os.truncate(applied, listed)  # what a delta of version 1 cannot tell
+            apply.apply([delta], str(applied))
+            assert applied.read_bytes() == image
+            table = path / "backup" / f"name.{number}.{setting.digest}"
+            done = recipe.apply(delta, by_recipe, table)
+            assert (done.returncode, done.stderr) == (0, b"")
+            assert by_recipe.read_bytes() == image
+
+
+DAMAGES = st.tuples(
+    st.integers(0, 1 << 16),
+    st.sampled_from(["delta", "delta", "delta", "table", "manifest"]),
+    st.sampled_from(["flip", "cut", "remove"]),
+    st.floats(0, 1, exclude_max=True),
+)
+
+
+@SLOW_IS_FINE
+@given(
+    SETTINGS.filter(lambda s: s.block_size <= 65536).flatmap(lambda s: st.tuples(st.just(s), histories(s.block_size))),
+    DAMAGES,
+)
+def test_verify_and_restore_agree_on_any_damage(
+    case: tuple[Setting, list[bytes]], damage: tuple[int, str, str, float]
+) -> None:
+    """What verify calls sound restores exactly; what it does not, though its own files are sound, does not restore.
+
+    And no restore ever ends well with another image.
+    """
+    setting, images = case
+    which, kind, how, where = damage
+    damaged = which % len(images) + 1
+    with chain_of(setting, images) as path:
+        suffix = {"delta": _delta_suffix(setting), "table": "." + setting.digest, "manifest": ".json"}[kind]
+        _damage(path / "backup" / f"name.{damaged}{suffix}", how, where)
+        with Chain(f"{path}/backup/name") as chain:
+            assert chain.last() == len(images)
+            with verify.Verifier(chain) as verifier:
+                sound = {verdict.number: verdict.error is None for verdict in verifier.all()}
+        assert kind == "manifest" or not sound[damaged]
+        for number, image in enumerate(images, 1):
+            if sound[number]:
+                assert restored(path, number) == image
+            elif number != damaged:
+                with pytest.raises(DamagedError):
+                    restored(path, number)
+            else:
+                try:
+                    assert restored(path, number) == image
+                except DamagedError:
+                    pass
+
+
+def _delta_suffix(setting: Setting) -> str:
+    return {"gzip": ".gz", "zstd": ".zst", "none": ""}[setting.compression]
+
+
+def _damage(path: Path, how: str, where: float) -> None:
+    content = bytearray(path.read_bytes())
+    place = int(where * len(content))
+    if how == "remove":
+        path.unlink()
+        return
+    if how == "flip":
+        content[place] ^= 1 << (place % 8)
+    else:
+        del content[place:]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+@pytest.mark.parametrize("delta_format", [1, 2])
+def test_the_real_programs_restore_by_gunzip_and_blockdiff_merge(
+    delta_format: int, compression: str, tmp_path: Path
+) -> None:
+    """The same with the real commands, once for each format and compression."""
+    images = [b"one" * 1000 + bytes(2000), b"two" * 1000 + bytes(5001) + b"end", b"two" * 999]
+    program, suffix = {"gzip": ("gunzip", ".gz"), "zstd": ("unzstd", ".zst"), "none": ("cat", "")}[compression]
+    conftest.require_program(program)
+    (tmp_path / "backup").mkdir()
+    name, merged = tmp_path / "backup" / "name", tmp_path / "merged"
+    for number, image in enumerate(images, 1):
+        (tmp_path / "source").write_bytes(image)
+        commands.done(
+            "blockdiff",
+            "backup",
+            f"--format={delta_format}",
+            f"--compression={compression}",
+            "--block-size=1000",
+            name,
+            tmp_path / "source",
+        )
+        if delta_format == 1 and merged.exists() and merged.stat().st_size > len(image):
+            os.truncate(merged, len(image))
+        with open(f"{name}.{number}{suffix}", "rb") as file:
+            delta = subprocess.run([program], stdin=file, stdout=subprocess.PIPE, check=True, timeout=60).stdout
+        result = commands.run("blockdiff_merge", merged, stdin=delta)
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert merged.read_bytes() == image
+        commands.done("blockdiff", "restore", f"{name}@{number}", tmp_path / f"restored.{number}")
+        assert (tmp_path / f"restored.{number}").read_bytes() == image
+    commands.done("blockdiff", "verify", name)
