@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 BIN = Path(__file__).resolve().parent.parent / "bin"
+#: Finds the commands by their names, and for them the Python that runs the tests.
+PATH = f"{BIN}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
 def run(
@@ -23,7 +25,7 @@ def run(
         [sys.executable, program, *arguments[1:]],
         input=stdin,
         cwd=cwd,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})},
+        env={**os.environ, "PATH": PATH, **(env or {})},
         capture_output=True,
         timeout=timeout_s,
         pass_fds=pass_fds,
