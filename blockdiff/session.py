@@ -7,6 +7,7 @@ rules of `docs/architecture.md` before it is used, and every buffer has a bound.
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -22,6 +23,7 @@ from blockdiff.transport import connection
 _TABLE_FRAME = 64 << 10
 
 _LENGTH = struct.Struct("<Q")
+_KINDS = ("file", "device")
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,13 @@ class Session:
 
     def _hello(self) -> dict[str, str]:
         hello = self._expect(wire.HELLO)
-        (protocol,) = wire.integers(hello, "protocol")
-        if protocol != wire.PROTOCOL:
-            raise self._broken(f"speaks protocol {protocol} instead of {wire.PROTOCOL}")
-        digests = hello.get("digests")
-        self._digests = [str(name) for name in digests] if isinstance(digests, list) else []
-        return {name: printable(wire.text(hello, name), 200) for name in ("python", "hostname")}
+        with self._rules():
+            (protocol,) = wire.integers(hello, "protocol")
+            if protocol != wire.PROTOCOL:
+                raise ProtocolError(f"speaks protocol {protocol} instead of {wire.PROTOCOL}")
+            digests = hello.get("digests")
+            self._digests = [str(name) for name in digests] if isinstance(digests, list) else []
+            return {name: printable(wire.text(hello, name), 200) for name in ("python", "hostname")}
 
     def open_source(self, request: Request) -> int:
         """Tell the agent what to scan and return the image's size in bytes.
@@ -170,10 +173,11 @@ class Session:
             },
         )
         source = self._expect(wire.SOURCE)
-        (self.image_size,) = wire.integers(source, "size")
-        self.source_kind = wire.text(source, "kind")
-        if not 0 < self.image_size <= MAX_IMAGE_SIZE - MAX_BLOCK_SIZE or self.source_kind not in ("file", "device"):
-            raise self._broken(f"claims a source of {self.image_size} bytes")
+        with self._rules():
+            (self.image_size,) = wire.integers(source, "size")
+            self.source_kind = wire.text(source, "kind")
+            if not 0 < self.image_size <= MAX_IMAGE_SIZE - MAX_BLOCK_SIZE or self.source_kind not in _KINDS:
+                raise ProtocolError(f"claims a {printable(self.source_kind, 20)} of {self.image_size} bytes")
         return self.image_size
 
     def changes(
@@ -195,7 +199,7 @@ class Session:
         checker = _Checker(self.image_size, request.block_size, table_size)
         while True:
             frame = self._next()
-            try:
+            with self._rules():
                 if frame.kind == wire.DATA:
                     checker.check_run(frame.offset, frame.length, is_zero=False)
                     room = allocate(frame.length)
@@ -216,10 +220,6 @@ class Session:
                     break
                 else:
                     raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")
-            except ProtocolError as error:
-                raise self._broken(error.message) from error
-            except ConnectionLost as error:
-                raise self._lost(error) from error
             if self._sender is not None and self._sender.failure is not None:
                 raise self._sender.failure
         self._check_exit()
@@ -233,13 +233,12 @@ class Session:
     def _check_exit(self) -> None:
         """The agent has said that all is well; it must also end well, and without another word."""
         self._link.silence_s = connection.EXIT_TIMEOUT_S
-        try:
-            frame = self._link.receive()
-            raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
-        except ConnectionLost:
-            pass  # as it should be
-        except ProtocolError as error:
-            raise self._broken(error.message) from error
+        with self._rules():
+            try:
+                frame = self._link.receive()
+                raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
+            except ConnectionLost:
+                pass  # as it should be
         status = self._connection.wait(connection.EXIT_TIMEOUT_S)
         if status != 0:
             how = "did not end" if status is None else f"ended with status {status}"
@@ -247,22 +246,25 @@ class Session:
 
     def _next(self) -> wire.Frame:
         """Return the next frame; an error frame is raised."""
-        try:
+        with self._rules():
             frame = self._link.receive()
-            if frame.kind == wire.ERROR:
-                raise from_wire(self._link.read_json(frame), self.address.login)
-            return frame
-        except ProtocolError as error:
-            raise self._broken(error.message) from error
-        except ConnectionLost as error:
-            raise self._lost(error) from error
+            if frame.kind != wire.ERROR:
+                return frame
+            fields = self._link.read_json(frame)
+        raise from_wire(fields, self.address.login)
 
     def _expect(self, kind: int) -> dict[str, object]:
         frame = self._next()
-        if frame.kind != kind:
-            raise self._broken(f"sent a frame of kind {frame.kind} in place of {kind}")
-        try:
+        with self._rules():
+            if frame.kind != kind:
+                raise ProtocolError(f"sent a frame of kind {frame.kind} in place of {kind}")
             return self._link.read_json(frame)
+
+    @contextmanager
+    def _rules(self) -> Iterator[None]:
+        """Turn what the link and the checks raise into what the user should know: which host, and what to do."""
+        try:
+            yield
         except ProtocolError as error:
             raise self._broken(error.message) from error
         except ConnectionLost as error:
