@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from blockdiff import __version__, codec, merge
 from blockdiff.address import Address
 from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
-from blockdiff.chain import Generation
+from blockdiff.chain import MANIFEST_SUFFIX, Generation
 from blockdiff.clock import now
 from blockdiff.commit import LockedChain
 from blockdiff.deltafile import TableReader
@@ -127,8 +127,9 @@ def _plan(chain: LockedChain, address: Address, options: Options, stack: ExitSta
     last = chain.last()
     base = chain.generations.get(last)
     parent = Parent(last, base.manifest_sha256 if base is not None else None) if last else None
-    if base is not None and base.manifest is not None and not options.full:
-        _check_source(chain, base.manifest.source, address)
+    sources = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
+    if sources and not options.full:
+        _check_source(chain, sources[-1], address)
     if last == 0 or options.full:
         return _full_plan(base, parent, options)
     if base is None:
@@ -165,11 +166,11 @@ def _check_source(chain: LockedChain, known: Source, address: Address) -> None:
 
 def _check_base(chain: LockedChain, base: Generation) -> None:
     """Refuse to build on what could not be restored: a cheap look at all that the new generation would need."""
-    base.check_files()
-    chain.check_parent(base)
     needed = chain.needed(base.number)
     for generation in needed:
         generation.check_files()
+        chain.check_parent(generation)
+        chain.check_manifest(generation)
     oldest = needed[-1]
     if oldest.number > 1 and not (oldest.manifest is not None and oldest.manifest.full):
         raise DamagedError(
@@ -182,7 +183,12 @@ def _format_of(base: Generation) -> int:
     if base.manifest is not None:
         return base.manifest.delta_format
     with merge.open_delta(base) as file:
-        return merge.read_delta(base, file).format
+        found = merge.read_delta(base, file).format
+    if found != 1:  # only the original's chains do without
+        raise DamagedError(
+            f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or begin anew with --full"
+        )
+    return found
 
 
 def _kept_notes(plan: _Plan, options: Options) -> list[str]:

@@ -5,6 +5,8 @@ Nothing here writes; `commit` does.
 
 import os
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -148,22 +150,23 @@ class Chain:
         return printable(self.directory.path_of(self.base + suffix))
 
     def reload(self) -> None:
-        """Read the directory anew."""
+        """Read the directory anew: ``NAME.ver`` first, so that a run that ends meanwhile is found by its manifest."""
+        self.has_version_file = self.directory.size_of(f"{self.base}.ver") is not None
+        match_version = _VERSION.fullmatch(self.directory.read(f"{self.base}.ver", 64) or b"")
+        self.version = int(match_version[1]) if match_version else None
         pattern = re.compile(re.escape(self.base) + r"\.([1-9][0-9]{0,17})(\.[a-z0-9]+)?")
         known = {*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX}
-        self.generations: dict[int, Generation] = {}
+        found: dict[int, Generation] = {}
         for name in self.directory.names():
             match = pattern.fullmatch(name)
             if match and (suffix := match[2] or "") in known:
                 number = int(match[1])
-                if number not in self.generations:
-                    self.generations[number] = Generation(self.directory, self.base, number)
-                self.generations[number].suffixes.add(suffix)
+                if number not in found:
+                    found[number] = Generation(self.directory, self.base, number)
+                found[number].suffixes.add(suffix)
+        self.generations = dict(sorted(found.items()))
         for generation in self.generations.values():
             self._load_manifest(generation)
-        self.has_version_file = self.directory.size_of(f"{self.base}.ver") is not None
-        match_version = _VERSION.fullmatch(self.directory.read(f"{self.base}.ver", 64) or b"")
-        self.version = int(match_version[1]) if match_version else None
 
     def _load_manifest(self, generation: Generation) -> None:
         if MANIFEST_SUFFIX not in generation.suffixes:
@@ -182,16 +185,21 @@ class Chain:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
 
         Manifests count where ``NAME.ver`` is missing, damaged, or behind them: a manifest is what completes a
-        generation. Raises `DamagedError` where nothing tells.
+        generation. Those of another chain do not. Raises `DamagedError` where nothing tells.
         """
-        complete = [n for n, generation in self.generations.items() if self._is_complete(generation)]
+        complete = {
+            n: generation.manifest.chain
+            for n, generation in self.generations.items()
+            if generation.manifest is not None and self._is_complete(generation)
+        }
         if self.version is not None:
             last = self.version
             while last + 1 in complete:
                 last += 1
-            return last
+            ours = {g.manifest.chain for n, g in self.generations.items() if n <= last and g.manifest is not None}
+            return max([last, *(n for n, chain in complete.items() if chain in ours)])
         if complete:
-            return max(complete)
+            return max(n for n, chain in complete.items() if chain == complete[min(complete)])
         if not self.generations and not self.has_version_file:
             return 0
         raise DamagedError(
@@ -201,15 +209,31 @@ class Chain:
         )
 
     def _version_hint(self) -> str:
-        pairs = [n for n, g in self.generations.items() if g.suffixes & {*DELTA_SUFFIXES} and ".md5" in g.suffixes]
+        deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
+        pairs = [n for n, g in self.generations.items() if g.suffixes & deltas and g.suffixes & tables]
         if not pairs:
             return "move the files of this NAME away, or use another NAME"
         last = max(pairs)
-        return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {self.path_of('.ver')}"
+        path = shlex.quote(self.path_of(".ver"))
+        return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {path}"
+
+    def spans(self, last: int) -> Iterator[tuple[int, int]]:
+        """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap between.
+
+        A stray file of a huge number is one gap, not a million missing generations.
+        """
+        expected = min(self.generations, default=last)
+        for number in self.generations:
+            if number > last:
+                break
+            if expected < number:
+                yield expected, number - 1
+            yield number, number
+            expected = number + 1
+        if expected <= last:
+            yield expected, last
 
     def _is_complete(self, generation: Generation) -> bool:
-        if generation.manifest is None:
-            return False
         try:
             generation.check_files()
             self.check_parent(generation)
@@ -223,19 +247,27 @@ class Chain:
         parent = self.generations.get(generation.number - 1)
         if known is None or parent is None or parent.manifest is None:
             return
-        expected = manifest.Parent(parent.number, parent.manifest_sha256)
-        if known.chain != parent.manifest.chain or known.parent != expected:
+        # a parent whose manifest was damaged when this one was made had no checksum to remember
+        expected = (manifest.Parent(parent.number, parent.manifest_sha256), manifest.Parent(parent.number, None))
+        if known.chain != parent.manifest.chain or known.parent not in expected:
             raise DamagedError(
                 f"{generation.path(MANIFEST_SUFFIX)} was not built on the generation {parent.number} that is there",
                 "were files of another chain copied in? move them away and restore the right ones from a copy",
             )
+
+    def check_manifest(self, generation: Generation) -> None:
+        """Raise `DamagedError` where there is no manifest although the next generation was built on one."""
+        child = self.generations.get(generation.number + 1)
+        parent = child.manifest.parent if child is not None and child.manifest is not None else None
+        if MANIFEST_SUFFIX not in generation.suffixes and parent is not None and parent.manifest_sha256 is not None:
+            raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
 
     def generation(self, number: int | None) -> Generation:
         """Return a generation, the last complete one for None; raises `DamagedError` where it is not there."""
         wanted = self.last() if number is None else number
         if wanted in self.generations:
             return self.generations[wanted]
-        if not self.generations:
+        if not self.generations and not self.has_version_file:
             raise ChainError(
                 f"there is no chain {printable(self.name)}", "is the NAME right? it has no .N and no suffix"
             )

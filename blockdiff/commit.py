@@ -11,7 +11,7 @@ import uuid
 from types import TracebackType
 
 from blockdiff import manifest
-from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
+from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.deltafile import TableReader
 from blockdiff.durable import OutputFile
 from blockdiff.errors import BusyError, StorageError, UsageError, printable
@@ -32,6 +32,8 @@ class LockedChain(Chain):
         super().__init__(name)
         try:
             self._lock()
+            self.reload()
+            self._set_uncommitted_aside()
             self._remove_temporary()
             self.reload()
             self._recover()
@@ -60,8 +62,25 @@ class LockedChain(Chain):
                 f"another run is busy with {printable(self.name)}", "let it finish, then run again"
             ) from error
 
+    def _set_uncommitted_aside(self) -> None:
+        """Move away what a run linked and died before it linked the manifest: its temporary names tell.
+
+        In a first generation nothing else does: no ``NAME.ver`` says yet that there is no complete generation.
+        """
+        moved = False
+        for generation in self.generations.values():
+            for suffix in sorted(generation.suffixes):
+                name = generation.name(suffix)
+                if MANIFEST_SUFFIX not in generation.suffixes and self.directory.are_same(name, f".{name}.tmp"):
+                    self._set_aside(generation, suffix)
+                    moved = True
+        if moved:
+            self.directory.sync()
+
     def _remove_temporary(self) -> None:
-        pattern = re.compile(re.escape(f".{self.base}.") + r"(ver|[1-9][0-9]*(\.[a-z0-9]+)?)\.tmp")
+        # the known suffixes only: .NAME.1.2.tmp belongs to a chain called NAME.1
+        suffixes = "|".join(map(re.escape, (*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX)))
+        pattern = re.compile(re.escape(f".{self.base}.") + rf"(ver|[1-9][0-9]*({suffixes}))\.tmp")
         for name in self.directory.names():
             if pattern.fullmatch(name):
                 self.directory.unlink(name)
@@ -88,17 +107,28 @@ class LockedChain(Chain):
 
     def write_version(self, number: int) -> None:
         """Let ``NAME.ver`` say that `number` is the last complete generation."""
-        temporary = f".{self.base}.ver.tmp"
-        self.directory.unlink(temporary)
         try:
-            with self.directory.create(temporary) as file:
-                file.write(b"%d\n" % number)
-                file.finish()
-            self.directory.rename(temporary, f"{self.base}.ver")
+            self.prepare_version(number)
+            self.publish_version(number)
         except BaseException:
-            self.directory.unlink(temporary)
+            self.directory.unlink(self.temporary_version)
             raise
         self.directory.sync()
+
+    @property
+    def temporary_version(self) -> str:
+        """The name under which the next ``NAME.ver`` is written."""
+        return f".{self.base}.ver.tmp"
+
+    def prepare_version(self, number: int) -> None:
+        """Write the next ``NAME.ver`` under its temporary name."""
+        with self.directory.create(self.temporary_version) as file:
+            file.write(b"%d\n" % number)
+            file.finish()
+
+    def publish_version(self, number: int) -> None:
+        """Give the prepared ``NAME.ver`` its name."""
+        self.directory.rename(self.temporary_version, f"{self.base}.ver")
         self.version = number
 
     def chain_id(self) -> str:
@@ -168,30 +198,38 @@ class NewGeneration:
         """Make the generation a part of the chain. The link of the manifest is the moment that decides.
 
         Every content is durable before any name appears, delta and table have their names before the manifest has, and
-        ``NAME.ver`` follows: whenever the power fails, what is found later is complete or not there.
+        ``NAME.ver`` follows: whenever the power fails, what is found later is complete or not there. What takes room
+        is written before, so that a full disk cannot stop a commit halfway.
         """
         delta_suffix, table_suffix, manifest_suffix = self._suffixes
         with self._create(manifest_suffix) as file:
             file.write(content.to_bytes())
             file.finish()
+        self._chain.prepare_version(self.number)
         for suffix in (delta_suffix, table_suffix):
             self._link(suffix)
         self._directory.sync()
         self._link(manifest_suffix)
         self._directory.sync()
+        self._chain.publish_version(self.number)
         self._committed = True
-        self._chain.write_version(self.number)
+        self._directory.sync()
 
     def _link(self, suffix: str) -> None:
         self._directory.link(self._temporary(suffix), self._final(suffix))
         self._linked.append(self._final(suffix))
 
     def _undo(self) -> None:
-        """Remove the temporary names, and the final ones that this very object made and did not commit."""
+        """Remove the temporary names, and the final ones that this very object made and did not commit.
+
+        What cannot be removed is left to the next run: the error that brought us here is the one to tell.
+        """
         for file in self._files:
             file.__exit__(None, None, None)
-        if not self._committed:
-            for name in reversed(self._linked):
+        names = [] if self._committed else self._linked[::-1]
+        names += [*map(self._temporary, self._suffixes), self._chain.temporary_version]
+        for name in names:
+            try:
                 self._directory.unlink(name)
-        for suffix in self._suffixes:
-            self._directory.unlink(self._temporary(suffix))
+            except StorageError:
+                pass

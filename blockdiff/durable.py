@@ -8,6 +8,7 @@ dropped the data and report success the next time.
 import errno
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -103,7 +104,7 @@ class Directory:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            hint = f"create it first: mkdir -p -m 700 {path}" if error.errno == errno.ENOENT else None
+            hint = f"create it first: mkdir -p -m 700 {shlex.quote(path)}" if error.errno == errno.ENOENT else None
             raise StorageError(f"cannot open the backup directory {path}: {error.strerror}", hint) from error
 
     def __enter__(self) -> "Directory":
@@ -127,6 +128,15 @@ class Directory:
             return os.stat(name, dir_fd=self._fd).st_size
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StorageError(f"cannot look at {self.path_of(name)}: {error.strerror}") from error
+
+    def are_same(self, name: str, other: str) -> bool:
+        """Return whether both names are there and are those of one file."""
+        try:
+            return os.path.samestat(os.stat(name, dir_fd=self._fd), os.stat(other, dir_fd=self._fd))
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise StorageError(f"cannot look at {self.path_of(name)}: {error.strerror}") from error
 

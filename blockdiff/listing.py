@@ -38,9 +38,7 @@ def entries(chain: Chain) -> list[Entry]:
     if not chain.generations:
         return []
     last = _last(chain)
-    return [
-        _entry(chain, number, last) for number in range(min(chain.generations), max(last, max(chain.generations)) + 1)
-    ]
+    return [_entry(chain, *span, last) for span in chain.spans(max(last, *chain.generations))]
 
 
 def _last(chain: Chain) -> int:
@@ -50,10 +48,11 @@ def _last(chain: Chain) -> int:
         return max(chain.generations)
 
 
-def _entry(chain: Chain, number: int, last: int) -> Entry:
+def _entry(chain: Chain, number: int, end: int, last: int) -> Entry:
     generation = chain.generations.get(number)
     if generation is None:
-        return Entry(number, None, None, None, None, None, None, MISSING, "none of its files is there")
+        what = "none of its files is" if number == end else f"none of the files of generations {number} to {end} is"
+        return Entry(number, None, None, None, None, None, None, MISSING, f"{what} there")
     state, problem = _state(chain, generation, last)
     known = generation.manifest
     stored = generation.stored_bytes()
@@ -87,6 +86,7 @@ def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | 
     try:
         generation.check_files()
         chain.check_parent(generation)
+        chain.check_manifest(generation)
     except DamagedError as error:
         return DAMAGED, error.message
     return (NO_MANIFEST, None) if generation.manifest is None else (OK, None)

@@ -93,7 +93,7 @@ def from_bytes(content: bytes, path: str) -> Manifest:
         fields = json.loads(content.decode("ascii"))
         claimed = str(fields["sha256"])
         version = int(fields["blockdiff_manifest"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{path} is not a manifest", "restore it from a copy, or move it away") from error
     if version != VERSION:
         raise DamagedError(f"{path} has manifest version {version}, this blockdiff knows {VERSION}", "use a newer one")

@@ -101,6 +101,10 @@ class _Merger:
         The newest delta is read to its end, because that is checked; an older one only as far as it is needed.
         """
         for run in reader.runs():
+            if to_the_end and run.offset + run.length > self._table.count * self._table.block_size:
+                raise DamagedError(
+                    f"{self._generation.path(self._generation.table_suffix)} has no digests for the end of the delta"
+                )
             yield from self._undone_parts(run)
             if not self.remaining and not to_the_end:
                 return

@@ -65,7 +65,7 @@ class FileTarget(_Target):
         self._force = force
         directory, name = os.path.split(path)
         self._directory = directory or "."
-        self._temporary = os.path.join(self._directory, f".{name[:200]}.{secrets.token_hex(4)}.tmp")
+        self._temporary = os.path.join(self._directory, f".{_cut(name)}.{secrets.token_hex(4)}.tmp")
 
     def __enter__(self) -> "FileTarget":
         if not self._force and os.path.lexists(self.path):
@@ -116,6 +116,11 @@ class FileTarget(_Target):
             raise self._failed("write", error) from error
         finally:
             os.close(fd)
+
+
+def _cut(name: str) -> str:
+    """Return what of a file name leaves room for more: a name has at most 255 bytes."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 class DeviceTarget(_Target):

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from blockdiff import merge, pipeline
 from blockdiff.blocks import Hasher, block_count, digest_named
-from blockdiff.chain import Chain, Generation
+from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.deltafile import DeltaReader, TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, DamagedError, StorageError
@@ -57,8 +57,16 @@ class _Newest:
         self._file.close()
 
     def put(self, first: int, digests: bytes) -> None:
+        view = memoryview(digests)
         self._file.seek(first * self.digest_size)
-        self._file.write(digests)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise BlockdiffError(
+                f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}",
+                "free some space there, or set TMPDIR to another directory",
+            ) from error
 
     def get(self, first: int, count: int) -> bytes:
         """Return the digests of `count` blocks, zero bytes for blocks that no delta had."""
@@ -90,6 +98,8 @@ class Verifier:
         self._chain = chain
         self._advance = advance
         self._newest: _Newest | None = None
+        self._format = 0
+        self._carried_end = 0
 
     def __enter__(self) -> "Verifier":
         return self
@@ -99,10 +109,8 @@ class Verifier:
 
     def all(self) -> Iterator[Verdict]:
         """Yield the verdict on every generation from the first that is there to the last complete one."""
-        numbers = self._chain.generations
-        if numbers:
-            for number in range(min(numbers), self._chain.last() + 1):
-                yield self._verify(number)
+        for first, last in self._chain.spans(self._chain.last()):
+            yield self._verify(first) if first in self._chain.generations else self._missing(first, last)
 
     def one(self, number: int) -> Verdict:
         """Return the verdict on one generation; the older ones are read as far as a restore would read them."""
@@ -117,18 +125,21 @@ class Verifier:
             self._newest = None
 
     def _verify(self, number: int) -> Verdict:
-        generation = self._chain.generations.get(number)
-        if generation is None:
-            self._forget()
-            return Verdict(number, DamagedError(f"generation {number} is missing", "restore its files from a copy"))
+        generation = self._chain.generations[number]
         errors = [
             self._try(generation.check_files),
+            self._try(lambda: self._chain.check_manifest(generation)),
             self._try(lambda: self._chain.check_parent(generation)),
             self._try(lambda: self._take_delta(generation)),
         ]
-        if errors == [None, None, None]:
+        if not any(errors):
             errors.append(self._try(lambda: self._compare(generation)))
         return Verdict(number, next((error for error in errors if error is not None), None))
+
+    def _missing(self, first: int, last: int) -> Verdict:
+        self._forget()
+        what = f"generation {first} is" if first == last else f"generations {first} to {last} are"
+        return Verdict(first, DamagedError(f"{what} missing", "restore the files from a copy"))
 
     @staticmethod
     def _try(check: Callable[[], object]) -> BlockdiffError | None:
@@ -147,6 +158,7 @@ class Verifier:
                 reader = merge.read_delta(generation, file)
                 self._prepare(generation, reader)
                 self._take_runs(generation, reader, carried)
+                self._format, self._carried_end = reader.format, len(carried)
                 known = generation.manifest
                 if known is not None and file.sha256() != known.delta.sha256:
                     raise DamagedError(
@@ -194,6 +206,12 @@ class Verifier:
         assert self._newest is not None
         with generation.open_table() as table:
             known = generation.manifest
+            if known is None and self._format != 1:
+                raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
+            if self._carried_end > table.count:
+                raise DamagedError(
+                    f"{generation.path(generation.table_suffix)} has no digests for the end of the delta"
+                )
             if (table.block_size, known.blocks if known else table.count) != (self._newest.block_size, table.count):
                 raise DamagedError(
                     f"{generation.path(generation.table_suffix)} does not fit the delta and the manifest"

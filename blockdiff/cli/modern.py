@@ -125,7 +125,8 @@ def verify_command(name: str) -> None:
     chain_name, number = split_name(name)
     damaged = False
     with Chain(chain_name) as chain, watched("verify") as progress:
-        chain.generation(number)
+        if number is not None or not chain.generations:
+            chain.generation(number)  # says what is not there
         progress.begin(None)
         with verify.Verifier(chain, progress.advance) as verifier:
             for verdict in verifier.all() if number is None else [verifier.one(number)]:

@@ -1,0 +1,159 @@
+"""Small chains, made quickly in this process, and what verify and restore make of them."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockdiff import backup, merge, verify
+from blockdiff.address import Address
+from blockdiff.chain import Chain
+from blockdiff.errors import BlockdiffError
+from blockdiff.progress import Progress
+
+#: Bytes of a block in small chains.
+BLOCK = 64
+
+
+def image_of(*letters: str) -> bytes:
+    """Return an image with a block for each word: its letters over and over, zeros for ``0``; ``x*3`` is 3 bytes."""
+    parts = []
+    for word in letters:
+        text, _, length = word.partition("*")
+        size = int(length) if length else BLOCK
+        parts.append(bytes(size) if text == "0" else (text.encode() * size)[:size])
+    return b"".join(parts)
+
+
+#: Three days: the second changes two blocks, one to zeros, and grows by a short block, the third shrinks. Generation 3
+#: needs the deltas of all three.
+DAYS = (
+    image_of("a", "0", "b", "c", "d", "e"),
+    image_of("a", "f", "0", "c", "d", "e", "g*10"),
+    image_of("a", "f", "h", "c", "d*63"),
+)
+
+
+class MemoryTarget:
+    """An image in memory that counts what is written to it: `writes` has (offset, length) of each."""
+
+    def __init__(self) -> None:
+        self.image = bytearray()
+        self.writes: list[tuple[int, int]] = []
+        self.zeros: list[tuple[int, int]] = []
+        self.finished = False
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.writes.append((offset, len(data)))
+        self._put(offset, bytes(data))
+
+    def zero(self, offset: int, length: int) -> None:
+        self.zeros.append((offset, length))
+        self._put(offset, bytes(length))
+
+    def finish(self, image_size: int) -> None:
+        assert len(self.image) <= image_size, "something was written beyond the end of the image"
+        self.image.extend(bytes(image_size - len(self.image)))
+        self.finished = True
+
+    def _put(self, offset: int, data: bytes) -> None:
+        self.image.extend(bytes(max(0, offset + len(data) - len(self.image))))
+        self.image[offset : offset + len(data)] = data
+
+
+@dataclass
+class SmallChain:
+    """A chain in a directory of its own, and the source that it is made of."""
+
+    directory: Path
+    source: Path
+    base: str = "disk"
+    images: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.directory / self.base)
+
+    def file(self, suffix: str) -> Path:
+        """Return the path of ``NAME`` with `suffix`, such as ``.ver`` or ``.2.json``."""
+        return self.directory / f"{self.base}{suffix}"
+
+    def add(
+        self, image: bytes | None = None, options: backup.Options | None = None, progress: Progress | None = None
+    ) -> backup.Result:
+        """Back up the source, after it was given the content `image`."""
+        if image is not None:
+            self.source.write_bytes(image)
+        chosen = options or backup.Options(block_size=BLOCK)
+        result = backup.backup(self.name, Address(None, str(self.source)), chosen, progress)
+        self.images[result.manifest.generation] = self.source.read_bytes()
+        return result
+
+    def files(self) -> dict[str, bytes]:
+        """Return what the directory holds, but for locks."""
+        return {
+            path.name: path.read_bytes() for path in sorted(self.directory.iterdir()) if path.suffix != ".lock"
+        }
+
+    def temporary(self) -> list[str]:
+        """Return the names of the temporary files in the directory."""
+        return [path.name for path in self.directory.iterdir() if path.suffix == ".tmp"]
+
+    def restored(self, number: int | None = None) -> bytes:
+        """Return the image of a generation; raises what a restore raises."""
+        target = MemoryTarget()
+        with Chain(self.name) as chain:
+            merge.merge(chain.needed(chain.generation(number).number), target)
+        assert target.finished
+        return bytes(target.image)
+
+    def verdicts(self) -> dict[int, BlockdiffError | None]:
+        """Return what `verify` finds wrong with each generation."""
+        with Chain(self.name) as chain, verify.Verifier(chain) as verifier:
+            return {verdict.number: verdict.error for verdict in verifier.all()}
+
+    def verdict(self, number: int) -> BlockdiffError | None:
+        """Return what `verify NAME@N` finds wrong."""
+        with Chain(self.name) as chain, verify.Verifier(chain) as verifier:
+            return verifier.one(number).error
+
+    def bad(self) -> list[int]:
+        """Return the numbers of the generations that are not sound."""
+        return [number for number, error in self.verdicts().items() if error is not None]
+
+    def last(self) -> int:
+        with Chain(self.name) as chain:
+            return chain.last()
+
+    def copy_to(self, directory: Path) -> "SmallChain":
+        """Return a copy of the chain in a new directory, with the same source."""
+        shutil.copytree(self.directory, directory)
+        return SmallChain(directory, self.source, self.base, dict(self.images))
+
+    def assert_sound(self) -> None:
+        """Every generation verifies and restores exactly, and no temporary file is left."""
+        assert self.bad() == []
+        for number in range(1, self.last() + 1):
+            assert self.restored(number) == self.images[number], number
+        assert self.temporary() == []
+
+
+def new_chain(directory: Path, base: str = "disk") -> SmallChain:
+    """Return a chain without generations in a new directory below `directory`."""
+    place = directory / "backup"
+    place.mkdir()
+    return SmallChain(place, directory / "source", base)
+
+
+def three_days(directory: Path, options: backup.Options | None = None) -> SmallChain:
+    """Return a chain of `DAYS`."""
+    chain = new_chain(directory)
+    for image in DAYS:
+        chain.add(image, options)
+    return chain
+
+
+def without_manifests(chain: SmallChain) -> SmallChain:
+    """Remove the manifests: what is left is a chain as the original writes it, if its format is 1 and its digest MD5."""
+    for path in chain.directory.glob("*.json"):
+        path.unlink()
+    return chain
