@@ -1,0 +1,144 @@
+"""An agent that lies: it speaks the protocol in a thread of ours, as the script of a test tells it."""
+
+import json
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+
+from blockdiff import bundle, wire
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport.connection import Connection
+
+BLOCK = 4096
+HELLO: dict[str, object] = {
+    "protocol": wire.PROTOCOL,
+    "python": "3.9.1",
+    "hostname": "evil",
+    "digests": ["blake2b", "md5", "sha256"],
+}
+
+
+class Wire:
+    """The agent's end: whole frames, and bytes that are none."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._pipe = wire.Pipe(sock.fileno(), sock.fileno())
+        self.link = wire.Link(self._pipe)
+        self._sent = 0
+
+    def begin(self) -> None:
+        """Take the agent's code, of which only the nonce matters, and answer with that."""
+        expected = len(bundle.startup(bytes(bundle.NONCE_SIZE)))
+        received = bytearray(expected)
+        filled = 0
+        while filled < expected:
+            count = self._pipe.readinto(memoryview(received)[filled:], 30)
+            if not count:
+                raise ConnectionLost("the connection ended")
+            filled += count
+        nonce = bytes(received).partition(b'"nonce": "')[2][: 2 * bundle.NONCE_SIZE]
+        self.raw(bytes.fromhex(nonce.decode()))
+
+    def raw(self, data: bytes) -> None:
+        """Send bytes that need not be a frame."""
+        self._pipe.write([data])
+
+    def frame(self, kind: int, payload: bytes = b"", offset: int = 0, length: int | None = None) -> None:
+        """Send a frame; its header may announce another `length` than it has, under a CRC that fits."""
+        fields = struct.pack("<B3xIIQ", kind, len(payload) if length is None else length, self._sent, offset)
+        self._sent += 1
+        self.raw(fields + struct.pack("<I", zlib.crc32(payload, zlib.crc32(fields))) + payload)
+
+    def json(self, kind: int, fields: object) -> None:
+        """Send a control frame."""
+        self.frame(kind, json.dumps(fields).encode())
+
+    def hello(self, **changes: object) -> None:
+        """Say hello, not necessarily as it should be."""
+        self.json(wire.HELLO, {**HELLO, **changes})
+
+    def source(self, size: object, kind: object = "file", **hello: object) -> None:
+        """Say hello, take the request, and say what the source is."""
+        self.hello(**hello)
+        request = self.link.receive()
+        assert request.kind == wire.REQUEST
+        self.link.read_json(request)
+        self.json(wire.SOURCE, {"kind": kind, "size": size})
+
+    def data(self, offset: int, length: int) -> None:
+        """Send bytes of the image that are not zero."""
+        self.frame(wire.DATA, b"\x5a" * length, offset)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Send a run of zeros."""
+        self.frame(wire.ZERO, struct.pack("<Q", length), offset)
+
+    def progress(self, offset: int) -> None:
+        """Report progress."""
+        self.frame(wire.PROGRESS, offset=offset)
+
+    def end(self, size: object, changed: object, read: object = 0, **more: object) -> None:
+        """Send the totals."""
+        self.json(wire.END, {"image_size": size, "changed_blocks": changed, "read": read, "touched": False, **more})
+
+
+Script = Callable[[Wire], int | None]
+
+
+class FakeConnection(Connection):
+    """A connection to an agent that follows `script`, whose result is its exit status (None: 0).
+
+    When the script is at its end so is the stream.
+    """
+
+    def __init__(self, script: Script, login: str = "host") -> None:
+        self.login = login
+        self.closed = False
+        self.failure: BaseException | None = None
+        self._status = 0
+        ours, self._theirs = socket.socketpair()
+        self._ours = ours
+        self._pipe = wire.Pipe(ours.fileno(), ours.fileno())
+        self._thread = threading.Thread(target=self._run, args=(script,), daemon=True)
+        self._thread.start()
+
+    def _run(self, script: Script) -> None:
+        try:
+            self._status = script(Wire(self._theirs)) or 0
+        except ConnectionLost:
+            pass  # the server has had enough
+        except BaseException as error:  # noqa: BLE001  # the test fails with it
+            self.failure = error
+        finally:
+            self._theirs.shutdown(socket.SHUT_WR)
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        return self._pipe.readinto(view, timeout_s)
+
+    def write(self, parts: Sequence[wire.Buffer]) -> None:
+        self._pipe.write(parts)
+
+    def wait(self, timeout_s: float) -> int | None:
+        self._thread.join(timeout_s)
+        return None if self._thread.is_alive() else self._status
+
+    def close(self) -> None:
+        """End both sides; a script that still sends finds out."""
+        if self.closed:
+            return
+        self.closed = True
+        self._ours.shutdown(socket.SHUT_RDWR)
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the script did not notice that the connection is closed"
+        self._ours.close()
+        self._theirs.close()
+        if self.failure is not None:
+            raise self.failure
+
+    def stderr(self) -> str:
+        return ""
+
+    def explain(self, error: ConnectionLost) -> BlockdiffError:
+        return TransportError(f"lost the agent on {self.login}: {error.message}")
