@@ -167,6 +167,8 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
         elif header.startswith(_GZIP_MAGIC):
             source.put_back(header)
             yield from (_given(data) for data in _gzip_stream(source))
+        elif _GZIP_MAGIC.startswith(header):
+            raise source.cut_off("gzip member")
         else:
             raise source.damaged("what follows a gzip member is none")
 
@@ -217,6 +219,8 @@ def _zstd_tasks(source: _Input) -> Iterator[Task]:
         elif header.startswith(_ZSTD_MAGIC):
             source.put_back(header)
             yield from (_given(data) for data in _zstd_stream(source))
+        elif _ZSTD_MAGIC.startswith(header) or _ZSTD_SIZED.startswith(header[: len(_ZSTD_SIZED)]):
+            raise source.cut_off("zstd frame")
         else:
             raise source.damaged("what follows a zstd frame is none")
 
