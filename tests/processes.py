@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import time
 from pathlib import Path
 
@@ -47,3 +48,13 @@ def peak_rss(pid: int) -> int:
         return 0
     sizes = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")]
     return sizes[0] if sizes else 0
+
+
+def end(mark: str) -> None:
+    """Kill whatever still carries the mark."""
+    for pid in marked(mark):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    wait_until_gone(mark)

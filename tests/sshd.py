@@ -80,7 +80,8 @@ class Sshd:
             Path("/run/sshd").mkdir(exist_ok=True)
         program = shutil.which("sshd", path=_PATH)
         assert program is not None
-        self._process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=self._log.open("wb"))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log)
         self._wait_until_it_answers()
         return self
 
