@@ -14,7 +14,7 @@ import zstandard
 from isal import igzip_lib, isal_zlib
 
 from blockdiff import lzop, pipeline
-from blockdiff.errors import DamagedError, ProcessError, StorageError, UsageError
+from blockdiff.errors import BlockdiffError, DamagedError, ProcessError, StorageError, UsageError
 
 #: The suffix of a delta by the name of its compression.
 SUFFIXES = {"gzip": ".gz", "zstd": ".zst", "lzop": ".lzop", "none": ""}
@@ -134,7 +134,22 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
         return _lzop_pieces(source)
     tasks = {"none": _plain_tasks, "gzip": _gzip_tasks, "zstd": _zstd_tasks}[name](source)
     workers = pipeline.worker_count()
-    return pipeline.in_order(lambda task: task(), tasks, workers, ahead=workers + 1)
+    return pipeline.in_order(lambda task: task(), _with_errors(tasks), workers, ahead=workers + 1)
+
+
+def _with_errors(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Make an error of the reading a task like others: what was read before it is still used."""
+    try:
+        yield from tasks
+    except (DamagedError, StorageError) as error:
+        yield _failing(error)
+
+
+def _failing(error: BlockdiffError) -> Task:
+    def task() -> bytes:
+        raise error
+
+    return task
 
 
 def _sniff(first: bytes) -> str:

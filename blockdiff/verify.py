@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from blockdiff import merge, pipeline
-from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.blocks import Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.deltafile import DeltaReader, TableReader
 from blockdiff.dump import Run
@@ -48,8 +48,9 @@ class _HashedFile:
 class _Newest:
     """The digests of the newest bytes of every block, in an unnamed file: they may be more than the memory holds."""
 
-    def __init__(self, digest_size: int, block_size: int) -> None:
-        self.digest_size = digest_size
+    def __init__(self, digest: Digest, block_size: int) -> None:
+        self.digest = digest
+        self.digest_size = digest.size
         self.block_size = block_size
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by close()
 
@@ -76,7 +77,7 @@ class _Newest:
 
     def keep_only(self, carried: bytearray) -> "_Newest":
         """Return a copy that knows only the blocks that are marked in `carried`, and close this one."""
-        copy = _Newest(self.digest_size, self.block_size)
+        copy = _Newest(self.digest, self.block_size)
         first = carried.find(1)
         while first >= 0:
             last = carried.find(0, first)
@@ -150,7 +151,11 @@ class Verifier:
         return None
 
     def _take_delta(self, generation: Generation) -> None:
-        """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end."""
+        """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end.
+
+        Raises `DamagedError` as well where it can be read but is not what was written: younger generations, which are
+        held against tables of their own, do not suffer from that.
+        """
         carried = bytearray()
         try:
             with merge.open_delta(generation) as raw:
@@ -158,40 +163,60 @@ class Verifier:
                 reader = merge.read_delta(generation, file)
                 self._prepare(generation, reader)
                 self._take_runs(generation, reader, carried)
-                self._format, self._carried_end = reader.format, len(carried)
-                known = generation.manifest
-                if known is not None and file.sha256() != known.delta.sha256:
-                    raise DamagedError(
-                        f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's"
-                    )
-                if reader.table_sha256 is not None:
-                    self._check_table(generation, reader.table_sha256)
         except (DamagedError, StorageError):
             if self._newest is not None:
                 self._newest = self._newest.keep_only(carried)
             raise
+        self._format, self._carried_end = reader.format, len(carried)
+        known = generation.manifest
+        if known is not None and file.sha256() != known.delta.sha256:
+            raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
+        if reader.table_sha256 is not None:
+            self._check_table(generation, reader.table_sha256)
 
     def _prepare(self, generation: Generation, reader: DeltaReader) -> None:
-        digest_size = digest_named(generation.digest).size
         newest = self._newest
-        if newest is None or (newest.digest_size, newest.block_size) != (digest_size, reader.block_size):
+        digest = self._digest_of(generation)
+        if newest is None or (newest.digest.name, newest.block_size) != (digest.name, reader.block_size):
             self._forget()
-            self._newest = _Newest(digest_size, reader.block_size)
+            self._newest = _Newest(digest, reader.block_size)
+
+    def _digest_of(self, generation: Generation) -> Digest:
+        """Return the digest that the chain uses here: the delta is of use to younger generations without its table."""
+        if generation.manifest is not None:
+            return digest_named(generation.manifest.digest)
+        try:
+            return digest_named(generation.digest)
+        except DamagedError:
+            if self._newest is None:
+                raise
+            return self._newest.digest
 
     def _take_runs(self, generation: Generation, reader: DeltaReader, carried: bytearray) -> None:
         assert self._newest is not None
-        hasher = Hasher(digest_named(generation.digest), reader.block_size)
+        hasher = Hasher(self._newest.digest, reader.block_size)
 
         def digest(run: Run) -> tuple[Run, bytes]:
             return run, hasher.zero_digests(run.length) if run.data is None else b"".join(hasher.digests(run.data))
 
+        failures: list[BlockdiffError] = []
+
+        def readable() -> Iterator[Run]:
+            """Yield what comes before an error, which is raised when all of that was taken."""
+            try:
+                yield from _short_runs(reader)
+            except (DamagedError, StorageError) as error:
+                failures.append(error)
+
         workers = pipeline.worker_count()
-        for run, digests in pipeline.in_order(digest, _short_runs(reader), workers, ahead=workers + 1):
+        for run, digests in pipeline.in_order(digest, readable(), workers, ahead=workers + 1):
             first, count = run.offset // reader.block_size, block_count(run.length, reader.block_size)
             self._newest.put(first, digests)
             carried.extend(bytes(max(0, first + count - len(carried))))
             carried[first : first + count] = b"\1" * count
             self._advance(run.length)
+        if failures:
+            raise failures[0]
 
     @staticmethod
     def _check_table(generation: Generation, sha256: str) -> None:
