@@ -44,7 +44,8 @@ def run(
     words = [sys.executable, commands.BIN / program, *arguments]
     shell = ["sh", "-c", 'exec "$@" ' + " ".join(redirections), "sh", *words]
     environment = {name: value for name, value in os.environ.items() if name not in ("BLOCKSIZE", "VERBOSE")}
-    environment.update(PATH=commands.PATH, OLD=str(old), NEW=str(new), OUT=str(stdout), **(env or {}))
+    environment.update(PATH=commands.PATH, OLD=str(old), NEW=str(new), OUT=str(stdout))
+    environment.update(env or {})
     if isinstance(stdin, bytes):
         return subprocess.run(shell, input=stdin, env=environment, capture_output=True, timeout=120, check=False)
     with stdin.open("rb") as file:
