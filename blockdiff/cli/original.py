@@ -43,7 +43,7 @@ def _merge(file: str) -> None:
         apply(codec.decompressed(delta, "the delta on standard input"), file)
 
 
-@click.command(context_settings={**_SETTINGS, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
 @_version
 @click.argument("name")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
