@@ -240,6 +240,8 @@ class Session:
             except ConnectionLost:
                 pass  # as it should be
         status = self._connection.wait(connection.EXIT_TIMEOUT_S)
+        if status == -1:
+            raise self._connection.explain(ConnectionLost("the connection ended before it told how the agent did"))
         if status != 0:
             how = "did not end" if status is None else f"ended with status {status}"
             raise self._broken(f"{how} after it had sent everything")

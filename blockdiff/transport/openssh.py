@@ -38,9 +38,14 @@ class SshConnection(ChildConnection):
         self._address = address
         super().__init__(arguments(address, options), address.login)
 
+    def wait(self, timeout_s: float) -> int | None:
+        """See `connection.Connection`."""
+        status = super().wait(timeout_s)
+        return -1 if status == _SSH_FAILED else status
+
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """Return what ssh said of its failure, where it failed itself."""
-        if self.wait(0) == _SSH_FAILED and (known := advice.from_ssh(self._address, self.stderr())) is not None:
+        if self.wait(0) == -1 and (known := advice.from_ssh(self._address, self.stderr())) is not None:
             return known
         return super().explain(error)
 

@@ -71,6 +71,8 @@ class ParamikoConnection(Connection):
             return advice.unknown_host_key(self._address)
         if "No existing session" in said or "Authentication timeout" in said:  # what paramiko calls silence
             return advice.unreachable(self._address, f"silent for {timeout_s:g} s during the SSH handshake")
+        if "protocol banner" in said:
+            return advice.unreachable(self._address, "no SSH server answered")
         if isinstance(error, paramiko.AuthenticationException) and "saw EOF" not in said:
             return advice.refused_login(self._address, said)
         return advice.unreachable(self._address, said)
