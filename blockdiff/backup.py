@@ -127,9 +127,6 @@ def _plan(chain: LockedChain, address: Address, options: Options, stack: ExitSta
     last = chain.last()
     base = chain.generations.get(last)
     parent = Parent(last, base.manifest_sha256 if base is not None else None) if last else None
-    sources = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
-    if sources and not options.full:
-        _check_source(chain, sources[-1], address)
     if last == 0 or options.full:
         return _full_plan(base, parent, options)
     if base is None:
@@ -138,6 +135,7 @@ def _plan(chain: LockedChain, address: Address, options: Options, stack: ExitSta
             "restore its files from a copy, or begin anew inside the chain with --full",
         )
     _check_base(chain, base)
+    _check_source(chain, address)
     old = stack.enter_context(base.open_table())
     plan = _Plan(old.block_size, base.digest, _format_of(base), old, parent)
     plan.notes += _kept_notes(plan, options)
@@ -154,12 +152,14 @@ def _full_plan(base: Generation | None, parent: Parent | None, options: Options)
     return _Plan(block_size, digest, delta_format, None, parent)
 
 
-def _check_source(chain: LockedChain, known: Source, address: Address) -> None:
+def _check_source(chain: LockedChain, address: Address) -> None:
+    """Refuse another source than that of the newest manifest."""
+    known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
     here = Source(address.machine, address.path, "")
-    if known.kind == "command" or known.same_place(here):
+    if not known or known[-1].kind == "command" or known[-1].same_place(here):
         return
     raise ChainError(
-        f"{printable(chain.name)} holds backups of {printable(str(known))}, not of {printable(str(here))}",
+        f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
         "use another NAME, or say --full if this source really takes the place of the other",
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from blockdiff import merge, pipeline
-from blockdiff.blocks import Digest, Hasher, block_count, digest_named
+from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.deltafile import DeltaReader, TableReader
 from blockdiff.dump import Run
@@ -99,6 +99,7 @@ class Verifier:
         self._chain = chain
         self._advance = advance
         self._newest: _Newest | None = None
+        self._limit = max(map(_most_blocks, chain.generations.values()), default=0)
         self._format = 0
         self._carried_end = 0
 
@@ -162,12 +163,13 @@ class Verifier:
                 file = _HashedFile(raw)
                 reader = merge.read_delta(generation, file)
                 self._prepare(generation, reader)
+                self._carried_end = 0
                 self._take_runs(generation, reader, carried)
         except (DamagedError, StorageError):
             if self._newest is not None:
                 self._newest = self._newest.keep_only(carried)
             raise
-        self._format, self._carried_end = reader.format, len(carried)
+        self._format = reader.format
         known = generation.manifest
         if known is not None and file.sha256() != known.delta.sha256:
             raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
@@ -210,10 +212,13 @@ class Verifier:
 
         workers = pipeline.worker_count()
         for run, digests in pipeline.in_order(digest, readable(), workers, ahead=workers + 1):
-            first, count = run.offset // reader.block_size, block_count(run.length, reader.block_size)
-            self._newest.put(first, digests)
-            carried.extend(bytes(max(0, first + count - len(carried))))
-            carried[first : first + count] = b"\1" * count
+            first, end = run.offset // reader.block_size, block_count(run.offset + run.length, reader.block_size)
+            self._carried_end = end
+            end = min(end, self._limit)  # no restore needs blocks beyond, and a damaged offset can be anything
+            if first < end:
+                self._newest.put(first, digests[: (end - first) * self._newest.digest_size])
+                carried.extend(bytes(max(0, end - len(carried))))
+                carried[first:end] = b"\1" * (end - first)
             self._advance(run.length)
         if failures:
             raise failures[0]
@@ -257,6 +262,14 @@ class Verifier:
             f"{generation.path()} cannot be restored: the block at offset {offset} {why}",
             "restore the damaged files from a copy, or begin anew with --full",
         )
+
+
+def _most_blocks(generation: Generation) -> int:
+    """Return a number of blocks that the generation's image cannot exceed."""
+    if generation.manifest is not None:
+        return generation.manifest.blocks
+    sizes = [generation.directory.size_of(generation.name(suffix)) or 0 for suffix in generation.suffixes]
+    return max(sizes) // min(DIGEST_SIZES.values())
 
 
 def _short_runs(reader: DeltaReader) -> Iterator[Run]:

@@ -1,6 +1,7 @@
 """Small chains, made quickly in this process, and what verify and restore make of them."""
 
 import shutil
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class MemoryTarget:
         self.writes: list[tuple[int, int]] = []
         self.zeros: list[tuple[int, int]] = []
         self.finished = False
+        self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
         self.writes.append((offset, len(data)))
@@ -56,8 +58,9 @@ class MemoryTarget:
         self.finished = True
 
     def _put(self, offset: int, data: bytes) -> None:
-        self.image.extend(bytes(max(0, offset + len(data) - len(self.image))))
-        self.image[offset : offset + len(data)] = data
+        with self._lock:  # several threads write
+            self.image.extend(bytes(max(0, offset + len(data) - len(self.image))))
+            self.image[offset : offset + len(data)] = data
 
 
 @dataclass
@@ -90,9 +93,7 @@ class SmallChain:
 
     def files(self) -> dict[str, bytes]:
         """Return what the directory holds, but for locks."""
-        return {
-            path.name: path.read_bytes() for path in sorted(self.directory.iterdir()) if path.suffix != ".lock"
-        }
+        return {path.name: path.read_bytes() for path in sorted(self.directory.iterdir()) if path.suffix != ".lock"}
 
     def temporary(self) -> list[str]:
         """Return the names of the temporary files in the directory."""
@@ -153,7 +154,7 @@ def three_days(directory: Path, options: backup.Options | None = None) -> SmallC
 
 
 def without_manifests(chain: SmallChain) -> SmallChain:
-    """Remove the manifests: what is left is a chain as the original writes it, if its format is 1 and its digest MD5."""
+    """Remove the manifests: with format 1 and MD5, what is left is a chain as the original writes it."""
     for path in chain.directory.glob("*.json"):
         path.unlink()
     return chain
