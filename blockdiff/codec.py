@@ -244,7 +244,7 @@ def _sized_zstd(source: _Input, frame: bytes) -> Task:
     def task() -> bytes:
         try:
             size = zstandard.frame_content_size(frame)
-            if not 0 <= size <= MAX_MEMBER:
+            if not 0 < size <= MAX_MEMBER:  # we write no empty ones, and `decompress` does not look into them
                 raise source.damaged("a zstd frame has an impossible size")
             return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:

@@ -81,7 +81,8 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
             if not data:
                 break
             yield data
-        _wait(child)
+        if not failures:  # lzop would only complain of what we could not give it
+            _wait(child)
         feeder.join(TIMEOUT_S)
         if failures:
             raise failures[0]
