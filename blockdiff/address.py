@@ -41,7 +41,7 @@ def parse(text: str) -> Address:
         return _parse_url(text)
     login, colon, path = text.partition(":/")
     match = _HOST.fullmatch(login)
-    if not colon or match is None:
+    if not colon or match is None or path.startswith("/"):  # http://host/x names no host called http
         raise UsageError(f"cannot make out the source {printable(text, 300)}", _FORMS)
     return _address(match, "/" + path, None, text)
 
@@ -58,7 +58,7 @@ def _parse_url(text: str) -> Address:
     login, slash, path = text[len("ssh://") :].partition("/")
     login, port = _split_port(login, text)
     match = _HOST.fullmatch(login)
-    if not slash or match is None:
+    if not slash or match is None or "%00" in path:
         raise UsageError(f"cannot make out the source {printable(text, 300)}", _FORMS)
     # in a URL, a path is percent-encoded: a blank is %20
     decoded = unquote_to_bytes(path.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
