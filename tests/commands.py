@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 BIN = Path(__file__).resolve().parent.parent / "bin"
@@ -38,3 +39,22 @@ def done(*arguments: str | bytes | Path, cwd: Path | None = None, env: Mapping[s
     result = run(*arguments, cwd=cwd, env=env)
     assert (result.returncode, result.stderr) == (0, b""), result
     return result.stdout
+
+
+@contextmanager
+def started(
+    *arguments: str | bytes | Path, env: Mapping[str, str] | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Yield a command of ``bin/`` that runs; one that still does at the end is killed."""
+    program = BIN / os.fsdecode(arguments[0])
+    with subprocess.Popen(
+        [sys.executable, program, *arguments[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PATH": PATH, **(env or {})},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
