@@ -152,6 +152,10 @@ RUNS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
         [lambda a: a.data((1 << 64) - BLOCK, BLOCK)],
         f"sent {BLOCK} bytes at offset {(1 << 64) - BLOCK} of {SIZE}, after 0",
     ),
+    "unaligned at its start": (
+        [lambda a: a.data(10, BLOCK - 10)],
+        f"sent {BLOCK - 10} bytes at offset 10, {NOT_WHOLE}",
+    ),
     "unaligned": ([lambda a: a.data(10, BLOCK)], f"sent {BLOCK} bytes at offset 10, {NOT_WHOLE}"),
     "too long for blocks": ([lambda a: a.data(0, BLOCK + 1)], f"sent {BLOCK + 1} bytes at offset 0, {NOT_WHOLE}"),
     "too short for a block": ([lambda a: a.data(0, 100)], f"sent 100 bytes at offset 0, {NOT_WHOLE}"),

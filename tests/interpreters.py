@@ -1,0 +1,33 @@
+"""The Pythons of this machine that a host could have: one of each version from 3.6 on."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def _candidates() -> list[Path]:
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    on_path = [shutil.which(f"python3.{minor}") for minor in range(6, 30)] + [shutil.which("python3")]
+    return sorted(root.glob("versions/*/bin/python3")) + [Path(path) for path in on_path if path is not None]
+
+
+def _version(python: Path) -> tuple[int, int] | None:
+    """Return the version of an interpreter, None where it does not run: shims without a version behind them do not."""
+    result = subprocess.run([python, "-V"], capture_output=True, text=True, timeout=60, check=False)
+    match = re.match(r"Python (\d+)\.(\d+)", result.stdout)
+    return (int(match[1]), int(match[2])) if match is not None and result.returncode == 0 else None
+
+
+def _find() -> dict[str, Path]:
+    found: dict[tuple[int, int], Path] = {}
+    for python in _candidates():
+        version = _version(python)
+        if version is not None and version >= (3, 6):
+            found.setdefault(version, python)
+    return {f"{major}.{minor}": found[major, minor] for major, minor in sorted(found)}
+
+
+#: The interpreters by version, such as ``3.6``.
+INTERPRETERS = _find()
