@@ -1,0 +1,37 @@
+"""File systems of a test's own: small, full or read-only ones in memory, as context managers."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests import conftest
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def tmpfs(path: Path, *options: str) -> Iterator[Path]:
+    """Mount a file system in memory at `path`, a new directory; options are like ``size=64k``. Skips without mount."""
+    path.mkdir()
+    program = conftest.require_program("mount")
+    words = [word for option in options for word in ("-o", option)]
+    mounted = os.getuid() == 0 and subprocess.run([program, "-t", "tmpfs", *words, "none", path], check=False)
+    conftest.require(mounted and mounted.returncode == 0, "the right to mount")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True, timeout=60)
+
+
+def remount(path: Path, option: str) -> None:
+    """Change an option of a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,{option}", path], check=True, timeout=60)
+
+
+def leave_pages(path: Path, count: int) -> None:
+    """Let a file system made by `tmpfs` have room for `count` more pages, or files of a page."""
+    status = os.statvfs(path)
+    used = (status.f_blocks - status.f_bfree) * status.f_frsize
+    remount(path, f"size={used + count * PAGE}")

@@ -1,0 +1,200 @@
+"""How a generation becomes part of a chain, and what stays where that fails."""
+
+import errno
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from blockdiff.backup import Options
+from blockdiff.commit import LockedChain
+from blockdiff.errors import BusyError, StorageError, UsageError
+from tests import chains, commands, faults
+from tests.chains import DAYS, SmallChain
+
+MAX_STEPS = 100
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> SmallChain:
+    chain = chains.new_chain(tmp_path)
+    chain.add(DAYS[0])
+    return chain
+
+
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "link", "rename"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_step_that_fails_leaves_the_chain_as_it_was(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    failures = 0
+    for at in range(1, MAX_STEPS):
+        before = chain.files()
+        with faults.at_step(monkeypatch, at, number, (step,)) as faulty:
+            try:
+                chain.add(DAYS[1])
+            except StorageError as error:
+                assert error.exit_status == 1
+                assert str(chain.directory) in error.message and os.strerror(number) in error.message
+            else:
+                assert faulty.failed is None
+                break
+        failures += 1
+        if chain.last() == 2:  # nothing but the very last step, which makes a complete generation durable
+            assert step == "fsync" and chain.file(".ver").read_bytes() == b"2\n"
+            chain.images[2] = DAYS[1]
+            break
+        assert chain.files() == before
+    assert failures >= {"open": 5, "write": 6, "fsync": 7, "link": 3, "rename": 1}[step]
+    chain.assert_sound()
+    chain.add(DAYS[2])
+    chain.assert_sound()
+
+
+def test_the_first_error_is_told_even_where_nothing_can_be_removed(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that turned read-only fails every step from then on."""
+    with faults.at_step(monkeypatch, 1, errno.EROFS, ("link",)):
+        real = os.unlink
+
+        def unlink(name: str, *, dir_fd: int) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(os, "unlink", unlink)
+        with pytest.raises(StorageError, match=r"cannot create .*disk\.2\.gz: Read-only file system"):
+            chain.add(DAYS[1])
+        monkeypatch.setattr(os, "unlink", real)
+    chain.add(DAYS[1])
+    chain.assert_sound()
+
+
+def test_a_name_that_is_taken_is_never_overwritten(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who ignores the lock puts a file there just before the link."""
+    link = os.link
+
+    def late(*arguments: object, **keywords: object) -> None:
+        if not chain.file(".2.sha256").exists():
+            chain.file(".2.sha256").write_bytes(b"not ours")
+        link(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(StorageError, match=r"cannot create .*disk\.2\.sha256: File exists"):
+        chain.add(DAYS[1])
+    assert chain.file(".2.sha256").read_bytes() == b"not ours"
+    assert not chain.file(".2.gz").exists() and chain.temporary() == []
+
+
+def test_files_are_private_and_durable_before_they_have_names(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every content is synced before the first link, and the directory between the links and after."""
+    calls: list[str] = []
+    for name in ("fsync", "link", "rename"):
+        real = getattr(os, name)
+
+        def record(*arguments: object, name: str = name, real: object = real, **keywords: object) -> object:
+            calls.append(f"{name} {arguments[1]}" if name != "fsync" else name)
+            assert callable(real)
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, record)
+    chain.add(DAYS[1])
+    assert calls == [
+        *["fsync"] * 4,
+        "link disk.2.gz",
+        "link disk.2.sha256",
+        "fsync",
+        "link disk.2.json",
+        "fsync",
+        "rename disk.ver",
+        "fsync",
+    ]
+    for suffix in (".2.gz", ".2.sha256", ".2.json", ".ver"):
+        assert chain.file(suffix).stat().st_mode & 0o777 == 0o600
+
+
+# Two runs at once
+
+
+def test_a_second_run_exits_4_and_touches_nothing(chain: SmallChain) -> None:
+    """The first one is in the middle: its agent does not begin before it is let go."""
+    gate = chain.source.parent / "gate"
+    os.mkfifo(gate)
+    prefix = f'sh -c \'read line < "{gate}"; exec "$@"\' sh'
+    before = chain.files()
+    with commands.started(
+        "blockdiff", "backup", chain.name, chain.source, env={"SSH_BLOCKDIFF_PREFIX": prefix}
+    ) as first:
+        fd = os.open(gate, os.O_WRONLY)  # returns when the prefix has opened it: the lock is held by now
+        second = commands.run("blockdiff", "backup", chain.name, chain.source)
+        assert second.returncode == 4
+        assert f"another run is busy with {chain.name}" in second.stderr.decode()
+        assert chain.files() == before
+        for command in ("list", "verify"):
+            assert commands.run("blockdiff", command, chain.name).returncode == 0
+        assert chain.restored() == DAYS[0]
+        os.write(fd, b"go\n")
+        os.close(fd)
+        assert first.wait(60) == 0
+    chain.images[2] = DAYS[0]
+    chain.assert_sound()
+
+
+def test_the_lock_ends_with_the_process_that_held_it(chain: SmallChain) -> None:
+    gate = chain.source.parent / "gate"
+    os.mkfifo(gate)
+    prefix = f'sh -c \'read line < "{gate}"; exec "$@"\' sh'
+    with commands.started(
+        "blockdiff", "backup", chain.name, chain.source, env={"SSH_BLOCKDIFF_PREFIX": prefix}
+    ) as first:
+        fd = os.open(gate, os.O_WRONLY)
+        with pytest.raises(BusyError):
+            chain.add(DAYS[1])
+        first.kill()
+        first.wait(60)
+        os.close(fd)
+    chain.add(DAYS[1])
+    chain.assert_sound()
+
+
+def test_ten_runs_at_once_make_generations_in_sequence(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    chain.source.write_bytes(DAYS[0])
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(commands.started("blockdiff", "backup", chain.name, chain.source)) for _ in range(10)
+        ]
+        statuses = [run.wait(120) for run in runs]
+    assert set(statuses) <= {0, 4} and 0 in statuses
+    assert chain.last() == statuses.count(0)
+    chain.images = dict.fromkeys(range(1, chain.last() + 1), DAYS[0])
+    chain.assert_sound()
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/", "x/.", "x/..", "nul\0"])
+def test_what_is_no_name_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="is no NAME for a chain"):
+        LockedChain(name)
+
+
+def test_a_name_that_ends_like_a_generation_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a NAME cannot end like"):
+        SmallChain(tmp_path, tmp_path / "source", "disk@2").add(DAYS[0])
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_chains_whose_names_look_like_each_others_files_keep_apart(tmp_path: Path, compression: str) -> None:
+    options = Options(block_size=chains.BLOCK, compression=compression)
+    one = chains.new_chain(tmp_path, "disk")
+    others = [SmallChain(one.directory, one.source, base) for base in ("disk.1", "disk.1.2", "disk.", "disk-1", "d*sk")]
+    for image in DAYS:
+        for chain in (one, *others):
+            chain.add(image, options)
+    for chain in (one, *others):
+        chain.assert_sound()
+        assert chain.last() == 3
