@@ -182,7 +182,7 @@ class FileSource:
             except OSError as error:
                 raise self._unreadable(piece.offset + done, error) from error
             if count == 0:
-                raise self._shrunk(piece.offset + done)
+                raise self._shrunk(min(os.lseek(self._fd, 0, os.SEEK_END), piece.offset + done))
             done += count
         if not piece.cached:
             os.posix_fadvise(self._fd, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)

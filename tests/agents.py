@@ -1,0 +1,130 @@
+"""Talk to the real agent, as it is shipped, without the server's checks in between."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockdiff import bundle, wire
+from blockdiff.errors import BlockdiffError, from_wire
+from blockdiff.transport.child import ChildConnection
+from blockdiff.transport.connection import push_agent
+
+#: How long an agent may take for what it should do at once, in seconds.
+PROMPTLY_S = 30.0
+
+
+@dataclass
+class Outcome:
+    """What an agent sent: `runs` are (offset, length, bytes or None for zeros)."""
+
+    source: dict[str, object] = field(default_factory=dict)
+    runs: list[tuple[int, int, bytes | None]] = field(default_factory=list)
+    progress: list[int] = field(default_factory=list)
+    totals: dict[str, object] = field(default_factory=dict)
+
+    def applied_to(self, image: bytes = b"") -> bytes:
+        """Return the image that the runs make of the one before."""
+        size = self.source["size"]
+        assert isinstance(size, int)
+        result = bytearray(image[:size].ljust(size, b"\xee"))
+        for offset, length, data in self.runs:
+            result[offset : offset + length] = bytes(length) if data is None else data
+        return bytes(result)
+
+
+class Conversation:
+    """The server's side: an agent that has said hello."""
+
+    def __init__(self, child: ChildConnection) -> None:
+        self.child = child
+        self.link = push_agent(child, timeout_s=PROMPTLY_S, silence_s=PROMPTLY_S)
+        self.hello = self.link.read_json(self.expect(wire.HELLO))
+
+    def expect(self, kind: int) -> wire.Frame:
+        """Return the next frame, which must be of this kind; what the agent reports is raised."""
+        frame = self.next()
+        assert frame.kind == kind
+        return frame
+
+    def next(self) -> wire.Frame:
+        """Return the next frame; what the agent reports is raised."""
+        frame = self.link.receive()
+        if frame.kind == wire.ERROR:
+            raise from_wire(self.link.read_json(frame), "host")
+        return frame
+
+    def request(self, path: str | bytes | Path, **fields: object) -> None:
+        """Ask for a dump."""
+        defaults = {"path": os.fsencode(path).hex(), "block_size": 4096, "digest": "sha256"}
+        self.link.send_json(wire.REQUEST, {**defaults, **fields})
+
+    def receive(self, table: bytes = b"", digest_size: int = 32) -> Outcome:
+        """Take everything from SOURCE to END, and send the digest table as far as it is wanted."""
+        outcome = Outcome(self.link.read_json(self.expect(wire.SOURCE)))
+        sent = 0
+        while True:
+            frame = self.next()
+            payload = self.link.read_bytes(frame, wire.MAX_PAYLOAD)
+            if frame.kind == wire.DATA:
+                outcome.runs.append((frame.offset, frame.length, payload))
+            elif frame.kind == wire.ZERO:
+                outcome.runs.append((frame.offset, int.from_bytes(payload, "little"), None))
+            elif frame.kind == wire.PROGRESS:
+                outcome.progress.append(frame.offset)
+            elif frame.kind == wire.WANT:
+                stop = min(frame.offset, len(table))
+                for start in range(sent, stop, 1000 * digest_size):
+                    self.link.send(wire.TABLE, table[start : min(start + 1000 * digest_size, stop)])
+                sent = stop
+            else:
+                assert frame.kind == wire.END
+                outcome.totals = json.loads(payload)
+                return outcome
+
+    def failure(self) -> BlockdiffError:
+        """Return the error that the agent reports, whatever it sends before."""
+        try:
+            self.receive()
+        except BlockdiffError as error:
+            return error
+        raise AssertionError("the agent did not fail")
+
+
+def command(python: str | Path = sys.executable) -> list[str]:
+    """Return what starts the agent under an interpreter."""
+    return [str(python), *bundle.local_command()[1:]]
+
+
+@contextmanager
+def conversation(arguments: Sequence[str] | None = None) -> Iterator[Conversation]:
+    """Start the agent, under this interpreter where nothing else is said, and leave nothing of it."""
+    child = ChildConnection(arguments or command(), "host")
+    with child:
+        yield Conversation(child)
+
+
+def dump(
+    path: str | bytes | Path, arguments: Sequence[str] | None = None, table: bytes | None = None, **fields: object
+) -> Outcome:
+    """Dump a source, incrementally where there is a table, and see the agent end well."""
+    with conversation(arguments) as talk:
+        if table is not None:
+            fields["table_blocks"] = len(table) // 32
+        talk.request(path, **fields)
+        outcome = talk.receive(table or b"")
+        assert talk.child.wait(PROMPTLY_S) == 0
+        assert talk.child.stderr() == ""
+        return outcome
+
+
+def failure(path: str | bytes | Path, arguments: Sequence[str] | None = None, **fields: object) -> BlockdiffError:
+    """Ask for a dump that must fail; return what the agent says, and see it end with status 1."""
+    with conversation(arguments) as talk:
+        talk.request(path, **fields)
+        error = talk.failure()
+        assert talk.child.wait(PROMPTLY_S) == 1
+        return error
