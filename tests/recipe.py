@@ -5,20 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+README = Path(__file__).resolve().parent.parent / "README.md"
 HEADING = "## Restore without blockdiff\n"
-#: The section has a document of its own where the README does not hold it.
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "restore-without-blockdiff.md")
 
 
 def section() -> str:
     """Return the recipe's section, from its heading to the next one."""
-    for document in DOCUMENTS:
-        if document.exists() and HEADING in (text := document.read_text()):
-            found = re.split(r"^## ", text.partition(HEADING)[2], maxsplit=1, flags=re.MULTILINE)[0]
-            if "```python\n" in found:
-                return found
-    raise AssertionError("no document has the recipe")
+    after = README.read_text().partition(HEADING)[2]
+    assert after, "the README has no recipe"
+    return re.split(r"^## ", after, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def code(language: str) -> str:
