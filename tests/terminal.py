@@ -1,0 +1,37 @@
+"""Run a command on a terminal of its own."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from tests.commands import BIN, PATH
+
+
+def run(*arguments: str | Path, timeout_s: float = 60) -> tuple[int, str]:
+    """Run a command of ``bin/`` with all three standard streams on a terminal; return exit status and what it shows."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    environment = {**os.environ, "PATH": PATH, "TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen(
+        [sys.executable, BIN / str(arguments[0]), *arguments[1:]],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        os.close(slave)
+        shown = bytearray()
+        try:
+            while part := os.read(master, 65536):
+                shown += part
+        except OSError:
+            pass  # the last one who held the other end is gone
+        finally:
+            os.close(master)
+        return process.wait(timeout_s), shown.decode("utf-8", "replace")
