@@ -25,13 +25,6 @@ def test_the_recipe_is_short_and_needs_nothing_but_the_standard_library() -> Non
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(code)))
 
 
-def test_the_readme_and_the_document_have_the_same_recipe() -> None:
-    texts = [document.read_text() for document in recipe.DOCUMENTS if document.exists()]
-    holding = [text for text in texts if "```python\nimport os, struct, sys" in text]
-    assert holding
-    assert all(recipe.code(language) in text for text in holding for language in ("python", "sh"))
-
-
 @pytest.mark.parametrize("delta_format", [1, 2])
 def test_the_recipe_restores_a_chain_as_the_readme_says(delta_format: int, tmp_path: Path) -> None:
     """Both blocks of code are run as they are: three gzip deltas, in a shell."""
