@@ -1,0 +1,237 @@
+"""What the agent does beside dumping: leases, limits, priorities, disks that fail, and what it must never touch."""
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdiff import agent, wire
+from blockdiff.errors import ProtocolError, SourceError
+from blockdiff.transport.child import ChildConnection
+from tests import agents, loop
+from tests.conftest import require, require_program
+
+BLOCK = 4096
+BATCH = 2 << 20
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Runs the agent's code with other deadlines than those that are shipped.
+WITH_DEADLINES = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from blockdiff import agent, wire
+wire.Link.__init__.__defaults__ = (float(sys.argv[2]),)
+wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
+agent.REQUEST_TIMEOUT_S = float(sys.argv[4])
+agent.main(b"go")
+"""
+
+
+def with_deadlines(silence_s: float = 60, heartbeat_s: float = 60, request_s: float = 60) -> ChildConnection:
+    """Start an agent with other deadlines, up to its first frame."""
+    numbers = [str(number) for number in (silence_s, heartbeat_s, request_s)]
+    child = ChildConnection([sys.executable, "-I", "-c", WITH_DEADLINES, str(ROOT), *numbers], "host")
+    assert child.readinto(memoryview(bytearray(2)), agents.PROMPTLY_S) == 2
+    return child
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(b"\x5a" * (32 << 20))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    descriptors = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("when", ["before the request", "while it sends"])
+def test_a_server_that_goes_silent_ends_the_agent(image: Path, when: str) -> None:
+    with with_deadlines(silence_s=0.3) as child:
+        if when == "while it sends":
+            link = wire.Link(child)
+            link.read_json(link.receive())
+            link.send_json(wire.REQUEST, {"path": str(image).encode().hex(), "block_size": BLOCK, "digest": "sha256"})
+            assert link.receive().kind == wire.SOURCE
+        assert child.wait(agents.PROMPTLY_S) == 1
+        assert child.stderr() == "blockdiff agent: silent for 0.3 s\n"
+
+
+def test_a_server_that_is_alive_holds_the_agent() -> None:
+    """It has nothing to say for several times the silence that ends it, but that it is there."""
+    with with_deadlines(silence_s=1) as child:
+        link = wire.Link(child)
+        link.read_json(link.receive())
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            link.send_alive()
+            assert child.wait(0.05) is None
+
+
+def test_a_server_that_never_asks_for_anything_ends_the_agent() -> None:
+    with with_deadlines(request_s=0.1) as child:
+        link = wire.Link(child, agents.PROMPTLY_S)
+        link.read_json(link.receive())
+        frame = link.receive()
+        assert frame.kind == wire.ERROR
+        assert link.read_json(frame)["message"] == "no request after 0.1 s"
+        assert child.wait(agents.PROMPTLY_S) == 1
+
+
+def test_the_agent_says_that_it_is_alive() -> None:
+    with with_deadlines(heartbeat_s=0.01) as child:
+        link = wire.Link(child, agents.PROMPTLY_S)
+        link.read_json(link.receive())
+        header = bytearray(wire.HEADER.size)
+        for sequence in (1, 2, 3):
+            filled = 0
+            while filled < len(header):
+                filled += child.readinto(memoryview(header)[filled:], agents.PROMPTLY_S)
+            assert wire.HEADER.unpack(header)[:4] == (wire.ALIVE, 0, sequence, 0)
+
+
+def test_the_bandwidth_is_limited(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\x5a" * 300_000 + bytes(5_000_000))
+    with agents.conversation() as talk:
+        started = time.monotonic()
+        talk.request(tmp_path / "image", bandwidth=1_000_000)
+        outcome = talk.receive()
+        assert sum(length for _, length, data in outcome.runs if data is not None) < 310_000
+        assert 0.3 <= time.monotonic() - started < 5  # zeros take no time: they are not sent
+
+
+def test_the_limit_is_kept_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+    throttle = agent.Throttle(1000)
+    for _ in range(10):
+        throttle.spend(500)
+    assert clock[0] == pytest.approx(105)
+    clock[0] += 50  # what was not used is not saved up
+    throttle.spend(1000)
+    assert clock[0] == pytest.approx(156)
+    agent.Throttle(None).spend(1 << 60)
+    assert clock[0] == pytest.approx(156)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_the_agent_yields_to_everybody_else_where_it_is_told_to(image: Path, low: bool) -> None:
+    ionice = require_program("ionice")
+    with agents.conversation() as talk:
+        talk.request(image, low_priority=low)
+        talk.expect(wire.SOURCE)
+        pid = talk.child._child.pid
+        before = os.nice(0)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == (min(before + 10, 19) if low else before)
+        shown = subprocess.run([ionice, "-p", str(pid)], capture_output=True, text=True, timeout=60, check=True)
+        assert (shown.stdout == "best-effort: prio 7\n") is low
+
+
+def test_a_host_without_ionice_is_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"content")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert agents.dump(tmp_path / "image", low_priority=True).applied_to() == b"content"
+
+
+def test_a_block_device(tmp_path: Path) -> None:
+    backing = tmp_path / "backing"
+    content = b"\x5a" * (3 << 20) + bytes(1 << 20) + b"\xa5" * 512
+    backing.write_bytes(content)
+    with loop.device(backing) as device:
+        outcome = agents.dump(device)
+    assert outcome.source == {"kind": "device", "size": len(content)}
+    assert outcome.applied_to() == content
+    assert outcome.totals["touched"] is None
+    assert [(offset, length) for offset, length, data in outcome.runs if data is None] == [(3 << 20, 1 << 20)]
+
+
+def traced(*options: str) -> list[str]:
+    """Return what runs the agent under strace; skips the test where that is not possible."""
+    strace = require_program("strace")
+    probe = subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True, timeout=60, check=False)
+    require(probe.returncode == 0, "the right to trace processes")
+    return [strace, "-f", *options, *agents.command()]
+
+
+def test_a_read_error_of_the_disk_names_the_offset(image: Path) -> None:
+    """Each thread's second read fails, as if the disk did."""
+    command = traced("-qq", "-o", "/dev/null", "-e", "inject=preadv,preadv2:error=EIO:when=2+")
+    with agents.conversation(command) as talk:
+        talk.request(image)
+        error = talk.failure()
+        assert talk.child.wait(agents.PROMPTLY_S) == 1
+    assert type(error) is SourceError
+    found = re.fullmatch(f"host: cannot read {image} at offset ([0-9]+): Input/output error", error.message)
+    assert found is not None, error.message
+    assert int(found[1]) % BATCH == 0
+    assert error.hint == "the disk may be failing, or the snapshot have overflowed: see the host's kernel log"
+
+
+def test_the_agent_writes_nothing_to_the_host(image: Path, tmp_path: Path) -> None:
+    agents.dump(image)  # Python itself may compile what it has never imported before
+    log = tmp_path / "log"
+    calls = "trace=open,openat,creat,mkdir,mkdirat,link,linkat,symlink,rename,renameat2,unlink,unlinkat,truncate,mknod"
+    assert agents.dump(image, traced("-qq", "-o", str(log), "-e", calls), low_priority=True).totals
+    written = [
+        line
+        for line in log.read_text().splitlines()
+        if re.search(r"O_WRONLY|O_RDWR|O_CREAT|creat\(|mkdir|link|rename|truncate|mknod", line)
+        and "O_RDONLY" not in line
+    ]
+    assert written
+    assert all('"/dev/null", O_RDWR' in line for line in written), written
+
+
+def test_a_failure_that_nobody_thought_of_arrives_as_a_sentence() -> None:
+    """A path that holds a NUL is no path: the server never sends one."""
+    with agents.conversation() as talk:
+        talk.request(b"/a\0b")
+        error = talk.failure()
+        assert error.message.startswith("host: the agent failed: ValueError: ")
+        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        said = talk.child.stderr()
+        assert "<blockdiff.agent>" in said  # the traceback shows the shipped source
+        assert "os.open(path" in said
+
+
+def test_the_digest_feed_asks_for_more_in_time_and_takes_no_more_than_that() -> None:
+    size, count = 32, 100_000
+    table = secrets.token_bytes(size * count)
+
+    class Server(wire.Link):
+        """Sends at once what is wanted, and holds what it was asked for."""
+
+        def __init__(self) -> None:
+            self.wanted = [0]
+
+        def send(self, kind: int, *parts: wire.Buffer, offset: int = 0) -> None:
+            assert (kind, parts) == (wire.WANT, ())
+            sent, self.wanted = self.wanted[-1], [*self.wanted, offset]
+            feed.feed(table[sent:offset])
+
+    server = Server()
+    feed = agent.TableFeed(server, size, count)
+    with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
+        feed.feed(b"?")
+
+    feed = agent.TableFeed(server, size, count)
+    taken = b""
+    for blocks in (1, 8192, 0, 5000, *[8192] * 10, 8192):
+        taken += feed.take(blocks)
+        assert server.wanted[-1] <= len(taken) + wire.TABLE_WINDOW
+    assert taken == table[: len(taken)]
+    assert len(taken) == min(1 + 5000 + 12 * 8192, count) * size
+    assert server.wanted == sorted(set(server.wanted))
+    with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
+        feed.feed(b"?")
