@@ -51,6 +51,14 @@ class Relay:
         """Cut the connections, or go silent, now."""
         self.acted.set()
 
+    def reset(self) -> None:
+        """Forget what was done, once the connections so far have ended, and pass new ones on."""
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        self.passed = [0, 0]
+        self.acted.clear()
+
     def _accept(self) -> None:
         while not self._closing.is_set():
             if select.select([self._listener], [], [], 0.02)[0]:
