@@ -9,8 +9,9 @@ import pytest
 
 from tests.sshd import Sshd
 
-#: Where large images go: memory, where the machine offers it as a file system.
-LARGE = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+_SHM = Path("/dev/shm")
+#: Where large images go: memory, where the machine offers enough of it as a file system (containers often do not).
+LARGE = _SHM if _SHM.is_dir() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
 
 
 def require(present: object, what: str) -> None:
