@@ -74,6 +74,9 @@ class FileTarget(_Target):
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self._failed("create", error) from error
+        except BaseException:  # a signal that came just now: nobody calls __exit__ for us
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

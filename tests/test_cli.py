@@ -410,7 +410,7 @@ def test_a_signal_in_the_middle_leaves_the_chain_as_it_was(chain: SmallChain, nu
 
 
 def test_a_signal_in_a_restore_leaves_no_file(large_tmp_path: Path) -> None:
-    """The target's file system is full of holes to fill: the restore is caught while it writes."""
+    """The signal comes as soon as there is a file: one that came before it was written to is removed as well."""
     chain = chains.new_chain(large_tmp_path)
     chain.add(random.Random(1).randbytes(64 << 20), Options(compression="none"))
     with mounts.tmpfs(large_tmp_path / "target") as place:
