@@ -1,8 +1,10 @@
 """Backup data that is missing or not what was written: what verify, restore and the next backup make of it."""
 
+import random
 import shutil
 import subprocess
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -330,19 +332,40 @@ def test_a_delta_that_goes_beyond_its_table_is_damaged(templates: Templates, tmp
         small.restored(2)
 
 
-def test_damage_behind_the_part_of_a_delta_that_is_needed_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
+def test_damage_behind_the_part_of_a_delta_that_is_needed_does_not_matter(tmp_path: Path, compression: str) -> None:
     """Whether a restore reads that far must not depend on how far its threads were ahead."""
     chain = chains.new_chain(tmp_path)
-    options = Options(block_size=1 << 20, compression="none")
-    chain.add(bytes(range(1, 9)) * (1 << 20), options)
-    image = bytes(range(1, 9)) * (1 << 17) + bytes(range(2, 10)) * (1 << 20)
-    image = image[: 1 << 20] + b"x" * (7 << 20)
+    options = Options(block_size=1 << 20, compression=compression)
+    first = random.Random(1).randbytes(8 << 20)
+    chain.add(first, options)
+    image = first[: 1 << 20] + b"x" * (7 << 20)
     chain.add(image, options)  # what is left of generation 1 is its first block
-    path = chain.file(".1")
-    path.write_bytes(path.read_bytes()[: (3 << 20) + 100])
+    path = chain.file(".1" + {"gzip": ".gz", "zstd": ".zst", "none": ""}[compression])
+    path.write_bytes(path.read_bytes()[: (2 << 20) + (1 << 19)])
     for _ in range(5):
         assert chain.restored(2) == image
         assert chain.bad() == [1]
+
+
+def test_an_offset_far_away_takes_no_memory(templates: Templates, tmp_path: Path) -> None:
+    """One flipped bit of an offset must not make verify keep books on blocks that no image has."""
+    small = templates.copy(tmp_path, 1, "none")
+    path = small.file(".2")
+    content = bytearray(path.read_bytes())
+    place = len(content) - 10 - 8  # the head of the last record, whose block has 10 bytes
+    assert int.from_bytes(content[place : place + 8], "little") == 6 * BLOCK
+    content[place + 4] ^= 1 << 2  # 16 GiB further
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert small.bad() == [2]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(DamagedError):
+        small.restored(2)
+    assert small.restored(3) == DAYS[2]
 
 
 # Manifests
@@ -391,6 +414,14 @@ def test_a_manifest_that_is_missing_is_damage(chain: SmallChain) -> None:
         assert chain.restored(number) == DAYS[number - 1]
         chain.file(f".{number}.json").write_bytes(content)
     chain.assert_sound()
+
+
+def test_in_format_1_the_next_generation_knows_that_there_was_a_manifest(templates: Templates, tmp_path: Path) -> None:
+    chain = templates.copy(tmp_path, 1)
+    chain.file(".2.json").unlink()
+    error = chain.verdicts()[2]
+    assert error is not None and error.message.endswith("disk.2.json is missing")
+    assert chain.bad() == [2] and chain.restored(2) == DAYS[1]
 
 
 def test_a_manifest_that_came_back_fits_a_full_generation_made_without_it(chain: SmallChain) -> None:
