@@ -16,6 +16,7 @@ from blockdiff.errors import ProtocolError, SourceError
 from blockdiff.transport.child import ChildConnection
 from tests import agents, loop
 from tests.conftest import require, require_program
+from tests.descriptors import all_closed
 
 BLOCK = 4096
 BATCH = 2 << 20
@@ -50,9 +51,8 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_open() -> Iterator[None]:
-    descriptors = set(os.listdir("/proc/self/fd"))
-    yield
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    with all_closed():
+        yield
 
 
 @pytest.mark.parametrize("when", ["before the request", "while it sends"])

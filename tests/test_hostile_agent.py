@@ -1,7 +1,6 @@
 """Agents that break the rules, one rule each: the server refuses them, keeps nothing, and stays small."""
 
 import functools
-import os
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from blockdiff.errors import (
 )
 from blockdiff.transport import connection
 from blockdiff.transport.connection import NOISE_LIMIT
+from tests.descriptors import all_closed
 from tests.fake_agent import BLOCK, FakeConnection, Script, Wire
 
 BLOCKS = 17
@@ -103,9 +103,8 @@ class Server:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Server]:
     directory = tmp_path / "backups"
     directory.mkdir()
-    descriptors = set(os.listdir("/proc/self/fd"))
-    yield Server(directory, monkeypatch, capsys)
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    with all_closed():
+        yield Server(directory, monkeypatch, capsys)
 
 
 def broken(error: BlockdiffError) -> str:

@@ -1,6 +1,5 @@
 """The start of the agent: through every login shell, with every Python, past every noise; and why it did not start."""
 
-import os
 import secrets
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from blockdiff.errors import BlockdiffError, TransportError
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import NOISE_LIMIT, push_agent
 from tests.conftest import require_program
+from tests.descriptors import all_closed
 from tests.interpreters import INTERPRETERS
 
 SHELLS = ("sh", "bash", "dash", "csh", "tcsh", "fish")
@@ -23,9 +23,8 @@ SHELLS = ("sh", "bash", "dash", "csh", "tcsh", "fish")
 
 @pytest.fixture(autouse=True)
 def nothing_left_open() -> Iterator[None]:
-    descriptors = set(os.listdir("/proc/self/fd"))
-    yield
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    with all_closed():
+        yield
 
 
 def hello(arguments: Sequence[str], prefix: Sequence[str] = ()) -> dict[str, object]:
@@ -108,6 +107,11 @@ def test_a_host_whose_python_is_too_old(tmp_path: Path, script: str) -> None:
 @pytest.mark.parametrize("name", ["python3_13", "python3_9", "python3_6"])
 def test_a_newer_python_is_found_under_another_name(tmp_path: Path, name: str) -> None:
     assert hello(host(tmp_path, python3=TOO_OLD, **{name: REAL}))["protocol"] == wire.PROTOCOL
+
+
+def test_a_python_that_reads_its_input_takes_nothing_from_the_next(tmp_path: Path) -> None:
+    """The agent comes on standard input; a wrapper that drains it must not get it."""
+    assert hello(host(tmp_path, python3="while read -r line; do :; done; exit 1", python3_9=REAL))
 
 
 def test_the_version_is_really_asked_for(tmp_path: Path) -> None:
