@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import paramiko
 import pytest
 
 from blockdiff import address, backup, bundle, wire
@@ -144,7 +145,7 @@ def test_a_peer_that_speaks_no_ssh_is_said(transport: str, chain: chains.SmallCh
 
 def test_paramiko_says_nothing_of_its_own(sshd: Sshd, chain: chains.SmallChain) -> None:
     """It logs broken connections, with tracebacks, and Python prints what nobody handles."""
-    with Relay(sshd.port, limit_down=1500) as relay:
+    with Relay(sshd.port, limit_down=10) as relay:
         sshd.trust(relay.port)
         said = fails(chain, sshd.url(chain.source, relay.port), "--transport", "paramiko", *sshd.arguments)
     assert "cannot reach" in said
@@ -256,11 +257,28 @@ def test_an_agent_whose_server_goes_silent_ends_by_itself(
     sshd: Sshd, transport: str, chain: chains.SmallChain, impatient: float
 ) -> None:
     """The relay keeps the host's side of the connection open: only the agent's own patience can end it."""
+    image = os.urandom(16 << 20)  # more than fits in between: the agent is stuck in a write
+    chain.source.write_bytes(image)
     with Relay(sshd.port, limit_down=300_000, act=SILENCE) as relay:
         sshd.trust(relay.port)
         ended = broken(chain, sshd, relay, transport)
         assert isinstance(ended, TransportError)
         processes.wait_until_gone(sshd.mark, timeout_s=60)
+
+
+def test_paramiko_waits_for_a_started_command_no_longer_than_for_a_connection(
+    sshd: Sshd, chain: chains.SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko itself would wait for ever where the answer to "run this" gets lost."""
+
+    def unanswered(channel: paramiko.Channel, command: str) -> None:
+        channel.event.wait()
+        raise paramiko.SSHException("Channel closed.")
+
+    monkeypatch.setattr(paramiko.Channel, "exec_command", unanswered)
+    settings = backup.Options(full=True, transport="paramiko", ssh_options=(*sshd.options, "ConnectTimeout=2"))
+    with pytest.raises(TransportError, match=r"cannot reach .*: Channel closed"):
+        backup.backup(chain.name, address.parse(sshd.url(chain.source)), settings)
     chain.assert_sound()
 
 
