@@ -4,13 +4,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 
 def _candidates() -> list[Path]:
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     on_path = [shutil.which(f"python3.{minor}") for minor in range(6, 30)] + [shutil.which("python3")]
-    return sorted(root.glob("versions/*/bin/python3")) + [Path(path) for path in on_path if path is not None]
+    named = [Path(path) for path in (*on_path, sys.executable) if path is not None]
+    return sorted(root.glob("versions/*/bin/python3")) + named
 
 
 def _version(python: Path) -> tuple[int, int] | None:

@@ -13,17 +13,11 @@ from blockdiff import wire
 from blockdiff.blocks import digest_named
 from blockdiff.errors import ProtocolError, SourceError, UsageError
 from tests import agents
-from tests.conftest import require
 from tests.interpreters import INTERPRETERS
 
 BLOCK = 4096
 #: More than the agent and the pipe to us can hold: an agent that nobody listens to is stuck before the end of it.
 LONG = 32 << 20
-
-
-def test_the_oldest_and_the_newest_python_are_there() -> None:
-    require("3.6" in INTERPRETERS, "a Python 3.6, the oldest that hosts may have")
-    require(len(INTERPRETERS) > 1, "more than one Python of version 3.6 or newer")
 
 
 @pytest.fixture(params=INTERPRETERS)
