@@ -20,8 +20,7 @@ def apply(pieces: Iterable[bytes], path: str) -> None:
     both say that it is not to be trusted. A version 2 delta gives a regular file its exact size. A version 1 delta does
     not know the image's size: where the image shrank, the file must be cut by hand.
     """
-    reader = DeltaReader(pieces, "the delta on standard input")
-    with _opened(path) as fd:
+    with DeltaReader(pieces, "the delta on standard input") as reader, _opened(path) as fd:
         try:
             is_file = stat.S_ISREG(os.fstat(fd).st_mode)
             for run in reader.runs():

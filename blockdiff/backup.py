@@ -182,8 +182,8 @@ def _check_base(chain: LockedChain, base: Generation) -> None:
 def _format_of(base: Generation) -> int:
     if base.manifest is not None:
         return base.manifest.delta_format
-    with merge.open_delta(base) as file:
-        found = merge.read_delta(base, file).format
+    with merge.open_delta(base) as file, merge.read_delta(base, file) as reader:
+        found = reader.format
     if found != 1:  # only the original's chains do without
         raise DamagedError(
             f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or begin anew with --full"

@@ -123,7 +123,7 @@ def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Fi
         file = stack.enter_context(os.fdopen(os.dup(new.delta.fileno()), "rb", buffering=0))
         file.seek(0)
         where = "the delta that the command wrote"
-        reader = DeltaReader(codec.decompressed(file, where, compression), where)
+        reader = stack.enter_context(DeltaReader(codec.decompressed(file, where, compression), where))
         if reader.block_size != table.block_size:
             raise DamagedError(f"{where} has blocks of {reader.block_size} bytes, its table of {table.block_size}")
         checked = end = 0

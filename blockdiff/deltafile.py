@@ -3,7 +3,7 @@
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Protocol
 
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, block_count
@@ -72,6 +72,11 @@ class _Cursor:
         self._where = where
         self.position = 0
 
+    def close(self) -> None:
+        """End what makes the pieces."""
+        if isinstance(self._pieces, Generator):
+            self._pieces.close()
+
     def take(self, count: int, what: str) -> memoryview:
         """Return exactly `count` bytes; raises `DamagedError` that names `what` where the delta ends before."""
         view = self.take_up_to(count)
@@ -102,7 +107,10 @@ class _Cursor:
 
 
 class DeltaReader:
-    """Reads a delta of either version; the header at once, the records by `runs`.
+    """Reads a delta of either version; the header at once, the records by `runs`. A context manager.
+
+    Where `pieces` is a generator, it is closed in any case: one that has threads behind it and was left half read must
+    not be left to the garbage collector, which may run where a thread cannot be waited for.
 
     `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);
     `blocks_carried` and, in version 2 only, `table_sha256` once `runs` is at its end. Raises `DamagedError` for
@@ -114,6 +122,19 @@ class DeltaReader:
         self.image_size: int | None = None
         self.table_sha256: str | None = None
         self.blocks_carried = 0
+        try:
+            self._read_header()
+        except BaseException:
+            self._cursor.close()
+            raise
+
+    def __enter__(self) -> "DeltaReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cursor.close()
+
+    def _read_header(self) -> None:
         first = self._cursor.take(4, "its header")
         self.block_size = int(_U32.unpack(first)[0])
         self.format = 1

@@ -6,6 +6,7 @@ read. Every block is compared with the digest table of the generation that is re
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 from blockdiff import codec, pipeline
@@ -37,16 +38,17 @@ def open_delta(generation: Generation) -> BinaryIO:
     return os.fdopen(generation.directory.open(generation.name(generation.delta_suffix)), "rb", buffering=0)
 
 
-def read_delta(generation: Generation, file: codec.Readable) -> DeltaReader:
-    """Return a reader of the generation's delta, whose header fits the manifest; raises `DamagedError`."""
+@contextmanager
+def read_delta(generation: Generation, file: codec.Readable) -> Iterator[DeltaReader]:
+    """Yield a reader of the generation's delta, whose header fits the manifest; raises `DamagedError`."""
     where = generation.path(generation.delta_suffix)
-    reader = DeltaReader(codec.decompressed(file, where, generation.compression), where)
-    known = generation.manifest
-    if known is not None and (reader.format, reader.block_size) != (known.delta_format, known.block_size):
-        raise DamagedError(f"{where} is not the delta that its manifest describes", "restore it from a copy")
-    if known is not None and reader.image_size not in (None, known.image_size):
-        raise DamagedError(f"{where} has another image size than its manifest", "restore it from a copy")
-    return reader
+    with DeltaReader(codec.decompressed(file, where, generation.compression), where) as reader:
+        known = generation.manifest
+        if known is not None and (reader.format, reader.block_size) != (known.delta_format, known.block_size):
+            raise DamagedError(f"{where} is not the delta that its manifest describes", "restore it from a copy")
+        if known is not None and reader.image_size not in (None, known.image_size):
+            raise DamagedError(f"{where} has another image size than its manifest", "restore it from a copy")
+        yield reader
 
 
 class _Merger:
@@ -63,8 +65,7 @@ class _Merger:
 
     def apply(self, generation: Generation, advance: Callable[[int], object]) -> None:
         """Write what is still missing and this delta has."""
-        with open_delta(generation) as file:
-            reader = read_delta(generation, file)
+        with open_delta(generation) as file, read_delta(generation, file) as reader:
             if reader.block_size != self._table.block_size:
                 raise DamagedError(
                     f"{generation.path(generation.delta_suffix)} has blocks of {reader.block_size} bytes, "

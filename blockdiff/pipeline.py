@@ -28,7 +28,8 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
 
     `items` is drawn from in the caller's thread, and only as far as `ahead` results beyond the one that the caller
     has taken: memory stays bounded. What `work` or `items` raises is raised here, at its place in the order. Work that
-    was begun is waited for when the caller stops early.
+    was begun is waited for when the caller stops early, which must be by ``close`` or by dropping the last reference:
+    in a cycle that is left to the garbage collector, the wait could meet a lock that the collector interrupted.
     """
     pending: "Deque[Future[Result]]" = deque()
     executor = ThreadPoolExecutor(max_workers=workers)

@@ -8,6 +8,7 @@ cannot be read takes everything older with it: a restore that gets so far fails 
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -159,9 +160,9 @@ class Verifier:
         """
         carried = bytearray()
         try:
-            with merge.open_delta(generation) as raw:
-                file = _HashedFile(raw)
-                reader = merge.read_delta(generation, file)
+            with ExitStack() as stack:
+                file = _HashedFile(stack.enter_context(merge.open_delta(generation)))
+                reader = stack.enter_context(merge.read_delta(generation, file))
                 self._prepare(generation, reader)
                 self._carried_end = 0
                 self._take_runs(generation, reader, carried)

@@ -1,7 +1,8 @@
-"""The original's descriptor protocol from outside, and what its dump writes, told in a few lines of our own."""
+"""The original's descriptor protocol from outside, what its dump writes, and the examples of `docs/format.md`."""
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,9 +11,17 @@ from pathlib import Path
 from tests import commands
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+#: The document that specifies the files.
+FORMAT = (GOLDEN.parent.parent / "docs" / "format.md").read_text()
 #: The golden images, and the size of their blocks in bytes.
 IMAGES = [(GOLDEN / f"image.{n}").read_bytes() for n in (1, 2, 3, 4)]
 BLOCK = 512
+
+
+def example(name: str) -> bytes:
+    """Return the bytes that the document shows as ``hex NAME``: two digits and a blank each, up to the wide gap."""
+    (block,) = re.findall(rf"^```hex {re.escape(name)}\n(.*?)^```", FORMAT, re.MULTILINE | re.DOTALL)
+    return b"".join(bytes.fromhex(line.split("   ")[0]) for line in str(block).splitlines())
 
 
 def dumped(image: bytes, block_size: int, old_table: bytes | None = None) -> tuple[bytes, bytes]:

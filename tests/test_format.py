@@ -25,16 +25,11 @@ from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, ProtocolError, StorageError
 from blockdiff.manifest import Manifest, Parent, Source, StoredFile
 from tests import recipe
+from tests.protocol import FORMAT as TEXT
+from tests.protocol import example
 
-TEXT = (Path(__file__).resolve().parent.parent / "docs" / "format.md").read_text()
 IMAGE = b"abcdefgh" + bytes(8) + b"xyz"
 SECOND = b"abcdEF"
-
-
-def example(name: str) -> bytes:
-    """Return the bytes that the document shows as ``hex NAME``: two digits and a blank each, up to the wide gap."""
-    (block,) = re.findall(rf"^```hex {re.escape(name)}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    return b"".join(bytes.fromhex(line.split("   ")[0]) for line in str(block).splitlines())
 
 
 def table_reader(content: bytes, digest: str = "md5") -> TableReader:
@@ -293,6 +288,28 @@ def test_a_delta_of_version_2_that_is_cut_anywhere_is_refused() -> None:
     for length in range(len(delta)):
         with pytest.raises(DamagedError, match="ends in the middle of"):
             read(delta[:length])
+
+
+def test_a_reader_closes_what_makes_its_pieces_in_any_case() -> None:
+    """Half read, and where not even the header can be read."""
+    ends: list[str] = []
+
+    def pieces(content: bytes) -> Iterator[bytes]:
+        try:
+            for i in range(len(content)):
+                yield content[i : i + 1]
+        finally:
+            ends.append("closed")
+
+    sound = pieces(example("delta-2"))
+    with DeltaReader(sound, "the delta") as reader:
+        next(reader.runs())
+        assert ends == []
+    assert ends == ["closed"]
+    broken = pieces(b"\0\0\0\0junk" * 5)
+    with pytest.raises(DamagedError, match="it is no delta"):
+        DeltaReader(broken, "the delta")
+    assert ends == ["closed", "closed"]
 
 
 @given(st.lists(st.integers(0, 92), max_size=8).map(sorted), st.sampled_from(["delta-1", "delta-2"]))
