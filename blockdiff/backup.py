@@ -47,11 +47,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made. `warnings` make it exit 3, `notes` are for whoever watches."""
+    """What a run made. `warnings` make it exit 3; `recovered` is what it had to put in order before.
+
+    `notes` are for whoever watches.
+    """
 
     name: str
     manifest: Manifest
     warnings: list[str]
+    recovered: list[str]
     notes: list[str]
 
 
@@ -120,7 +124,7 @@ def backup(name: str, address: Address, options: Options, progress: Progress | N
             versions=_versions(session),
         )
         new.commit(manifest)
-        return Result(name, manifest, _warnings(address, session.totals), chain.notes + plan.notes)
+        return Result(name, manifest, _warnings(address, session.totals), chain.notes, plan.notes)
 
 
 def _plan(chain: LockedChain, address: Address, options: Options, stack: ExitStack) -> _Plan:

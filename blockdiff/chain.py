@@ -14,7 +14,7 @@ from blockdiff import codec, manifest
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.deltafile import TableReader
 from blockdiff.durable import Directory
-from blockdiff.errors import ChainError, DamagedError, UsageError, printable
+from blockdiff.errors import ChainError, DamagedError, StorageError, UsageError, printable
 from blockdiff.manifest import Manifest
 
 DELTA_SUFFIXES = tuple(codec.SUFFIXES.values())
@@ -171,15 +171,18 @@ class Chain:
     def _load_manifest(self, generation: Generation) -> None:
         if MANIFEST_SUFFIX not in generation.suffixes:
             return
-        content = self.directory.read(generation.name(MANIFEST_SUFFIX), manifest.MAX_BYTES) or b""
         path = generation.path(MANIFEST_SUFFIX)
         try:
+            content = self.directory.read(generation.name(MANIFEST_SUFFIX), manifest.MAX_BYTES) or b""
             found = manifest.from_bytes(content, path)
             if found.generation != generation.number:
                 raise DamagedError(f"{path} is the manifest of generation {found.generation}", "move it away")
             generation.manifest, generation.manifest_sha256 = found, manifest.sha256(content)
         except DamagedError as error:
             generation.manifest_error = error
+        except StorageError as error:  # one file that cannot be read must not hide the other generations
+            generation.manifest_error = DamagedError(error.message, error.hint)
+            generation.manifest_error.__cause__ = error
 
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.

@@ -17,6 +17,7 @@ from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Digest, block_count
 from blockdiff.deltafile import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
+from blockdiff.process import STOP_TIMEOUT_S
 from blockdiff.transport import connection
 
 #: Digests that are sent in one frame, in bytes.
@@ -63,11 +64,11 @@ class _TableSender:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; the connection must be closed by now, so that it cannot be stuck in a write."""
+        """End the thread; the connection is closed by now, so that it is not stuck in a write."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(STOP_TIMEOUT_S)
 
     def want(self, limit: int) -> None:
         """Send up to byte `limit` of the table's digests."""
@@ -232,7 +233,7 @@ class Session:
 
     def _check_exit(self) -> None:
         """The agent has said that all is well; it must also end well, and without another word."""
-        self._link.silence_s = connection.EXIT_TIMEOUT_S
+        self._link.silence_s = self._link.stall_s = connection.EXIT_TIMEOUT_S
         with self._rules():
             try:
                 frame = self._link.receive()

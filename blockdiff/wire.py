@@ -17,9 +17,10 @@ import os
 import select
 import struct
 import threading
+import time
 import zlib
 from abc import ABC, abstractmethod
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from blockdiff.errors import ConnectionLost, ProtocolError
 
@@ -54,6 +55,8 @@ TABLE_WINDOW = 1 << 20
 HEARTBEAT_S = 10.0
 #: ... and takes the other side for lost after this much silence. A host under heavy load may stall for a while.
 SILENCE_S = 120.0
+#: An agent that is there but gets nothing done for this long is given up: a disk that never answers, or ill will.
+STALL_S = 3600.0
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -116,12 +119,14 @@ class Frame(NamedTuple):
 class Link:
     """One end of the connection: sends and receives frames.
 
-    Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing.
+    Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
+    it may say nothing but ALIVE (None: for ever).
     """
 
-    def __init__(self, stream: Stream, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, stream: Stream, silence_s: float = SILENCE_S, stall_s: Optional[float] = None) -> None:
         self._stream = stream
         self.silence_s = silence_s
+        self.stall_s = stall_s
         self._send_lock = threading.Lock()
         self._sent = 0
         self._received = 0
@@ -161,8 +166,9 @@ class Link:
         """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
 
         Raises `ConnectionLost` at the end of the stream or after `silence_s` seconds of silence, and `ProtocolError`
-        for a frame that cannot be.
+        for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
         """
+        begun = time.monotonic()
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
@@ -181,6 +187,8 @@ class Link:
                 return Frame(kind, length, offset)
             if length:
                 raise ProtocolError("frame of kind {} with a payload".format(kind))
+            if self.stall_s is not None and time.monotonic() - begun > self.stall_s:
+                raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s))
 
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the next bytes of the payload; its end is checked against the frame's CRC."""

@@ -20,7 +20,7 @@ def run(
     timeout_s: float = 120,
     pass_fds: Sequence[int] = (),
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a command of ``bin/`` (its first word) and return what it printed; the exit status is the caller's to check."""
+    """Run a command of ``bin/`` (its first word) and return what it printed; the caller checks the exit status."""
     program = BIN / os.fsdecode(arguments[0])
     return subprocess.run(
         [sys.executable, program, *arguments[1:]],

@@ -425,3 +425,18 @@ def test_a_control_frame_says_what_it_says_in_ascii() -> None:
     assert body.isascii()
     assert b"\x1b" not in body
     assert json.loads(body)["message"] == "\udcff \x1b ü"
+
+
+def test_an_agent_that_is_only_alive_is_given_up() -> None:
+    """Heartbeats alone would hold a run, and the lock of its chain, for ever."""
+    read_fd, write_fd = os.pipe()
+    try:
+        sender = wire.Link(wire.Pipe(read_fd, write_fd))
+        for _ in range(3):
+            sender.send_alive()
+        receiver = wire.Link(wire.Pipe(read_fd, write_fd), stall_s=0)
+        with pytest.raises(ConnectionLost, match="alive, but nothing done for 0 s"):
+            receiver.receive()
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)

@@ -75,10 +75,10 @@ def watched(what: str) -> Iterator[Progress]:
 def run(command: click.Command, name: str) -> None:
     """Run a command and end the process with its exit status: the boundary for errors of every kind."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup is to have its way
+            signal.signal(number, _interrupt)
     try:
         command(prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
     except BlockdiffError as error:
         say_error(error)
         sys.exit(error.exit_status)
@@ -86,9 +86,6 @@ def run(command: click.Command, name: str) -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort:
-        sys.exit(EXIT_FAILED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: let the last flush succeed
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001  # the boundary
         traceback.print_exc()

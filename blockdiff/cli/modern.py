@@ -80,11 +80,14 @@ def backup_command(
     where = address.parse(source)
     with watched(os.path.basename(chain_name)) as progress:
         result = backup.backup(chain_name, where, options, progress)
-    for note in result.notes:
-        if sys.stderr.isatty():
+    for note in result.recovered:
+        say(f"note: {note}")
+    if sys.stderr.isatty():
+        for note in result.notes:
             say(f"note: {note}")
     if as_json:
-        summary = {"name": result.name, "warnings": result.warnings, "notes": result.notes, **asdict(result.manifest)}
+        notes = result.recovered + result.notes
+        summary = {"name": result.name, "warnings": result.warnings, "notes": notes, **asdict(result.manifest)}
         click.echo(json.dumps(summary, indent=1))
     elif sys.stdout.isatty():
         made = result.manifest

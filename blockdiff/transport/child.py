@@ -63,9 +63,11 @@ class ChildConnection(Connection):
         process.stop(self._child)
         # A thread may still be writing. It fails now that the child is gone, and only then may the descriptor be
         # closed: its number could otherwise be that of another file by the time it is used.
-        with self._write_lock:
+        # A grandchild may hold the pipe's other end, and the thread with it: then the descriptor stays open.
+        if self._write_lock.acquire(timeout=process.STOP_TIMEOUT_S):
             self._closed = True
             self._input.close()
+            self._write_lock.release()
         self._output.close()
 
     def stderr(self) -> str:

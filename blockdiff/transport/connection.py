@@ -96,7 +96,7 @@ def push_agent(
         _skip_to(connection, nonce, timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
-    return wire.Link(connection, silence_s)
+    return wire.Link(connection, silence_s, wire.STALL_S)
 
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float) -> None:

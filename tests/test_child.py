@@ -1,0 +1,30 @@
+"""Connections that are child processes end, whatever the child does."""
+
+import threading
+import time
+
+import pytest
+
+from blockdiff import process
+from blockdiff.errors import ConnectionLost
+from blockdiff.transport.child import ChildConnection
+
+
+def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
+    connection = ChildConnection(["sh", "-c", "sleep 20; :"], "host")
+    begun = threading.Event()
+
+    def write() -> None:
+        begun.set()
+        try:
+            connection.write([bytes(8 << 20)])
+        except ConnectionLost:
+            pass
+
+    threading.Thread(target=write, daemon=True).start()
+    assert begun.wait(10)
+    start = time.monotonic()
+    connection.close()
+    assert time.monotonic() - start < 10
+    assert connection.wait(0) is not None
