@@ -13,7 +13,6 @@ import queue
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -236,10 +235,10 @@ def main(nonce: bytes) -> None:
             signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, to_wire(error))
         except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
             signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, {"message": "the agent failed: {}: {}".format(type(error).__name__, error)})
     except BlockdiffError as error:
-        sys.stderr.write("blockdiff agent: {}\n".format(printable(str(error))))
-    sys.stderr.flush()
-    os._exit(status)  # not sys.exit: a thread that is stuck in a read must not keep the process
+        os.write(2, "blockdiff agent: {}\n".format(printable(str(error))).encode("utf-8", "backslashreplace"))
+    finally:
+        os._exit(status)  # not sys.exit: a thread that is stuck in a read must not keep the process

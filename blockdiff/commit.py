@@ -211,8 +211,12 @@ class NewGeneration:
         self._directory.sync()
         self._link(manifest_suffix)
         self._directory.sync()
-        self._chain.publish_version(self.number)
-        self._committed = True
+        self._committed = True  # before the rename: a signal in between must not undo what NAME.ver may already say
+        try:
+            self._chain.publish_version(self.number)
+        except StorageError:
+            self._committed = False
+            raise
         self._directory.sync()
 
     def _link(self, suffix: str) -> None:

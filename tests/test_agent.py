@@ -27,7 +27,7 @@ WITH_DEADLINES = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from blockdiff import agent, wire
-wire.Link.__init__.__defaults__ = (float(sys.argv[2]),)
+wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None)
 wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
 agent.REQUEST_TIMEOUT_S = float(sys.argv[4])
 agent.main(b"go")

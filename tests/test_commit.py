@@ -9,7 +9,7 @@ import pytest
 
 from blockdiff.backup import Options
 from blockdiff.commit import LockedChain
-from blockdiff.errors import BusyError, StorageError, UsageError
+from blockdiff.errors import BusyError, Interrupted, StorageError, UsageError
 from tests import chains, commands, faults
 from tests.chains import DAYS, SmallChain
 
@@ -198,3 +198,23 @@ def test_chains_whose_names_look_like_each_others_files_keep_apart(tmp_path: Pat
     for chain in (one, *others):
         chain.assert_sound()
         assert chain.last() == 3
+
+
+def test_a_signal_behind_the_rename_of_ver_undoes_nothing(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAME.ver already says that the generation is there: then it must stay."""
+    real = LockedChain.publish_version
+
+    def publish(self: LockedChain, number: int) -> None:
+        real(self, number)
+        raise Interrupted("stopped by SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockedChain, "publish_version", publish)
+        with pytest.raises(Interrupted):
+            chain.add(DAYS[1])
+    assert chain.file(".ver").read_bytes() == b"2\n"
+    assert not [name for name in chain.files() if name.endswith(".tmp")]
+    chain.images[2] = DAYS[1]
+    chain.assert_sound()
+    chain.add(DAYS[2])
+    chain.assert_sound()

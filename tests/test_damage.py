@@ -139,7 +139,7 @@ def test_a_version_behind_in_a_chain_of_the_original_moves_aside_and_loses_nothi
     after = original.files()
     for name in ("disk.2.gz", "disk.2.md5", "disk.3.gz", "disk.3.md5"):
         assert after[f"{name}.aside-1"] == before[name]
-    assert len(result.notes) == 4
+    assert len(result.recovered) == 4
     original.assert_sound()
 
 

@@ -98,7 +98,7 @@ def test_a_first_generation_that_was_never_completed_is_moved_aside(
     result = chain.add(DAYS[1])
     assert result.manifest.generation == 1
     assert chain.file(".1.gz.aside-1").exists() and chain.file(".1.sha256.aside-1").exists()
-    assert len(result.notes) == 2 and "disk.1.gz was never completed" in result.notes[0]
+    assert len(result.recovered) == 2 and "disk.1.gz was never completed" in result.recovered[0]
     chain.assert_sound()
 
 
@@ -140,5 +140,5 @@ def test_a_version_file_that_is_behind_after_a_crash_is_put_right(tmp_path: Path
     chain.file(".ver").write_bytes(b"2\n")
     result = chain.add(DAYS[0])
     assert result.manifest.generation == 4
-    assert result.notes == [f"{chain.file('.ver')} was put right: generation 3 is the last complete one"]
+    assert result.recovered == [f"{chain.file('.ver')} was put right: generation 3 is the last complete one"]
     chain.assert_sound()
