@@ -7,27 +7,29 @@ import pytest
 
 from blockdiff import process
 from blockdiff.errors import ConnectionLost
-from blockdiff.transport.child import ChildConnection
+from blockdiff.transport.child import PIPE_SIZE, ChildConnection
+
+#: Leaves a grandchild that holds our pipe for a while and never reads from it.
+HOLDS_THE_PIPE = "exec 3<&0; sleep 3 <&3 & echo; wait"
 
 
 def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
-    connection = ChildConnection(["sh", "-c", "sleep 3; :"], "host")
-    begun = threading.Event()
+    lost = threading.Event()
+    with ChildConnection(["sh", "-c", HOLDS_THE_PIPE], "host") as connection:
+        assert connection.readinto(memoryview(bytearray(1)), 10) == 1
 
-    def write() -> None:
-        begun.set()
-        try:
-            connection.write([bytes(8 << 20)])
-        except ConnectionLost:
-            pass
+        def write() -> None:
+            try:
+                connection.write([bytes(8 * PIPE_SIZE)])
+            except ConnectionLost:
+                lost.set()
 
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    assert begun.wait(10)
-    start = time.monotonic()
-    connection.close()
-    assert time.monotonic() - start < 2.5 and thread.is_alive()
-    assert connection.wait(0) is not None
-    thread.join(30)  # the grandchild ends, and the write fails
-    connection.close()
+        threading.Thread(target=write, daemon=True).start()
+        deadline = time.monotonic() + 10
+        while not connection._write_lock.locked() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        connection.close()
+        assert not lost.is_set(), "the write was not stuck"
+        assert connection.wait(0) is not None
+        assert lost.wait(30), "the grandchild is gone, the write must fail"
