@@ -16,7 +16,8 @@ HOLDS_THE_PIPE = "exec 3<&0; sleep 3 <&3 & echo; wait"
 def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
     lost = threading.Event()
-    with ChildConnection(["sh", "-c", HOLDS_THE_PIPE], "host") as connection:
+    connection = ChildConnection(["sh", "-c", HOLDS_THE_PIPE], "host")
+    with connection:
         assert connection.readinto(memoryview(bytearray(1)), 10) == 1
 
         def write() -> None:
