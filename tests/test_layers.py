@@ -38,7 +38,7 @@ ORDER = """
     session
     apply  target  verify  listing
     descriptors
-    command_backup  backup
+    command_backup  backup  cronlog
     cli.progressbar
     cli
     cli.modern  cli.original

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 
 import click
 
@@ -9,6 +10,7 @@ from blockdiff import __version__, address, codec
 from blockdiff.apply import apply
 from blockdiff.cli import agent_prefix, run
 from blockdiff.command_backup import backup_with_command
+from blockdiff.cronlog import run_logged
 from blockdiff.descriptors import dump_local, dump_remote
 from blockdiff.errors import UsageError, printable
 
@@ -75,6 +77,17 @@ def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
     dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
 
 
+@click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
+@click.option("-l", "--logfile", metavar="FILE", help="Append the log to FILE; without it nobody keeps it.")
+@click.option("-t", "--timestamp", is_flag=True, help="Put the time in front of each line.")
+@click.option("-p", "--print-always", is_flag=True, help="Print this run's log even if COMMAND succeeds.")
+@_version
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def _cronlog(logfile: str | None, timestamp: bool, print_always: bool, command: tuple[str, ...]) -> None:
+    """Run COMMAND, log what it says, and print this run's log if it fails. Exits with the status of COMMAND."""
+    sys.exit(run_logged(command, logfile, timestamp, print_always, sys.stdout.buffer))
+
+
 def _compression(gzip: bool, lzop: bool) -> str:
     if gzip and lzop:
         raise UsageError("a delta cannot be compressed by both gzip and lzop")
@@ -109,3 +122,8 @@ def blockdiff_backup() -> None:
 def ssh_blockdiff_dump() -> None:
     """The entry point."""
     run(_ssh_dump, "ssh_blockdiff_dump")
+
+
+def cronlog() -> None:
+    """The entry point."""
+    run(_cronlog, "cronlog")
