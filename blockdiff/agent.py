@@ -112,20 +112,26 @@ class Agent:
             signal.signal(number, self._interrupt)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         wire.Heartbeat(self._link).start()
-        self._link.send_json(wire.HELLO, hello())
         try:
-            request = self._requests.get(timeout=REQUEST_TIMEOUT_S)
+            self._link.send_json(wire.HELLO, hello())
+            self._link.send_json(wire.END, self._dump(self._request()))
+        except Interrupted as error:
+            if self._failure is not None:
+                raise self._failure from error
+            raise
+        self._finished = True
+
+    def _request(self) -> Dict[str, object]:
+        try:
+            return self._requests.get(timeout=REQUEST_TIMEOUT_S)
         except queue.Empty as error:
             raise ProtocolError("no request after {:g} s".format(REQUEST_TIMEOUT_S)) from error
-        totals = self._dump(request)
-        self._link.send_json(wire.END, totals)
-        self._finished = True
 
     def _interrupt(self, number: int, _frame: object) -> None:
         """Unwind the main thread, once: what follows is clean-up, which no further signal may disturb."""
         for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise self._failure or Interrupted("the agent was stopped by signal {}".format(number))
+        raise Interrupted("the agent was stopped by signal {}".format(number))
 
     def _read(self) -> None:
         """The reader thread: take frames until the server is gone, then stop the main thread."""
@@ -238,7 +244,7 @@ def main(nonce: bytes) -> None:
             os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
             signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, {"message": "the agent failed: {}: {}".format(type(error).__name__, error)})
-    except BlockdiffError as error:
+    except (BlockdiffError, Interrupted) as error:
         os.write(2, "blockdiff agent: {}\n".format(printable(str(error))).encode("utf-8", "backslashreplace"))
     finally:
         os._exit(status)  # not sys.exit: a thread that is stuck in a read must not keep the process

@@ -62,8 +62,12 @@ class ConnectionLost(BlockdiffError):  # noqa: N818
     """The other side is gone or silent."""
 
 
-class Interrupted(BlockdiffError):  # noqa: N818
-    """A signal asked the process to stop."""
+class Interrupted(BaseException):  # noqa: N818
+    """A signal asked the process to stop: raised by its handler, wherever the main thread is just then.
+
+    Like `KeyboardInterrupt` it is no `Exception`: code that handles those, the standard library's own included, must
+    not take it for a failure of what it was doing.
+    """
 
 
 class TransportError(BlockdiffError):
@@ -95,7 +99,7 @@ class StorageError(BlockdiffError):
 
 
 _BY_NAME: Dict[str, Type[BlockdiffError]] = {
-    kind.__name__: kind for kind in (UsageError, SourceError, ProcessError, ProtocolError, ConnectionLost, Interrupted)
+    kind.__name__: kind for kind in (UsageError, SourceError, ProcessError, ProtocolError, ConnectionLost)
 }
 
 

@@ -82,6 +82,9 @@ def run(command: click.Command, name: str) -> None:
     except BlockdiffError as error:
         say_error(error)
         sys.exit(error.exit_status)
+    except Interrupted as error:
+        say(str(error))
+        sys.exit(EXIT_FAILED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
