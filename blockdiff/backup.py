@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from blockdiff import __version__, codec, merge
 from blockdiff.address import Address
-from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
+from blockdiff.blocks import Hasher, check_block_size, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Generation
 from blockdiff.clock import now
 from blockdiff.commit import LockedChain
 from blockdiff.deltafile import TableReader
 from blockdiff.deltawriter import DeltaWriter
-from blockdiff.errors import ChainError, DamagedError, UsageError, printable
+from blockdiff.errors import ChainError, DamagedError, printable
 from blockdiff.manifest import Manifest, Parent, Source
 from blockdiff.progress import Progress
 from blockdiff.session import Request, Session, Totals
@@ -151,8 +151,7 @@ def _full_plan(base: Generation | None, parent: Parent | None, options: Options)
     block_size = options.block_size or (known.block_size if known else DEFAULT_BLOCK_SIZE)
     digest = options.digest or (known.digest if known else DEFAULT_DIGEST)
     delta_format = options.delta_format or (known.delta_format if known else DEFAULT_FORMAT)
-    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
-        raise UsageError(f"the block size {block_size} is not between {MIN_BLOCK_SIZE} and {MAX_BLOCK_SIZE} bytes")
+    check_block_size(block_size)
     return _Plan(block_size, digest, delta_format, None, parent)
 
 

@@ -21,6 +21,14 @@ MAX_BLOCK_SIZE = 4 << 20
 MAX_IMAGE_SIZE = (1 << 63) - 1
 
 
+def check_block_size(block_size: int) -> None:
+    """Raise `UsageError` for a block size, in bytes, that is out of range."""
+    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+        raise UsageError(
+            "the block size {} is not between {} and {} bytes".format(block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
+        )
+
+
 class Digest(NamedTuple):
     """A digest algorithm: its `name` (also the suffix of digest tables), `size` in bytes, and `new(data).digest()`."""
 
@@ -129,3 +137,7 @@ class Hasher:
         if whole < len(view):
             found.append(new(view[whole:]).digest())
         return found
+
+    def run_digests(self, length: int, data: Optional[memoryview]) -> bytes:
+        """Return the joined digests of a run of blocks: of `data`, or of `length` zero bytes where that is None."""
+        return self.zero_digests(length) if data is None else b"".join(self.digests(data))

@@ -133,8 +133,7 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
     if name == "lzop":
         return _lzop_pieces(source)
     tasks = {"none": _plain_tasks, "gzip": _gzip_tasks, "zstd": _zstd_tasks}[name](source)
-    workers = pipeline.worker_count()
-    return pipeline.in_order(lambda task: task(), _with_errors(tasks), workers, ahead=workers + 1)
+    return pipeline.in_order(lambda task: task(), _with_errors(tasks))
 
 
 def _with_errors(tasks: Iterator[Task]) -> Iterator[Task]:

@@ -146,12 +146,11 @@ def _digests(reader: DeltaReader) -> Iterator[tuple[int, int, bytes, int]]:
     hasher = Hasher(digest_named(_DIGEST), reader.block_size)
 
     def digest(run: Run) -> tuple[int, int, bytes, int]:
-        joined = hasher.zero_digests(run.length) if run.data is None else b"".join(hasher.digests(run.data))
+        joined = hasher.run_digests(run.length, run.data)
         count = block_count(run.length, reader.block_size)
         return run.offset // reader.block_size, count, joined, run.offset + run.length
 
-    workers = pipeline.worker_count()
-    return pipeline.in_order(digest, reader.runs(), workers, ahead=workers + 1)
+    return pipeline.in_order(digest, reader.runs())
 
 
 def _check_kept(table: TableReader, old: TableReader | None, first: int, stop: int) -> None:

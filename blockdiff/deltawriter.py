@@ -96,8 +96,7 @@ class DeltaWriter:
         raise comes through.
         """
         self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
-        workers = pipeline.worker_count()
-        for encoded in pipeline.in_order(self._encode, self._members(runs), workers, ahead=workers + 1):
+        for encoded in pipeline.in_order(self._encode, self._members(runs)):
             self._delta.write(encoded.data)
             for offset, length, digests in encoded.digests:
                 self._append_digests(offset, length, digests)
@@ -147,11 +146,7 @@ class DeltaWriter:
         parts: list[bytes | memoryview] = []
         digests = []
         for run in member.runs:
-            if run.data is None:
-                joined = self._hasher.zero_digests(run.length)
-            else:
-                joined = b"".join(self._hasher.digests(run.data))
-            digests.append((run.offset, run.length, joined))
+            digests.append((run.offset, run.length, self._hasher.run_digests(run.length, run.data)))
             parts += deltafile.record(self._format, run, self._hasher.block_size)
         data = self._compress(b"".join(parts))
         self._pool.give_back(member.buffer)

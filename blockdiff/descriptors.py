@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 from blockdiff import codec, dump
 from blockdiff.address import Address
-from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
+from blockdiff.blocks import Hasher, check_block_size, digest_named
 from blockdiff.deltafile import Sink, TableReader
 from blockdiff.deltawriter import DeltaWriter
 from blockdiff.errors import SourceError, StorageError, UsageError, printable
@@ -85,8 +85,7 @@ class _Protocol:
 
     def _block_size(self) -> int:
         size = DEFAULT_BLOCK_SIZE if self._asked_block_size is None else self._asked_block_size
-        if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE:
-            raise UsageError(f"the block size {size} is not between {MIN_BLOCK_SIZE} and {MAX_BLOCK_SIZE} bytes")
+        check_block_size(size)
         return size
 
     def writer(self, image_size: int | None) -> DeltaWriter:

@@ -78,10 +78,7 @@ class _Merger:
             def check_and_write(run: Run) -> int:
                 return self._check_and_write(generation, run)
 
-            workers = pipeline.worker_count()
-            for length in pipeline.in_order(
-                check_and_write, self._missing(reader, generation is self._generation), workers, ahead=workers + 1
-            ):
+            for length in pipeline.in_order(check_and_write, self._missing(reader, generation is self._generation)):
                 advance(length)
             if generation is self._generation and reader.table_sha256 not in (None, self._table.sha256()):
                 raise DamagedError(

@@ -9,7 +9,7 @@ do overlap. This is the only place that starts threads for such work.
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Deque, Iterable, Iterator, List, TypeVar
+from typing import Callable, Deque, Iterable, Iterator, List, Optional, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,20 +23,28 @@ def worker_count() -> int:
     return min(max(len(os.sched_getaffinity(0)), 2), MAX_WORKERS)
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: Optional[int] = None,
+    ahead: Optional[int] = None,
+) -> Iterator[Result]:
     """Yield ``work(item)`` for each of `items`, in order, computed by `workers` threads up to `ahead` items ahead.
 
+    By default there are `worker_count` threads, and one item more under way than threads, so that none has to wait.
     `items` is drawn from in the caller's thread, and only as far as `ahead` results beyond the one that the caller
     has taken: memory stays bounded. What `work` or `items` raises is raised here, at its place in the order. Work that
     was begun is waited for when the caller stops early, which must be by ``close`` or by dropping the last reference:
     in a cycle that is left to the garbage collector, the wait could meet a lock that the collector interrupted.
     """
+    threads = worker_count() if workers is None else workers
+    limit = threads + 1 if ahead is None else ahead
     pending: "Deque[Future[Result]]" = deque()
-    executor = ThreadPoolExecutor(max_workers=workers)
+    executor = ThreadPoolExecutor(max_workers=threads)
     try:
         for item in items:
             pending.append(executor.submit(work, item))
-            while len(pending) > ahead or (pending and pending[0].done()):
+            while len(pending) > limit or (pending and pending[0].done()):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

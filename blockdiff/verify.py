@@ -200,7 +200,7 @@ class Verifier:
         hasher = Hasher(self._newest.digest, reader.block_size)
 
         def digest(run: Run) -> tuple[Run, bytes]:
-            return run, hasher.zero_digests(run.length) if run.data is None else b"".join(hasher.digests(run.data))
+            return run, hasher.run_digests(run.length, run.data)
 
         failures: list[BlockdiffError] = []
 
@@ -211,8 +211,7 @@ class Verifier:
             except (DamagedError, StorageError) as error:
                 failures.append(error)
 
-        workers = pipeline.worker_count()
-        for run, digests in pipeline.in_order(digest, readable(), workers, ahead=workers + 1):
+        for run, digests in pipeline.in_order(digest, readable()):
             first, end = run.offset // reader.block_size, block_count(run.offset + run.length, reader.block_size)
             self._carried_end = end
             end = min(end, self._limit)  # no restore needs blocks beyond, and a damaged offset can be anything
