@@ -237,7 +237,7 @@ def _flipped(content: bytes, bit: int) -> bytes:
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do in turn what threads do ahead: to start them takes most of the time of thousands of tiny cases."""
-    monkeypatch.setattr("blockdiff.pipeline.in_order", lambda work, items, workers, ahead: map(work, items))
+    monkeypatch.setattr("blockdiff.pipeline.in_order", lambda work, items, workers=None, ahead=None: map(work, items))
 
 
 class Damaged:
