@@ -98,6 +98,10 @@ class StorageError(BlockdiffError):
     """The backup directory could not be read or written."""
 
 
+class DatabaseError(BlockdiffError):
+    """The database refused the login, the lock, or lost it."""
+
+
 _BY_NAME: Dict[str, Type[BlockdiffError]] = {
     kind.__name__: kind for kind in (UsageError, SourceError, ProcessError, ProtocolError, ConnectionLost)
 }
