@@ -1,0 +1,67 @@
+"""The command `mysqllock` of the 2010 original, with its options, and some more."""
+
+import sys
+
+import click
+
+from blockdiff import __version__, mysqlaccount, mysqllock
+from blockdiff.cli import run
+from blockdiff.mysqlaccount import Given
+from blockdiff.mysqllock import Limits, Statements
+
+_SECONDS = click.FloatRange(min=1, max=86400)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False})
+@click.option("--user", help="Default: of the option file, or USER in the environment, or root.")
+@click.option("--password", help="Others can see it in `ps`: better an option file, MYSQL_PWD, or the socket.")
+@click.option("--host", help="Default: localhost, through its socket where it has one.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: 3306.")
+@click.option("--socket", metavar="PATH", help="The server's socket on this machine.")
+@click.option("--db", metavar="NAME", help="The database to use for the statements; the lock itself needs none.")
+@click.option("--defaults-file", metavar="PATH", help="Options of the groups [client] and [mysqllock], in mode 0600.")
+@click.option("--before", metavar="STMT", multiple=True, help="What locks. Default: what the server does best.")
+@click.option("--after", metavar="STMT", multiple=True, help="What unlocks.")
+@click.option("--lock-wait", type=_SECONDS, default=30.0, show_default=True, help="Seconds until the lock is there.")
+@click.option(
+    "--long-query", type=_SECONDS, default=60.0, show_default=True, help="Wait for statements older than this."
+)
+@click.option("--max-hold", type=_SECONDS, default=60.0, show_default=True, help="Seconds; the server sees to it.")
+@click.version_option(__version__, message="%(version)s")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def _mysqllock(
+    user: str | None,
+    password: str | None,
+    host: str | None,
+    port: int | None,
+    socket: str | None,
+    db: str | None,
+    defaults_file: str | None,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+    lock_wait: float,
+    long_query: float,
+    max_hold: float,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND while the writers of a MySQL or MariaDB server are held still.
+
+    Exits with the status of COMMAND (255: it died of a signal), and with 1 where the lock was not to be had, or was
+    lost before COMMAND had ended.
+    """
+    account = mysqlaccount.from_options(Given(user, password, host, port, socket, db, defaults_file))
+    limits = Limits(lock_wait, long_query, max_hold)
+    statements = Statements(before or None, after or None)
+    with mysqllock.connect(account, limits, statements, say=_say) as database:
+        database.check(with_coordinates=False)
+        status = mysqllock.run_locked(database, command)
+    sys.exit(status)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def main() -> None:
+    """The entry point."""
+    run(_mysqllock, "mysqllock")

@@ -1,0 +1,335 @@
+"""Hold writers of a MySQL or MariaDB server still for a moment, and prove that they were held.
+
+The lock is a session. It ends with the session, however that ends: by us, by the connection, or by the server itself,
+which is told to end it when it hears nothing from us for a while. Nobody else's session is ever ended.
+"""
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from blockdiff import coordinates, process
+from blockdiff.coordinates import Coordinates, Row, Version
+from blockdiff.errors import DatabaseError, ProcessError, printable
+from blockdiff.mysqlaccount import Account
+from blockdiff.mysqlsession import Session, TimedOut
+
+#: The exit status for a command that died of a signal, as with the original.
+SIGNALLED = 255
+
+#: How much longer than the wait for the lock we wait for the server's word that it is over, in seconds.
+_GRACE_S = 5.0
+_POLL_INTERVAL_S = 0.25
+_BACKUP_STAGE = (("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"), ("BACKUP STAGE END",))
+_READ_LOCK = (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))
+#: Where data and redo logs of the storage engines lie; empty or relative ones are in the data directory.
+_DIRECTORIES = (
+    "datadir",
+    "innodb_data_home_dir",
+    "innodb_log_group_home_dir",
+    "innodb_undo_directory",
+    "aria_log_dir_path",
+)
+_IDLE_COMMANDS = ("Sleep", "Daemon", "Binlog Dump", "Binlog Dump GTID", "Slave_IO", "Slave_SQL", "Slave_worker")
+_SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take, in seconds, each at least 1.
+
+    `lock_wait_s`: until the lock is there, the wait for long statements included. `long_query_s`: a statement older
+    than this is waited for before the lock is even asked for. `max_hold_s`: how long the lock may be held, and may
+    outlive us.
+    """
+
+    lock_wait_s: float = 30.0
+    long_query_s: float = 60.0
+    max_hold_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Statements:
+    """What locks and unlocks. None: chosen by flavour and version of the server.
+
+    Where only one of the two is given, the other is that of ``FLUSH TABLES WITH READ LOCK``, as with the original.
+    """
+
+    before: Sequence[str] | None = None
+    after: Sequence[str] | None = None
+
+    def chosen(self, version: Version) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the statements for a server of this version."""
+        if self.before is None and self.after is None:
+            return _BACKUP_STAGE if version.is_mariadb(10, 4, 1) else _READ_LOCK
+        before, after = _READ_LOCK
+        return self.before if self.before is not None else before, self.after if self.after is not None else after
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a check found: the server's own name for its machine, and the absolute paths where its data lies."""
+
+    version: Version
+    hostname: str
+    directories: tuple[str, ...]
+
+
+def _nothing(_line: str) -> None:
+    pass
+
+
+class Held:
+    """A lock, from the first lock statement on. Times are in seconds."""
+
+    def __init__(
+        self, session: Session, before: Sequence[str], after: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        self.statements = tuple(before)
+        #: From the first look at the server until the lock was there.
+        self.waited_s = 0.0
+        self._session = session
+        self._after = tuple(after)
+        self._say = say
+        self._id = 0
+        self._max_hold_s = 0.0
+        self._begun = False
+        self._since = 0.0
+        self._until: float | None = None
+
+    @property
+    def held_s(self) -> float:
+        """From the return of the last lock statement to the issue of the first unlock statement, or until now."""
+        return (time.monotonic() if self._until is None else self._until) - self._since
+
+    def coordinates(self) -> Coordinates:
+        """Return where the server stands under the lock. Raises `DatabaseError`."""
+        return coordinates.read(self._session.rows)
+
+    def prove(self, before: str = "the snapshot was made") -> None:
+        """Raise `DatabaseError` unless the session, and so the lock, has lived from the lock statement until now.
+
+        `before` says in the message what the lock was needed for.
+        """
+        lost = f"the lock was lost before {before}"
+        try:
+            same = self._session.number("SELECT CONNECTION_ID()") == self._id
+        except DatabaseError as error:
+            raise DatabaseError(f"{lost}: {error.message}", "what was made is not consistent; run it again") from error
+        if not same:
+            raise DatabaseError(f"{lost}: {self._session.place} answers from another session", "is a proxy in between?")
+        if self.held_s > self._max_hold_s:
+            raise DatabaseError(
+                f"the lock was held for {self.held_s:.1f} s, longer than the {self._max_hold_s:g} s allowed",
+                "raise --max-hold if writers may stand still for that long",
+            )
+
+    def release(self) -> None:
+        """Issue the unlock statements, once. Raises `DatabaseError`; the lock is then gone with the session."""
+        if self._until is not None:
+            return
+        self._until = time.monotonic()
+        try:
+            for statement in self._after:
+                self._say(f"issuing unlock statement: {statement}")
+                self._session.execute(statement)
+        except BaseException:
+            self._session.close()
+            raise
+
+    def acquire(self, limits: Limits, started: float, bound: Callable[[float], None]) -> None:
+        """Issue the lock statements; `bound` limits what comes next to what is left until a moment. For `Database`."""
+        self._max_hold_s = limits.max_hold_s
+        self._session.limit(limits.max_hold_s)
+        self._id = self._session.number("SELECT CONNECTION_ID()")
+        try:
+            for statement in self.statements:
+                bound(started + limits.lock_wait_s)
+                self._say(f"issuing lock statement: {statement}")
+                self._session.execute(statement)
+                self._begun = True
+        except TimedOut as error:
+            raise DatabaseError(
+                f"{self._session.place}: the lock was not to be had within {time.monotonic() - started:.1f} s",
+                f"something there stands in its way; --lock-wait (now {limits.lock_wait_s:g} s) waits longer",
+            ) from error
+        self._since = time.monotonic()
+        self.waited_s = self._since - started
+
+    def abandon(self) -> None:
+        """Undo what was done of the lock, and end the session: whatever is left of the lock is gone with it."""
+        try:
+            if self._begun:
+                self.release()
+        except DatabaseError:
+            pass  # the failure that led here is the one to tell
+        finally:
+            self._session.close()
+
+
+class Database:
+    """A database whose writers can be held still. Ends its session at the end of the `with` statement."""
+
+    def __init__(self, session: Session, limits: Limits, statements: Statements, say: Callable[[str], None]) -> None:
+        self._session = session
+        self._limits = limits
+        self._statements = statements
+        self._say = say
+        self.version = Version.parse(str(session.rows("SELECT VERSION() AS version")[0]["version"]))
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+    def check(self, with_coordinates: bool = True) -> Server:
+        """Find out what can be found out without a lock: whether this account may do what is to come.
+
+        Raises `DatabaseError`, which names the privilege that is missing and the statement that grants it.
+        """
+        rows = self._session.rows
+        if rows("SELECT 1 FROM information_schema.ENGINES WHERE ENGINE = 'InnoDB' AND SUPPORT IN ('YES', 'DEFAULT')"):
+            # needs PROCESS, without which the list of statements shows our own ones only, and says nothing of it
+            rows("SELECT 1 FROM information_schema.INNODB_METRICS LIMIT 1")
+        if self._statements.before is None:
+            rows("FLUSH LOCAL TABLES mysql.blockdiff_no_such_table")  # needs RELOAD, and does nothing
+        if with_coordinates:
+            coordinates.read(rows)
+        wanted = ", ".join(f"'{name}'" for name in ("hostname", *_DIRECTORIES))
+        variables = {
+            str(row["Variable_name"]): str(row["Value"])
+            for row in rows(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({wanted})")
+        }
+        data = variables["datadir"]
+        paths = [os.path.normpath(os.path.join(data, variables.get(name, ""))) for name in _DIRECTORIES]
+        return Server(self.version, variables["hostname"], tuple(dict.fromkeys(paths)))
+
+    @contextmanager
+    def locked(self) -> Iterator[Held]:
+        """Hold writers still within the `with` statement; yields the lock, which may be released before its end.
+
+        Waits first until no long statement runs, then for the lock, `Limits.lock_wait_s` in all. Raises `DatabaseError`
+        where that was not enough; writers then go on at once, as they do where an exception ends the `with` statement.
+        """
+        started = time.monotonic()
+        self._wait_for_long_statements(started + self._limits.lock_wait_s)
+        before, after = self._statements.chosen(self.version)
+        held = Held(self._session, before, after, self._say)
+        try:
+            held.acquire(self._limits, started, self._bound)
+            self._unbound()
+            yield held
+        except BaseException:
+            held.abandon()
+            raise
+        held.release()
+
+    def _bound(self, deadline: float) -> None:
+        """Let no statement take longer than until `deadline`. Raises `TimedOut` where that has passed."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimedOut(f"{self._session.place}: no time is left for the lock")
+        # the server applies this to each of the several locks behind one statement ...
+        settings = f"lock_wait_timeout={math.ceil(left_s)}"
+        if self._limits_statements:  # ... and this to all of them together
+            settings += f", max_statement_time={left_s:.3f}"
+        self._session.execute(f"SET SESSION {settings}")
+
+    def _unbound(self) -> None:
+        """Take the bound off what is done under the lock."""
+        if self._limits_statements:
+            self._session.execute("SET SESSION max_statement_time=0")
+
+    @property
+    def _limits_statements(self) -> bool:
+        return self.version.is_mariadb(10, 1, 1)
+
+    def _wait_for_long_statements(self, deadline: float) -> None:
+        own = self._session.number("SELECT CONNECTION_ID()")
+        while (row := self._longest_statement(own)) is not None:
+            if time.monotonic() >= deadline:
+                raise DatabaseError(
+                    f"{self._session.place}: a statement ({_first_word(row)}) of the user "
+                    f"{printable(str(row['User']), 100)} in session {row['Id']} has been running for {_age_s(row)} s",
+                    f"the lock could stall every writer behind it; --long-query (now {self._limits.long_query_s:g} s) "
+                    "lets older ones be",
+                )
+            time.sleep(_POLL_INTERVAL_S)
+
+    def _longest_statement(self, own: int) -> Row | None:
+        """Return the oldest statement that is older than allowed, as a row of the list of sessions."""
+        rows = [row for row in self._session.rows("SHOW PROCESSLIST") if row["Id"] != own and _is_statement(row)]
+        oldest = max(rows, key=_age_s, default=None)
+        return oldest if oldest is not None and _age_s(oldest) > self._limits.long_query_s else None
+
+
+def connect(
+    account: Account,
+    limits: Limits = Limits(),
+    statements: Statements = Statements(),
+    sock: socket.socket | None = None,
+    say: Callable[[str], None] = _nothing,
+) -> Database:
+    """Log in, over `sock` where it is given (a connection to the server, ours from now on).
+
+    `say` is given a line before each lock and unlock statement. Raises `DatabaseError`.
+    """
+    session = Session(account, limits.lock_wait_s + _GRACE_S, sock)
+    try:
+        return Database(session, limits, statements, say)
+    except BaseException:
+        session.close()
+        raise
+
+
+def run_locked(database: Database, command: Sequence[str]) -> int:
+    """Run a command under the lock, and return its exit status, or `SIGNALLED`.
+
+    It inherits standard input, output and error. Raises `ProcessError` where it cannot be started, and `DatabaseError`
+    where the lock was not to be had, or was lost while the command ran, whatever came of the command.
+    """
+    if shutil.which(command[0]) is None:
+        raise ProcessError(f"cannot run {printable(command[0])}: no such command", "is it on the PATH?")
+    with database.locked() as held:
+        status = _run(command)
+        held.prove("the command had ended")
+    return status
+
+
+def _run(command: Sequence[str]) -> int:
+    try:
+        child = subprocess.Popen(list(command))
+    except OSError as error:
+        raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}") from error
+    with child:
+        try:
+            status = child.wait()
+        except BaseException:
+            process.stop(child)
+            raise
+    return status if status >= 0 else SIGNALLED
+
+
+def _is_statement(row: Row) -> bool:
+    """Whether a session executes a statement of a user."""
+    return bool(row["Info"]) and row["Command"] not in _IDLE_COMMANDS and row["User"] not in _SYSTEM_USERS
+
+
+def _age_s(row: Row) -> int:
+    return int(str(row["Time"] or 0))
+
+
+def _first_word(row: Row) -> str:
+    """Return the first word of a statement: the rest may hold secrets."""
+    word = (str(row["Info"]).split(None, 1) or [""])[0]
+    return word.upper() if word.isascii() and word.isalpha() and len(word) <= 20 else str(row["Command"])
