@@ -1,7 +1,7 @@
 """Read option files of MySQL and MariaDB (``my.cnf``) by the rules of their own clients.
 
 The rules: groups in brackets; `#` begins a comment anywhere outside quotes, `;` only at the beginning of a line; a
-value may stand in quotes of either kind; as escapes ``\\b \\t \\n \\r \\\\ \\s \\' \\"`` are known, and other backslashes
+value may stand in quotes of either kind; the escapes ``\\b \\t \\n \\r \\\\ \\s \\' \\"`` are known, other backslashes
 stay; dashes and underscores in names are one; ``!include FILE`` and ``!includedir DIRECTORY`` (its ``*.cnf``, sorted).
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mariadb import MariaDB
 from tests.sshd import Sshd
 
 _SHM = Path("/dev/shm")
@@ -36,6 +37,14 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     """A real sshd on loopback that lets this user in with a key of its own."""
     require(Sshd.available(), "the programs sshd, ssh and ssh-keygen")
     with Sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    """A real MariaDB that writes a binary log."""
+    require(MariaDB.available(), "the programs mariadbd and mariadb-install-db")
+    with MariaDB(tmp_path_factory.mktemp("mariadb"), "--log-bin=binlog", "--server-id=1") as server:
         yield server
 
 

@@ -14,6 +14,7 @@ import pymysql
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
+_SMALL_LOG = "--innodb-log-file-size=4M"
 
 
 def _daemon() -> str | None:
@@ -48,7 +49,8 @@ class MariaDB:
     def _initialise(self) -> None:
         command = ["mariadb-install-db", "--no-defaults", f"--user={self.user}", f"--datadir={self.data}"]
         command += ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={self.user}"]
-        subprocess.run([*command, "--skip-test-db"], capture_output=True, timeout=120, check=True)
+        command += ["--skip-test-db", _SMALL_LOG]
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
@@ -57,7 +59,7 @@ class MariaDB:
         with (self.directory / "log").open("ab") as log:
             command = [daemon, "--no-defaults", f"--user={self.user}", f"--datadir={self.data}"]
             command += [f"--socket={self.socket}", f"--port={self.port}", "--bind-address=127.0.0.1"]
-            command += [f"--pid-file={self.directory / 'pid'}", "--innodb-flush-log-at-trx-commit=0"]
+            command += [f"--pid-file={self.directory / 'pid'}", "--innodb-flush-log-at-trx-commit=0", _SMALL_LOG]
             command += ["--innodb-buffer-pool-size=16M", "--key-buffer-size=1M", "--aria-pagecache-buffer-size=8M"]
             self._process = subprocess.Popen(
                 [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
