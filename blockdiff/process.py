@@ -3,23 +3,41 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
+import os
+import selectors
 import signal
 import subprocess
-from typing import Dict, List, NamedTuple, Optional, Sequence, Union
+import threading
+import time
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 from blockdiff.errors import ProcessError, printable
 
 Argument = Union[str, bytes]
+T = TypeVar("T")
 
 #: How long a child that was told to end may take before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
+#: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
+GENTLE_TIMEOUT_S = 10.0
+
+_CHUNK = 1 << 16
 
 
 class Completed(NamedTuple):
-    """What a child process printed."""
+    """What a child process printed, and how it ended: `returncode` is negative where it died of a signal."""
 
     stdout: bytes
     stderr: bytes
+    returncode: int
+
+
+class DeadlineError(ProcessError):
+    """A child process was not done in time. `more` says that it is still there, where it is."""
+
+    def __init__(self, arguments: Sequence[Argument], timeout_s: float, more: str = "") -> None:
+        super().__init__("{} was not done after {:g} s{}".format(shown(arguments), timeout_s, more))
+        self.more = more
 
 
 def shown(arguments: Sequence[Argument]) -> str:
@@ -44,36 +62,170 @@ def run(
     timeout_s: float,
     stdin: Optional[bytes] = None,
     env: Optional[Dict[str, str]] = None,
+    check: bool = True,
 ) -> Completed:
     """Run a command to its end and return what it printed.
 
-    Raises `ProcessError` when it cannot be started, fails (its last line of standard error is in the message), or is
-    not done after `timeout_s` seconds; it is then stopped first.
+    Raises `ProcessError` when it cannot be started, or fails (its last line of standard error is in the message; not
+    without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
-    try:
-        child = subprocess.Popen(
-            list(arguments),
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-        )
-    except OSError as error:
-        raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error
-    with child:
+    with _start(arguments, env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as child:
         try:
             stdout, stderr = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
             stop(child)
-            raise ProcessError("{} was not done after {:g} s".format(shown(arguments), timeout_s)) from error
+            raise DeadlineError(arguments, timeout_s) from error
         except BaseException:  # a signal: no child may outlive us
             stop(child)
             raise
-    if child.returncode != 0:
-        lines: List[str] = stderr.decode("utf-8", "replace").strip().splitlines()
-        said = ": " + printable(lines[-1], 500) if lines else ""
-        raise ProcessError("{} {}{}".format(shown(arguments), status_text(child.returncode), said))
-    return Completed(stdout, stderr)
+    completed = Completed(stdout, stderr, child.returncode)
+    return checked(arguments, completed) if check else completed
+
+
+def checked(arguments: Sequence[Argument], completed: Completed) -> Completed:
+    """Return `completed`; raises `ProcessError` with the last line of standard error unless its status is 0."""
+    if completed.returncode != 0:
+        lines: List[str] = completed.stderr.decode("utf-8", "replace").strip().splitlines()
+        said = ": " + printable(lines[-1].strip(), 500) if lines else ""
+        raise ProcessError("{} {}{}".format(shown(arguments), status_text(completed.returncode), said))
+    return completed
+
+
+def run_gently(
+    arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]] = None, check: bool = True
+) -> Completed:
+    """Run a command that must not be killed in the middle of its work; otherwise like `run`.
+
+    It has a session of its own: no signal to our process group or terminal reaches it. After `timeout_s` seconds it
+    gets SIGINT (LVM then gives up waiting for a lock, and finishes what it began), `GENTLE_TIMEOUT_S` later SIGTERM,
+    and after as long again it is left alone; `DeadlineError` says so. A signal that ends the caller does not end the
+    command: see `undisturbed`.
+    """
+    completed = undisturbed(lambda: _run_gently(arguments, timeout_s, env))
+    return checked(arguments, completed) if check else completed
+
+
+def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]]) -> Completed:
+    # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone, and whose pipes we close
+    child = _start(arguments, env, start_new_session=True, restore_signals=False)
+    late = False
+    for patience_s, number in (
+        (timeout_s, signal.SIGINT),
+        (GENTLE_TIMEOUT_S, signal.SIGTERM),
+        (GENTLE_TIMEOUT_S, None),
+    ):
+        try:
+            stdout, stderr = child.communicate(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            late = True
+            if number is not None:
+                child.send_signal(number)
+        else:
+            if late and child.returncode != 0:
+                raise DeadlineError(arguments, timeout_s)
+            return Completed(stdout, stderr, child.returncode)
+    raise DeadlineError(arguments, timeout_s, ", and process {} is still there".format(child.pid))
+
+
+def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = None) -> T:
+    """Do `work` in a thread, where no signal handler can cut it short, and return or raise what it does.
+
+    Where a signal's exception arises in the caller meanwhile, `cancel` (if any) is called, `work` is waited for, and
+    only then does the exception go on. `work` must have its own deadline.
+    """
+    results: List[T] = []
+    errors: List[BaseException] = []
+    allowed: List[bool] = []
+    # bare locks: an exception in the Python code of an Event or of Thread.join can leave its lock taken for good
+    gate, finished = threading.Lock(), threading.Lock()
+    gate.acquire()
+    finished.acquire()
+
+    def run_it() -> None:
+        gate.acquire()
+        if not allowed:
+            return
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  # raised again below, in the thread that asked for it
+            errors.append(error)
+        finished.release()
+
+    try:
+        threading.Thread(target=run_it, name="undisturbed", daemon=True).start()
+        allowed.append(True)
+        gate.release()
+        finished.acquire()
+    except BaseException:
+        if gate.locked():
+            gate.release()  # the thread may still stand at it
+        if cancel is not None:
+            cancel()
+        while allowed and not results and not errors:
+            finished.acquire(timeout=0.1)
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def stream(
+    arguments: Sequence[Argument],
+    timeout_s: float,
+    consume: Callable[[bytes], None],
+    stopped: Callable[[], bool],
+    env: Optional[Dict[str, str]] = None,
+) -> Completed:
+    """Run a command, give `consume` what it prints, as it comes, and return how it ended, without that.
+
+    Raises `ProcessError` when it cannot be started, `DeadlineError` when it is not done after `timeout_s` seconds or as
+    soon as `stopped()` is true, and what `consume` raises; it is then stopped first.
+    """
+    deadline = time.monotonic() + timeout_s
+    said = b""
+    with _start(arguments, env) as child, selectors.DefaultSelector() as selector:
+        try:
+            assert child.stdout is not None and child.stderr is not None
+            selector.register(child.stdout, selectors.EVENT_READ)
+            selector.register(child.stderr, selectors.EVENT_READ)
+            while selector.get_map():
+                if stopped() or time.monotonic() > deadline:
+                    raise DeadlineError(arguments, timeout_s)
+                for key, _ in selector.select(0.1):
+                    data = os.read(key.fd, _CHUNK)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is child.stdout:
+                        consume(data)
+                    else:
+                        said = (said + data)[-_CHUNK:]
+            child.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            raise DeadlineError(arguments, timeout_s) from error
+        finally:
+            stop(child)
+    return Completed(b"", said, child.returncode)
+
+
+def _start(
+    arguments: Sequence[Argument],
+    env: Optional[Dict[str, str]],
+    stdin: int = subprocess.DEVNULL,
+    start_new_session: bool = False,
+    restore_signals: bool = True,
+) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(
+            list(arguments),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            start_new_session=start_new_session,
+            restore_signals=restore_signals,
+        )
+    except OSError as error:
+        raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:

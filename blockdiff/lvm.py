@@ -1,0 +1,302 @@
+"""LVM snapshots as context managers: made, watched, and removed, thick and thin.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A snapshot of ours has a unique name (`bd_` and random hex), the tag `blockdiff`, and a tag that names the process that
+made it, all set by the same `lvcreate`. Nothing is removed unless its UUID, its tag, its origin and its name say that
+it is ours. What a killed agent leaves behind is removed by the next run; agents in different PID namespaces of one
+host (in containers) would take each other's for such.
+"""
+
+import os
+import re
+import threading
+import time
+import uuid
+from typing import List, Optional
+
+from blockdiff import lvs, process
+from blockdiff.errors import BlockdiffError, ProcessError, SourceError
+from blockdiff.lvcheck import check as check
+from blockdiff.lvcheck import find as find
+from blockdiff.lvcheck import full_size, shown_size, size_in_bytes
+from blockdiff.lvs import PREFIX
+from blockdiff.lvs import TAG as TAG
+from blockdiff.lvs import Volume as Volume
+
+#: Instead of the process's tag on a snapshot that stays on the host.
+KEPT_TAG = TAG + "_kept"
+
+#: How long the making of a snapshot may take, in seconds: a database may be standing still meanwhile.
+CREATE_TIMEOUT_S = 30.0
+#: How long we look for what a failed lvcreate may have left, in seconds: the database is still standing.
+QUICK_TIMEOUT_S = 5.0
+#: How long a removal is tried again, and how often, in seconds: udev may hold the device open for a moment.
+REMOVE_TIMEOUT_S = 30.0
+REMOVE_INTERVAL_S = 0.5
+#: How often the fill level of a snapshot is looked at, in seconds, and the level in percent at which it is extended.
+WATCH_INTERVAL_S = 2.0
+EXTEND_AT_PERCENT = 70.0
+_PROCESS_TAG = re.compile(TAG + r"_pid_([0-9]{1,10})_[0-9]+_[0-9a-f]+")
+
+
+def process_tag(pid: int) -> str:
+    """Return the tag that names a process of this boot: a PID alone may be somebody else's after a while."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip().replace("-", "")[:12]
+    return "{}_pid_{}_{}_{}".format(TAG, pid, _start_time(pid), boot)
+
+
+def _start_time(pid: int) -> str:
+    """Return when a process started, in clock ticks since the boot; "0" for one that is not there or has ended."""
+    try:
+        with open("/proc/{}/stat".format(pid)) as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return "0"
+    return "0" if fields[0] in ("Z", "X") else fields[19]
+
+
+def is_abandoned(snapshot: Volume) -> bool:
+    """Return whether the process that made one of our snapshots is gone; one without its tag is left alone."""
+    for tag in snapshot.tags:
+        match = _PROCESS_TAG.fullmatch(tag)
+        if match:
+            return process_tag(int(match.group(1))) != tag
+    return False
+
+
+def sweep(volume: Volume) -> List[str]:
+    """Remove the snapshots of `volume` that agents before us left behind, and return their full names.
+
+    Those of agents that are at work, and those that are kept, stay. Raises `ProcessError`.
+    """
+    abandoned = [v for v in lvs.volumes(volume.group, 'origin="{}"'.format(volume.name)) if v.is_ours]
+    abandoned = [snapshot for snapshot in abandoned if is_abandoned(snapshot)]
+    for snapshot in abandoned:
+        remove(snapshot)
+    return [snapshot.full_name for snapshot in abandoned]
+
+
+def remove(snapshot: Volume) -> None:
+    """Remove a snapshot of ours, and nothing else; one that is gone already is fine.
+
+    LVM itself checks again what we know of it, under its lock: `lvremove` of an origin would take the origin. Raises
+    `ProcessError` where it is still there after `REMOVE_TIMEOUT_S` seconds, with the command to remove it by hand.
+    """
+    same = 'lv_uuid="{}"'.format(snapshot.uuid)
+    ours = '{} && lv_tags={{"{}"}} && lv_name=~"^{}" && origin="{}"'.format(same, TAG, PREFIX, snapshot.origin)
+    by_hand = "remove it by hand: lvremove -y {}".format(snapshot.full_name)
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    while True:
+        failure: Optional[ProcessError] = None
+        try:
+            lvs.change(["lvremove", "-y", "-S", ours, snapshot.full_name], snapshot.group)
+        except ProcessError as error:
+            failure = error
+        try:
+            if not lvs.volumes(snapshot.group, same):
+                return
+        except ProcessError as error:
+            failure = failure or error
+        if time.monotonic() > deadline:
+            why = failure.message if failure is not None else "lvremove said that all went well"
+            raise ProcessError(
+                "cannot remove the snapshot {}: {}".format(snapshot.full_name, why), by_hand
+            ) from failure
+        time.sleep(REMOVE_INTERVAL_S)
+
+
+class Snapshot:
+    """A read-only snapshot of `origin`, with the tag `extra_tag`. A context manager that leaves none behind.
+
+    `size` is for thick volumes (see `check`). To enter it makes the snapshot, and nothing else is done in that time;
+    then come `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or read to the
+    end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any state.
+
+    `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
+    thin one), `notes` are what the user should know.
+    """
+
+    def __init__(self, origin: Volume, size: str, extra_tag: str = "") -> None:
+        self.origin = origin
+        self.path = ""
+        self.created_s = 0.0
+        self.level: "Optional[float]" = None
+        self.notes: "List[str]" = []
+        self._name = PREFIX + uuid.uuid4().hex[:16]
+        self._selection = 'lv_name="{}"'.format(self._name)
+        self._process_tag = process_tag(os.getpid())
+        self._command = self._lvcreate(size, extra_tag)
+        self._may_exist = False
+        self._kept = False
+        self._last: "Optional[Volume]" = None
+        self._stopped = threading.Event()
+        self._watcher: "Optional[threading.Thread]" = None
+        self._can_grow = True
+
+    def _lvcreate(self, size: str, extra_tag: str) -> List[str]:
+        command = ["lvcreate", "-y", "-s", "-p", "r", "-n", self._name]
+        for tag in (TAG, self._process_tag, extra_tag):
+            command += ["--addtag", tag] if tag else []
+        if self.origin.is_thin:
+            command += ["-k", "n", "-a", "y"]
+        elif size.endswith("%"):
+            size_in_bytes(size, self.origin)
+            command += ["-l", size + "ORIGIN"]
+        else:
+            command += ["-L", "{}b".format(size_in_bytes(size, self.origin))]
+        return [*command, self.origin.full_name]
+
+    def __enter__(self) -> "Snapshot":
+        self._may_exist = True
+        begun = time.monotonic()
+        try:
+            lvs.change(self._command, self.origin.group, CREATE_TIMEOUT_S)
+            self.created_s = time.monotonic() - begun
+        except ProcessError as error:
+            self._clean_up_quickly()
+            raise SourceError(
+                "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message), error.hint
+            ) from error
+        except BaseException:  # a signal: lvcreate has ended by now
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _clean_up_quickly(self) -> None:
+        try:
+            for found in lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S):
+                self._remove(found)
+        except ProcessError:
+            pass  # why there is no snapshot matters more; the next run's sweep finds what is left
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if not self._may_exist or self._kept:
+            self._stop_watching()
+            return
+        try:
+            process.undisturbed(self._end)
+        except ProcessError as failure:
+            if not isinstance(error, BlockdiffError):
+                raise
+            parts = [error.hint, failure.message, failure.hint]  # what went wrong first is the better headline
+            error.hint = "; ".join(part for part in parts if part)
+
+    def _end(self) -> None:
+        self._stop_watching()
+        for found in lvs.volumes(self.origin.group, self._selection):
+            self._remove(found)
+
+    def _remove(self, found: Volume) -> None:
+        if found.is_ours and found.origin == self.origin.name:
+            remove(found)
+
+    def _stop_watching(self) -> None:
+        self._stopped.set()
+        if self._watcher is not None:
+            self._watcher.join(lvs.COMMAND_TIMEOUT_S + 3 * process.GENTLE_TIMEOUT_S)
+
+    def _find(self) -> Optional[Volume]:
+        """Return the snapshot as it is now; None where there is none."""
+        found = lvs.volumes(self.origin.group, self._selection)
+        return found[0] if found and found[0].is_ours and found[0].origin == self.origin.name else None
+
+    def look(self) -> Volume:
+        """Return the snapshot that was made, and begin to watch its fill level.
+
+        Raises `SourceError` where there is none, or not as it was asked for. Writers need not stand still any more.
+        """
+        found = self._found_or_error()
+        if found is None or not found.is_read_only or found.state != "a":
+            raise SourceError(
+                "lvcreate said that all went well, but {}/{} {}".format(
+                    self.origin.group,
+                    self._name,
+                    "is not there" if found is None else "has the attributes " + found.attributes,
+                )
+            )
+        self.path = found.path if os.path.exists(found.path) else found.dm_path
+        self._last = found
+        if not self.origin.is_thin:
+            self._note_level(found)
+            self._watcher = threading.Thread(target=self._watch, name="snapshot", daemon=True)
+            self._watcher.start()
+        return found
+
+    def _found_or_error(self) -> Optional[Volume]:
+        try:
+            return self._find()
+        except ProcessError as error:
+            raise SourceError(
+                "cannot see the snapshot of {}: {}".format(self.origin.full_name, error.message), error.hint
+            ) from error
+
+    def check(self) -> None:
+        """Raise `SourceError` unless everything that was read from the snapshot so far was sound.
+
+        An overflow makes a snapshot invalid for good, so one look after the last byte speaks for all reads.
+        """
+        found = self._found_or_error()
+        if found is None:
+            raise SourceError(
+                "the snapshot of {} was removed while it was read".format(self.origin.full_name),
+                "lvremove by hand, or another tool: run again",
+            )
+        if found.invalid or (not self.origin.is_thin and found.state != "a"):
+            least = min(full_size(self.origin), 2 * found.size)
+            raise SourceError(
+                "the snapshot of {} overflowed: its {} were too little".format(
+                    self.origin.full_name, shown_size(found.size)
+                ),
+                "--snapshot-size {}M is the least to try, {}M is sure to do".format(
+                    -(-least >> 20), -(-full_size(self.origin) >> 20)
+                ),
+            )
+        if found.health == "F":
+            raise SourceError(
+                "the thin pool {}/{} failed while a snapshot in it was read".format(found.group, found.pool),
+                "see lvmthin(7) and the host's kernel log",
+            )
+        self._note_level(found)
+
+    def keep(self) -> None:
+        """Leave the snapshot on the host: `__exit__` and the sweeps of later runs will not touch it.
+
+        Raises `ProcessError`; it is removed as ever then.
+        """
+        command = ["lvchange", "--deltag", self._process_tag, "--addtag", KEPT_TAG]
+        lvs.change([*command, "{}/{}".format(self.origin.group, self._name)], self.origin.group)
+        self._kept = True
+
+    def _note_level(self, found: Volume) -> None:
+        if found.data_percent is not None and not self.origin.is_thin:
+            self.level = max(self.level or 0.0, found.data_percent)
+
+    def _watch(self) -> None:
+        """Keep an eye on the fill level of a thick snapshot, and extend it while the group has room."""
+        while not self._stopped.wait(WATCH_INTERVAL_S):
+            try:
+                found = self._find()
+            except ProcessError:
+                continue  # another LVM command may be in the way; the check at the end decides
+            if found is None or found.invalid:
+                return
+            self._note_level(found)
+            if self._can_grow and (found.data_percent or 0.0) >= EXTEND_AT_PERCENT:
+                self._extend(found)
+
+    def _extend(self, found: Volume) -> None:
+        """Make the snapshot half as large again; where that fails, the run goes on, and fails if it overflows."""
+        more = min(max(found.size // 2, found.extent_size), found.group_free)
+        try:
+            if more == 0:
+                raise ProcessError("no room in the volume group {}".format(found.group))
+            lvs.change(["lvextend", "-L", "+{}b".format(more), found.full_name], found.group)
+        except ProcessError as error:
+            self._can_grow = False
+            self.notes.append(
+                "the snapshot of {} is {:g}% full and cannot be extended: {}".format(
+                    self.origin.full_name, found.data_percent or 0.0, error.message
+                )
+            )

@@ -1,0 +1,179 @@
+"""What LVM says of its logical volumes, and how its commands are run.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+Decisions are made from the state that `lvs` reports, never from messages.
+"""
+
+import json
+import os
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from blockdiff import process
+from blockdiff.errors import ProcessError, printable
+
+TAG = "blockdiff"
+PREFIX = "bd_"
+
+#: How long one LVM command may take, in seconds: it may have to wait for another that holds the volume group's lock.
+COMMAND_TIMEOUT_S = 60.0
+
+_FIELDS = (
+    "lv_uuid,lv_name,vg_name,lv_path,lv_dm_path,lv_size,segtype,pool_lv,metadata_lv,origin,origin_uuid,lv_tags,"
+    "lv_attr,data_percent,metadata_percent,lv_snapshot_invalid,vg_free,vg_extent_size,thin_id"
+)
+
+
+class LockError(ProcessError):
+    """An LVM command was not done in time: as a rule another one holds the lock of the volume group."""
+
+
+class Volume(NamedTuple):
+    """What `lvs` reports of a logical volume; sizes in bytes, levels in percent (None where there is none).
+
+    `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` the name of a pool's metadata
+    volume. Of volumes without a pool or an origin, these names, UUIDs and ids are ``""``.
+    """
+
+    uuid: str
+    name: str
+    group: str
+    path: str
+    dm_path: str
+    size: int
+    segtype: str
+    pool: str
+    metadata: str
+    origin: str
+    origin_uuid: str
+    tags: List[str]
+    attributes: str
+    data_percent: Optional[float]
+    metadata_percent: Optional[float]
+    invalid: bool
+    group_free: int
+    extent_size: int
+    thin_id: str
+
+    @property
+    def full_name(self) -> str:
+        """``group/name``, as LVM's commands take it."""
+        return self.group + "/" + self.name
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether it is a volume of a thin pool."""
+        return self.segtype == "thin"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a snapshot that an agent made."""
+        return self.name.startswith(PREFIX) and TAG in self.tags and bool(self.origin)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether writing to it is forbidden."""
+        return self.attributes[1:2] in ("r", "R")
+
+    @property
+    def state(self) -> str:
+        """The fifth character of ``lv_attr``: ``a`` active, ``-`` inactive, ``s`` suspended, ``I`` invalid, …"""
+        return self.attributes[4:5]
+
+    @property
+    def health(self) -> str:
+        """The ninth character of ``lv_attr``: ``-`` well, ``p`` a disk is missing, ``F`` the thin pool failed, …"""
+        return self.attributes[8:9]
+
+
+def environment() -> Dict[str, str]:
+    """Return the environment for LVM's commands: English, no warnings of our pipes, and sbin on the path."""
+    path = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    return dict(os.environ, LC_ALL="C", LVM_SUPPRESS_FD_WARNINGS="1", PATH=path)
+
+
+def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> List[Volume]:
+    """Return the volumes of `place` (a volume group, a volume, or its path), hidden ones included.
+
+    `selection` are terms of LVM's selection language, all of which must hold. Raises `ProcessError`, and `LockError`
+    where LVM has not answered after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    """
+    timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
+    command = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o", _FIELDS]
+    command += ["-S", " && ".join(selection)] if selection else []
+    try:
+        completed = process.run(command + ["--", place], timeout_s, env=environment(), check=False)
+    except process.DeadlineError as error:
+        raise _locked("lvs", place, timeout_s) from error
+    if completed.returncode == 0:
+        return parse_report(completed.stdout)
+    try:
+        # trouble with another volume, a missing disk say, does not make untrue what is said of this one
+        found = parse_report(completed.stdout)
+    except ProcessError:
+        found = []
+    if not found:
+        process.checked(["lvs"], completed)
+    return found
+
+
+def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = None) -> None:
+    """Run an LVM command that changes the volume group `group`, which is never killed (`process.run_gently`).
+
+    Raises `ProcessError`, and `LockError` where it was not done after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    """
+    timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
+    try:
+        completed = process.run_gently(arguments, timeout_s, env=environment(), check=False)
+    except process.DeadlineError as error:
+        raise _locked(arguments[0], group, timeout_s, error.more) from error
+    process.checked(arguments[:1], completed)
+
+
+def _locked(command: str, place: str, timeout_s: float, more: str = "") -> LockError:
+    return LockError(
+        "{} was not done after {:g} s{}: another LVM command seems to hold the lock of the volume group of {}".format(
+            command, timeout_s, more, printable(place)
+        ),
+        "ps -C lvcreate,lvremove,lvextend,lvconvert,pvmove,vgcfgbackup on the host shows which",
+    )
+
+
+def parse_report(output: bytes) -> List[Volume]:
+    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` where it is none.
+
+    A volume of several segments has a row for each of them.
+    """
+    try:
+        report = json.loads(output.decode("utf-8", "replace"))["report"][0]
+        rows = report["lv"] if "lv" in report else report["seg"]
+        found = [_volume(row) for row in rows]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ProcessError(
+            "lvs printed a report that cannot be understood: {}".format(printable(str(error)))
+        ) from error
+    return list({volume.uuid: volume for volume in reversed(found)}.values())[::-1]
+
+
+def _volume(row: Dict[str, str]) -> Volume:
+    return Volume(
+        uuid=row["lv_uuid"],
+        name=row["lv_name"].strip("[]"),
+        group=row["vg_name"],
+        path=row["lv_path"],
+        dm_path=row["lv_dm_path"].strip("[]"),
+        size=int(row["lv_size"]),
+        segtype=row["segtype"],
+        pool=row["pool_lv"].strip("[]"),
+        metadata=row["metadata_lv"].strip("[]"),
+        origin=row["origin"].strip("[]"),
+        origin_uuid=row["origin_uuid"],
+        tags=[tag for tag in row["lv_tags"].split(",") if tag],
+        attributes=row["lv_attr"],
+        data_percent=float(row["data_percent"]) if row["data_percent"] else None,
+        metadata_percent=float(row["metadata_percent"]) if row["metadata_percent"] else None,
+        invalid=row["lv_snapshot_invalid"] not in ("", "0", "-1", "unknown") or row["lv_attr"][4:5] in ("I", "S"),
+        group_free=int(row["vg_free"]),
+        extent_size=int(row["vg_extent_size"]),
+        thin_id=row["thin_id"],
+    )
