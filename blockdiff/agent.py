@@ -9,6 +9,7 @@ The agent writes nothing to the host's disk.
 
 import os
 import platform
+import pwd
 import queue
 import signal
 import socket
@@ -16,21 +17,28 @@ import struct
 import threading
 import time
 import traceback
-from typing import Dict, Optional
+from contextlib import ExitStack
+from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, dump, process, wire
+from blockdiff import blocks, dump, process, relay, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
     Interrupted,
     ProcessError,
     ProtocolError,
+    SourceError,
     printable,
     to_wire,
 )
+from blockdiff.extents import Audit, aligned
+from blockdiff.freeze import Freeze
+from blockdiff.relay import Relay
+from blockdiff.sources import LiveSource, Source, VolumeSource, Wish, locate
+from blockdiff.tablefeed import TableFeed
 
-#: How long the server may take from the agent's start to its request, in seconds: it may be taking a lock elsewhere.
-REQUEST_TIMEOUT_S = 600.0
+#: How long the server may take to its next order, in seconds: it may be waiting for a lock.
+ORDER_TIMEOUT_S = 600.0
 
 #: How long the agent may try to tell why it failed, in seconds; then SIGALRM ends it.
 LAST_WORD_S = 60
@@ -39,46 +47,6 @@ LAST_WORD_S = 60
 #: production but is never starved, because a snapshot that is kept for long fills up.
 NICENESS = 10
 IO_LEVEL = 7
-
-
-class TableFeed:
-    """The previous generation's digests as they arrive from the server, in a bounded buffer.
-
-    The reader thread calls `feed`, the scanning thread `take`, which grants the server more as it goes.
-    """
-
-    def __init__(self, link: wire.Link, digest_size: int, block_count: int) -> None:
-        self._link = link
-        self._digest_size = digest_size
-        self._total = block_count * digest_size
-        self._buffer = bytearray()
-        self._arrived = threading.Condition()
-        self._fed = 0
-        self._taken = 0
-        self._granted = 0
-
-    def feed(self, data: bytes) -> None:
-        """Append what arrived; raises `ProtocolError` for more than was granted or than there can be."""
-        with self._arrived:
-            self._fed += len(data)
-            if self._fed > min(self._granted, self._total):
-                raise ProtocolError("the server sent more of the digest table than was asked for")
-            self._buffer += data
-            self._arrived.notify()
-
-    def take(self, count: int) -> bytes:
-        """Return the digests of the next `count` blocks, or as many as the table still has."""
-        wanted = min(count * self._digest_size, self._total - self._taken)
-        if self._taken + wanted > self._granted - wire.TABLE_WINDOW // 2 and self._granted < self._total:
-            self._granted = self._taken + wire.TABLE_WINDOW
-            self._link.send(wire.WANT, offset=self._granted)
-        with self._arrived:
-            while len(self._buffer) < wanted:
-                self._arrived.wait()
-            digests = bytes(self._buffer[:wanted])
-            del self._buffer[:wanted]
-        self._taken += wanted
-        return digests
 
 
 class Throttle:
@@ -101,31 +69,36 @@ class Agent:
 
     def __init__(self, link: wire.Link) -> None:
         self._link = link
-        self._requests: "queue.Queue[Dict[str, object]]" = queue.Queue()
+        self._orders: "queue.Queue[Tuple[int, Dict[str, object]]]" = queue.Queue()
         self._feed: "Optional[TableFeed]" = None
+        self._relay: "Optional[Relay]" = None
         self._finished = False
         self._failure: "Optional[BlockdiffError]" = None
 
     def run(self) -> None:
-        """Say hello, do what the server asks, and send the totals; raises whatever ends it early."""
+        """Say hello, do what the server asks, and put everything away; raises whatever ends it early."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._interrupt)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         wire.Heartbeat(self._link).start()
         try:
             self._link.send_json(wire.HELLO, hello())
-            self._link.send_json(wire.END, self._dump(self._request()))
+            self._serve(self._order(wire.REQUEST))
         except Interrupted as error:
             if self._failure is not None:
                 raise self._failure from error
             raise
         self._finished = True
 
-    def _request(self) -> Dict[str, object]:
+    def _order(self, kind: int) -> Dict[str, object]:
+        """Wait for the server's next order, which must be of this kind, and return what it says."""
         try:
-            return self._requests.get(timeout=REQUEST_TIMEOUT_S)
+            found, fields = self._orders.get(timeout=ORDER_TIMEOUT_S)
         except queue.Empty as error:
-            raise ProtocolError("no request after {:g} s".format(REQUEST_TIMEOUT_S)) from error
+            raise ProtocolError("no word of the server for {:g} s".format(ORDER_TIMEOUT_S)) from error
+        if found != kind:
+            raise ProtocolError("the server sent a frame of kind {} in place of {}".format(found, kind))
+        return fields
 
     def _interrupt(self, number: int, _frame: object) -> None:
         """Unwind the main thread, once: what follows is clean-up, which no further signal may disturb."""
@@ -140,47 +113,88 @@ class Agent:
                 self._take(self._link.receive())
         except BlockdiffError as error:
             self._failure = error
+        if self._relay is not None:
+            self._relay.close()
         if not self._finished:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _take(self, frame: wire.Frame) -> None:
-        if frame.kind == wire.REQUEST:
-            request = self._link.read_json(frame)
-            self._prepare(request)
-            self._requests.put(request)
+        if frame.kind in (wire.REQUEST, wire.TAKE, wire.SCAN):
+            fields = self._link.read_json(frame)
+            if frame.kind == wire.SCAN:
+                self._expect_table(fields)
+            self._orders.put((frame.kind, fields))
         elif frame.kind == wire.TABLE and self._feed is not None:
-            self._feed.feed(self._link.read_bytes(frame, wire.TABLE_WINDOW))
+            self._feed.feed(frame.offset, self._link.read_bytes(frame, wire.TABLE_WINDOW))
+        elif frame.kind == wire.OPEN:
+            self._open_relay(self._link.read_json(frame))
+        elif frame.kind == wire.BYTES and self._relay is not None:
+            self._relay.feed(self._link.read_bytes(frame, wire.MAX_PAYLOAD))
+        elif frame.kind == wire.CLOSE and self._relay is not None:
+            self._relay.close()
+            self._relay.join(relay.SOCKET_TIMEOUT_S)
+            self._link.send(wire.CLOSE)
         else:
             raise ProtocolError("the server sent an unexpected frame of kind {}".format(frame.kind))
 
-    def _prepare(self, request: Dict[str, object]) -> None:
-        """Get ready for the digest table, which may follow the request as soon as it is wanted."""
-        if request.get("table_blocks") is not None:
-            (count,) = wire.integers(request, "table_blocks")
-            self._feed = TableFeed(self._link, blocks.digest_named(wire.text(request, "digest")).size, count)
+    def _expect_table(self, order: Dict[str, object]) -> None:
+        """Get ready for the digest table, which may follow its order as soon as it is wanted."""
+        self._feed = None
+        if order.get("table_blocks") is not None:
+            (count,) = wire.integers(order, "table_blocks")
+            self._feed = TableFeed(self._link, blocks.digest_named(wire.text(order, "digest")).size, count)
 
-    def _dump(self, request: Dict[str, object]) -> Dict[str, object]:
-        """Scan the source, send what changed, and return the totals."""
-        (block_size,) = wire.integers(request, "block_size")
+    def _open_relay(self, order: Dict[str, object]) -> None:
+        """Connect to a socket of this machine for the server; one that cannot be reached is no reason to end."""
+        (port,) = wire.integers(order, "port")
+        try:
+            self._relay = Relay(self._link, relay.connect(wire.texts(order, "sockets"), port), wire.BYTES)
+        except SourceError as error:
+            self._link.send_json(wire.OPEN, to_wire(error))
+            return
+        self._link.send_json(wire.OPEN, {})
+        self._relay.start()
+
+    def _serve(self, request: Dict[str, object]) -> None:
+        """Take all sources at one moment, and scan one after the other."""
+        with ExitStack() as stack:
+            sources = [stack.enter_context(source) for source in _sources(request)]
+            self._link.send_json(wire.READY, _ready(sources, request))
+            self._order(wire.TAKE)
+            self._link.send_json(wire.TAKEN, {"took_us": _take(sources, request)})
+            if request.get("low_priority"):
+                lower_priority()  # not before: whoever is held still waits for us
+            for source in sources:
+                self._scan(source, self._order(wire.SCAN))
+        self._link.send_json(wire.END, {})
+
+    def _scan(self, source: Source, order: Dict[str, object]) -> None:
+        """Scan one source, send what changed, and the totals."""
+        (block_size,) = wire.integers(order, "block_size")
         if not blocks.MIN_BLOCK_SIZE <= block_size <= blocks.MAX_BLOCK_SIZE:
             raise ProtocolError("block size {} is out of range".format(block_size))
-        hasher = blocks.Hasher(blocks.digest_named(wire.text(request, "digest")), block_size)
-        limit = wire.integers(request, "bandwidth")[0] if request.get("bandwidth") is not None else None
-        if request.get("low_priority"):
-            lower_priority()
-        with dump.FileSource(bytes.fromhex(wire.text(request, "path"))) as source:
-            self._link.send_json(wire.SOURCE, {"kind": source.kind, "size": source.size})
-            read, changed = self._send_changes(source, hasher, Throttle(limit))
-            source.check_size()
-            return {"image_size": source.size, "changed_blocks": changed, "read": read, "touched": source.changed()}
+        hasher = blocks.Hasher(blocks.digest_named(wire.text(order, "digest")), block_size)
+        limit = wire.integers(order, "bandwidth")[0] if order.get("bandwidth") is not None else None
+        wish = Wish(*(bool(order.get(name)) for name in Wish._fields))
+        if wish.full != (self._feed is None):
+            raise ProtocolError("a full scan has no digest table, and every other has one")
+        file, claimed = source.open(wish)
+        self._link.send_json(wire.SOURCE, {"kind": file.kind, "size": file.size, **source.opened()})
+        audit = Audit(aligned(claimed, block_size, file.size)) if claimed is not None else None
+        read, changed = self._send_changes(file, hasher, Throttle(limit), audit)
+        totals = {"image_size": file.size, "changed_blocks": changed, "read": read}
+        self._link.send_json(wire.TOTALS, {**totals, **source.finish(), "notes": source.notes})
 
-    def _send_changes(self, source: dump.FileSource, hasher: blocks.Hasher, throttle: Throttle) -> "tuple[int, int]":
+    def _send_changes(
+        self, source: dump.FileSource, hasher: blocks.Hasher, throttle: Throttle, audit: "Optional[Audit]"
+    ) -> "Tuple[int, int]":
         """Send every changed run; neighbouring runs of zeros go as one. Returns bytes read and blocks sent."""
-        old = self._feed.take if self._feed is not None else None
         read = changed = 0
         zeros = (0, 0)
-        for batch in dump.scan(source, hasher, dump.buffers_for(hasher.block_size), old, with_digests=False):
+        for batch in dump.scan(source, hasher, dump.buffers_for(hasher.block_size), self._feed, with_digests=False):
             for run in batch.runs:
+                if audit is not None:
+                    _check_claim(audit, run)
                 if run.data is None and run.offset == sum(zeros):
                     zeros = (zeros[0], zeros[1] + run.length)
                     continue
@@ -200,14 +214,63 @@ class Agent:
             self._link.send(wire.ZERO, struct.pack("<Q", length), offset=offset)
 
 
+def _sources(request: Dict[str, object]) -> List[Source]:
+    """Return the sources that a request names; raises `ProtocolError`."""
+    paths = [bytes.fromhex(path) for path in wire.texts(request, "paths")]
+    if not request.get("snapshot"):
+        return [LiveSource(path) for path in paths]
+    size = wire.text(request, "snapshot_size")
+    chains, kept = wire.texts(request, "chains"), wire.texts(request, "kept")
+    if not len(paths) == len(chains) == len(kept):
+        raise ProtocolError("the request names {} sources, {} chains".format(len(paths), len(chains)))
+    keep = bool(request.get("keep"))
+    return [VolumeSource(path, size, chain, uuid, keep) for path, chain, uuid in zip(paths, chains, kept)]
+
+
+def _ready(sources: List[Source], request: Dict[str, object]) -> Dict[str, object]:
+    """Check the sources, and find out on which of them the directories lie that the server asks for."""
+    prepared = [source.prepare() for source in sources]
+    paths = [os.fsdecode(bytes.fromhex(path)) for path in wire.texts(request, "paths")]
+    located = [locate(directory, paths) for directory in wire.texts(request, "directories")]
+    return {"sources": prepared, "directories": located, "notes": [note for source in sources for note in source.notes]}
+
+
+def _take(sources: List[Source], request: Dict[str, object]) -> int:
+    """Take the moment of all sources, between the user's commands; return how long it took, in microseconds."""
+    commands = [wire.text(request, name) if request.get(name) is not None else None for name in ("before", "after")]
+    begun = time.monotonic()
+    with Freeze(*commands):
+        for source in sources:
+            source.take()
+    return int((time.monotonic() - begun) * 1e6)
+
+
+def _check_claim(audit: Audit, run: dump.Run) -> None:
+    wrong = audit.first_wrong(run.offset, run.offset + run.length)
+    if wrong >= 0:
+        raise SourceError(
+            "the audit failed: thin_delta did not report the change at offset {}".format(wrong),
+            "runs with --keep-snapshot before this one may have missed changes: go on with --full, and without it",
+        )
+
+
 def hello() -> Dict[str, object]:
     """Return what the server should know of this machine."""
     return {
         "protocol": wire.PROTOCOL,
         "python": platform.python_version(),
         "hostname": socket.gethostname(),
+        "user": _user(),
         "digests": sorted(blocks.AVAILABLE),
     }
+
+
+def _user() -> str:
+    """Return the name of the user that we are."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def lower_priority() -> None:

@@ -1,44 +1,63 @@
-"""One run: lock the chain, ask the agent for what changed, write it down, commit it."""
+"""One run: lock the chains, take the moment of their sources, ask the agent for what changed, write it, commit it."""
 
 import os
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from blockdiff import __version__, codec, merge
+from blockdiff import __version__, codec, quiesce
 from blockdiff.address import Address
-from blockdiff.blocks import Hasher, check_block_size, digest_named
-from blockdiff.chain import MANIFEST_SUFFIX, Generation
+from blockdiff.blocks import Hasher, digest_named
 from blockdiff.clock import now
-from blockdiff.commit import LockedChain
-from blockdiff.deltafile import TableReader
-from blockdiff.deltawriter import DeltaWriter
-from blockdiff.errors import ChainError, DamagedError, printable
-from blockdiff.manifest import Manifest, Parent, Source
+from blockdiff.commit import LockedChain, NewGeneration
+from blockdiff.deltawriter import DeltaWriter, Written
+from blockdiff.errors import UsageError, printable
+from blockdiff.manifest import Manifest, Snapshot, Source
+from blockdiff.mysqlaccount import Account
+from blockdiff.mysqllock import Limits
+from blockdiff.plan import Choices, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
-from blockdiff.session import Request, Session, Totals
+from blockdiff.quiesce import Moment, Quiesce
+from blockdiff.rules import Opened, Totals, Volume
+from blockdiff.session import Request, Scan, Session, Wanted
 
-DEFAULT_BLOCK_SIZE = 64 << 10
-DEFAULT_DIGEST = "sha256"
-DEFAULT_FORMAT = 2
+Value = TypeVar("Value")
 
-# What is known of the image's consistency: nothing wrote to the file while it was read; something did; nobody can tell.
+# What is known of the image's consistency: nothing wrote to the file while it was read; something did; nobody can tell;
+# it is that of one moment, as after a power cut; and what wrote to it was held still at that moment.
 STILL = "still"
 CHANGING = "changing"
 LIVE = "live"
+SNAPSHOT = "snapshot"
+QUIESCED = "quiesced"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asks for; None leaves the choice to the chain, or to the defaults of a new one."""
+class Volumes:
+    """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    block_size: int | None = None
-    digest: str | None = None
-    delta_format: int | None = None
+    `keep`, `audit`: see `sources.Wish`. `before` and `after` are commands for the host.
+    """
+
+    snapshot_size: str = "20%"
+    database: Account | None = None
+    limits: Limits = field(default_factory=Limits)
+    before: str | None = None
+    after: str | None = None
+    keep: bool = False
+    audit: bool = False
+
+
+@dataclass(frozen=True)
+class Options(Choices):
+    """What the command line asks for. `volumes` is None where sources are read as they are."""
+
+    volumes: Volumes | None = None
     compression: str = "gzip"
     level: int | None = None
-    full: bool = False
     transport: str | None = None
     ssh_options: Sequence[str] = ()
     bandwidth: int | None = None
@@ -47,7 +66,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made. `warnings` make it exit 3; `recovered` is what it had to put in order before.
+    """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to put in order before.
 
     `notes` are for whoever watches.
     """
@@ -60,163 +79,197 @@ class Result:
 
 
 @dataclass
-class _Plan:
-    """What one run will do, decided from the options and the chain."""
+class _Job:
+    """One chain of the run, and what is known of its new generation so far."""
 
-    block_size: int
-    digest: str
-    delta_format: int
-    old: TableReader | None
-    parent: Parent | None
-    notes: list[str] = field(default_factory=list)
+    chain: LockedChain
+    path: str
+    plan: Plan
+    hasher: Hasher
+    volume: Volume = field(default_factory=lambda: Volume(None, None))
+    opened: Opened | None = None
+    written: Written | None = None
+    totals: Totals | None = None
+    new: NewGeneration | None = None
+    received: int = 0
 
 
 def backup(name: str, address: Address, options: Options, progress: Progress | None = None) -> Result:
-    """Add one generation to the chain `name` and return what was made.
+    """Add one generation of the source at `address` to the chain `name`; see `backup_together`."""
+    (result,) = backup_together([(name, address.path)], address, options, progress)
+    return result
 
-    Raises a `BlockdiffError` when that was not possible; the chain is then as it was.
+
+def backup_together(
+    targets: Sequence[tuple[str, str]], address: Address, options: Options, progress: Progress | None = None
+) -> list[Result]:
+    """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return what was made.
+
+    All are taken at one moment where they are taken through snapshots, and committed together, after all were read.
+    Raises a `BlockdiffError` when that was not possible; the chains are then as they were.
     """
-    watcher = progress or Progress()
     compress = codec.compressor(options.compression, options.level)
+    watcher = progress or Progress()
     with ExitStack() as stack:
-        chain = stack.enter_context(LockedChain(name))
+        jobs = _jobs(targets, address, options, stack)
         started = now()
-        plan = _plan(chain, address, options, stack)
-        hasher = Hasher(digest_named(plan.digest), plan.block_size)
         session = stack.enter_context(
             Session(address, options.transport, options.ssh_options, prefix=options.prefix or ())
         )
-        request = Request(
-            os.fsencode(address.path),
-            plan.block_size,
-            hasher.digest,
-            plan.old,
-            options.bandwidth,
-            low_priority=options.prefix is None,
-        )
-        image_size = session.open_source(request)
-        watcher.begin(image_size)
-        new = stack.enter_context(chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
-        writer = DeltaWriter(new.delta, new.table, plan.delta_format, hasher, image_size, compress, plan.old)
-        runs = session.changes(request, writer.allocate, lambda offset: watcher.update(offset, session.bytes_received))
-        written = writer.write(runs)
-        assert session.totals is not None, "the session ended without totals"
-        delta, table = new.stored()
-        manifest = Manifest(
-            chain=chain.chain_id(),
-            generation=new.number,
-            parent=plan.parent,
-            full=plan.old is None,
-            delta_format=plan.delta_format,
-            delta=delta,
-            table=table,
-            digest=plan.digest,
-            block_size=plan.block_size,
-            image_size=image_size,
-            blocks=written.blocks,
-            changed_blocks=written.changed_blocks,
-            source=Source(address.machine, address.path, session.source_kind),
-            consistency=_consistency(session.totals),
-            started=started,
-            finished=now(),
-            bytes_read=session.totals.read,
-            bytes_received=session.bytes_received,
-            versions=_versions(session),
-        )
-        new.commit(manifest)
-        return Result(name, manifest, _warnings(address, session.totals), chain.notes, plan.notes)
+        for job in jobs:
+            session.check_digest(job.hasher.digest)
+        moment, notes = _take(session, jobs, options)
+        for job in jobs:
+            _dump(session, job, options, compress, watcher, stack)
+        session.finish()
+        run = secrets.token_hex(8) if len(jobs) > 1 else None
+        results = []
+        for job in jobs:
+            manifest = _manifest(session, job, moment, started, run)
+            assert job.new is not None
+            job.new.commit(manifest)
+            totals = _known(job.totals)
+            seen = [*job.plan.notes, *notes, *(note for note in totals.notes if note not in notes)]
+            results.append(Result(job.chain.name, manifest, _warnings(job), job.chain.notes, seen))
+        return results
 
 
-def _plan(chain: LockedChain, address: Address, options: Options, stack: ExitStack) -> _Plan:
-    last = chain.last()
-    base = chain.generations.get(last)
-    parent = Parent(last, base.manifest_sha256 if base is not None else None) if last else None
-    if last == 0 or options.full:
-        return _full_plan(base, parent, options)
-    if base is None:
-        raise DamagedError(
-            f"{chain.path_of('.ver')} says {last}, but generation {last} is not there",
-            "restore its files from a copy, or begin anew inside the chain with --full",
-        )
-    _check_base(chain, base)
-    _check_source(chain, address)
-    old = stack.enter_context(base.open_table())
-    plan = _Plan(old.block_size, base.digest, _format_of(base), old, parent)
-    plan.notes += _kept_notes(plan, options)
-    return plan
+def _jobs(targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack) -> list[_Job]:
+    names = [os.path.realpath(name) for name, _path in targets]
+    if len(set(names)) < len(names):
+        raise UsageError("two sources of one run cannot go to the same chain", "give each its own NAME")
+    jobs = []
+    for name, path in targets:
+        chain = stack.enter_context(LockedChain(name))
+        plan = make_plan(chain, address, path, choices, stack)
+        jobs.append(_Job(chain, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
+    return jobs
 
 
-def _full_plan(base: Generation | None, parent: Parent | None, options: Options) -> _Plan:
-    known = base.manifest if base is not None else None
-    block_size = options.block_size or (known.block_size if known else DEFAULT_BLOCK_SIZE)
-    digest = options.digest or (known.digest if known else DEFAULT_DIGEST)
-    delta_format = options.delta_format or (known.delta_format if known else DEFAULT_FORMAT)
-    check_block_size(block_size)
-    return _Plan(block_size, digest, delta_format, None, parent)
+def _take(session: Session, jobs: list[_Job], options: Options) -> tuple[Moment, tuple[str, ...]]:
+    """Take the moment of all sources; return how, and what the agent had to tell."""
+    with _quiesce(session, options) as quiesced:
+        ready = session.prepare(_request(jobs, quiesced, options))
+        for job, volume in zip(jobs, ready.volumes, strict=True):
+            job.volume = volume
+            check_volume(job.plan, job.chain.name, volume.uuid)
+        quiesced.check(ready, session)
+        return quiesced.around(session), ready.notes
 
 
-def _check_source(chain: LockedChain, address: Address) -> None:
-    """Refuse another source than that of the newest manifest."""
-    known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
-    here = Source(address.machine, address.path, "")
-    if not known or known[-1].kind == "command" or known[-1].same_place(here):
+@contextmanager
+def _quiesce(session: Session, options: Options) -> Iterator[Quiesce]:
+    wanted = options.volumes
+    freezes = wanted is not None and wanted.before is not None
+    if wanted is None or wanted.database is None:
+        yield Quiesce(freezes)
         return
-    raise ChainError(
-        f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
-        "use another NAME, or say --full if this source really takes the place of the other",
+    with quiesce.database(session, wanted.database, wanted.limits, freezes) as found:
+        yield found
+
+
+def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
+    volumes = options.volumes
+    sources = []
+    for job in jobs:
+        last = job.plan.snapshot
+        kept = last.uuid if volumes is not None and last is not None and last.kept else ""
+        sources.append(Wanted(os.fsencode(job.path), job.chain.chain_id(), kept))
+    return Request(
+        sources,
+        volumes.snapshot_size if volumes is not None else None,
+        volumes is not None and volumes.keep,
+        volumes.before if volumes is not None else None,
+        volumes.after if volumes is not None else None,
+        quiesced.directories,
+        low_priority=options.prefix is None,
     )
 
 
-def _check_base(chain: LockedChain, base: Generation) -> None:
-    """Refuse to build on what could not be restored: a cheap look at all that the new generation would need."""
-    needed = chain.needed(base.number)
-    for generation in needed:
-        generation.check_files()
-        chain.check_parent(generation)
-        chain.check_manifest(generation)
-    oldest = needed[-1]
-    if oldest.number > 1 and not (oldest.manifest is not None and oldest.manifest.full):
-        raise DamagedError(
-            f"generation {oldest.number - 1} of {printable(chain.name)} is missing",
-            "restore its files from a copy, or begin anew inside the chain with --full",
+def _dump(
+    session: Session,
+    job: _Job,
+    options: Options,
+    compress: Callable[[bytes], bytes],
+    watcher: Progress,
+    stack: ExitStack,
+) -> None:
+    """Let the agent scan the next source, and write its delta and digest table."""
+    plan, before = job.plan, session.bytes_received
+    volumes = options.volumes or Volumes()
+    trusted = volumes.keep and plan.old is not None and plan.snapshot is not None and plan.snapshot.kept
+    audited = trusted and (volumes.audit or plan.audit_due)
+    hinted = trusted and not audited
+    scan = Scan(plan.block_size, job.hasher.digest, plan.old, options.bandwidth, hinted, audited)
+    job.opened = opened = session.scan(scan)
+    watcher.begin(opened.size)
+    job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
+    writer = DeltaWriter(job.new.delta, job.new.table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
+
+    def show(offset: int) -> None:
+        watcher.update(offset, session.bytes_received)
+
+    job.written = writer.write(session.changes(scan, opened.size, writer.allocate, show))
+    job.totals = session.totals
+    job.received = session.bytes_received - before
+
+
+def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: str | None) -> Manifest:
+    new, opened, written, totals = _known(job.new), _known(job.opened), _known(job.written), _known(job.totals)
+    plan, address = job.plan, session.address
+    delta, table = new.stored()
+    snapshot = None
+    if opened.snapshot is not None:
+        kind = "thin" if job.volume.segtype == "thin" else "thick"
+        snapshot = Snapshot(
+            opened.snapshot, kind, round(moment.took_s, 3), totals.fill_percent, totals.kept, opened.extents
         )
-
-
-def _format_of(base: Generation) -> int:
-    if base.manifest is not None:
-        return base.manifest.delta_format
-    with merge.open_delta(base) as file, merge.read_delta(base, file) as reader:
-        found = reader.format
-    if found != 1:  # only the original's chains do without
-        raise DamagedError(
-            f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or begin anew with --full"
-        )
-    return found
-
-
-def _kept_notes(plan: _Plan, options: Options) -> list[str]:
-    asked = (
-        ("block size", options.block_size, plan.block_size),
-        ("digest", options.digest, plan.digest),
-        ("format", options.delta_format, plan.delta_format),
+    return Manifest(
+        chain=job.chain.chain_id(),
+        generation=new.number,
+        parent=plan.parent,
+        full=plan.old is None,
+        delta_format=plan.delta_format,
+        delta=delta,
+        table=table,
+        digest=plan.digest,
+        block_size=plan.block_size,
+        image_size=opened.size,
+        blocks=written.blocks,
+        changed_blocks=written.changed_blocks,
+        source=Source(address.machine, job.path, opened.kind, job.volume.uuid),
+        consistency=_consistency(snapshot, moment, totals),
+        started=started,
+        finished=now(),
+        bytes_read=totals.read,
+        bytes_received=job.received,
+        run=run,
+        snapshot=snapshot,
+        quiesced=moment.quiesced if snapshot is not None else None,
+        database=moment.database,
+        versions=_versions(session),
     )
-    return [
-        f"the chain keeps its {what} {kept} (asked for: {wanted}; --full would change it)"
-        for what, wanted, kept in asked
-        if wanted is not None and wanted != kept
-    ]
 
 
-def _consistency(totals: Totals) -> str:
+def _known(value: Value | None) -> Value:
+    assert value is not None, "a step of the run was left out"
+    return value
+
+
+def _consistency(snapshot: Snapshot | None, moment: Moment, totals: Totals) -> str:
+    if snapshot is not None:
+        return SNAPSHOT if moment.quiesced is None else QUIESCED
     if totals.touched is None:
         return LIVE
     return CHANGING if totals.touched else STILL
 
 
-def _warnings(address: Address, totals: Totals) -> list[str]:
+def _warnings(job: _Job) -> list[str]:
+    totals, path = _known(job.totals), printable(job.path)
+    if totals.left:
+        return [f"the backup is complete, but a snapshot of {path} is left on the host: {totals.notes[-1]}"]
     if not totals.touched:
         return []
-    path = printable(address.path)
     return [f"{path} was written to while it was read; this generation may mix several moments: back up a snapshot"]
 
 

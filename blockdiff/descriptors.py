@@ -7,8 +7,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from blockdiff import codec, dump
 from blockdiff.address import Address
@@ -18,7 +19,8 @@ from blockdiff.deltawriter import DeltaWriter
 from blockdiff.errors import SourceError, StorageError, UsageError, printable
 from blockdiff.lzop import LzopWriter
 from blockdiff.pipeline import BufferPool
-from blockdiff.session import Request, Session
+from blockdiff.quiesce import CommandQuiesce, Quiesce
+from blockdiff.session import Request, Scan, Session, Wanted
 
 DEFAULT_BLOCK_SIZE = 16384
 
@@ -101,6 +103,23 @@ class _Protocol:
         self._table.finish()
 
 
+class _InOrder(dump.OldDigests):
+    """The digests of a table, one after the other."""
+
+    def __init__(self, table: TableReader) -> None:
+        self._table = table
+        self._next = 0
+
+    def take(self, count: int) -> bytes:
+        """See `OldDigests`."""
+        self._next += count
+        return self._table.digests(self._next - count, count)
+
+    def skip(self, count: int) -> None:
+        """See `OldDigests`."""
+        self._next += count
+
+
 def dump_local(path: str | None, block_size: int | None, compression: str) -> None:
     """Dump the file or device at `path`, or standard input for None.
 
@@ -114,15 +133,8 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> No
         writer = ends.writer(source.size)
 
         def runs() -> Iterator[dump.Run]:
-            taken = 0
-
-            def take(count: int) -> bytes:
-                nonlocal taken
-                taken += count
-                return ends.old.digests(taken - count, count) if ends.old is not None else b""
-
             hasher = Hasher(_MD5, ends.block_size)
-            old = take if ends.old is not None else None
+            old = _InOrder(ends.old) if ends.old is not None else None
             for batch in dump.scan(source, hasher, pool, old, with_digests=False):
                 for run in batch.runs:
                     yield _kept(run, writer)
@@ -140,10 +152,61 @@ def dump_remote(
     `prefix` is a command to run the agent under, None for low priority.
     """
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
-        request = Request(os.fsencode(path), ends.block_size, _MD5, ends.old, low_priority=prefix is None)
-        writer = ends.writer(session.open_source(request))
-        writer.write(session.changes(request, writer.allocate))
+        session.prepare(Request([Wanted(os.fsencode(path))], low_priority=prefix is None))
+        Quiesce().around(session)
+        _scan(session, ends)
         ends.finish()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How a snapshot is taken: its size (``""``: 10G, or what there is), and around which command, if any.
+
+    `say` is told what is going on, in the original's words.
+    """
+
+    snapshot_size: str
+    lock: str | None
+    say: Callable[[str], None]
+
+
+def dump_volume(
+    host: Address,
+    path: str,
+    block_size: int | None,
+    compression: str,
+    taken: Taken,
+    prefix: list[str] | None = None,
+) -> None:
+    """Dump the logical volume at `path` on a host through a snapshot; the rest is as for `dump_remote`.
+
+    Raises `ProcessError` where the command around it fails.
+    """
+    say = taken.say
+    with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
+        wanted = [Wanted(os.fsencode(path))]
+        for note in session.prepare(Request(wanted, taken.snapshot_size, low_priority=prefix is None)).notes:
+            say(note)
+        say("creating snapshot...")
+        (CommandQuiesce(taken.lock) if taken.lock else Quiesce()).around(session)
+        snapshot = _scan(session, ends, lambda device: say(f'running: ssh_blockdiff_dump "{host.login}" "{device}"'))
+        say(f"removing snapshot {snapshot}...")
+        ends.finish()
+
+
+def _scan(session: Session, ends: _Protocol, opened: Callable[[str], None] = lambda device: None) -> str:
+    """Write what the agent finds to have changed in the one source of the session, and see it end well.
+
+    Returns the device that was read.
+    """
+    session.check_digest(_MD5)
+    scan = Scan(ends.block_size, _MD5, ends.old)
+    source = session.scan(scan)
+    opened(source.path)
+    writer = ends.writer(source.size)
+    writer.write(session.changes(scan, source.size, writer.allocate))
+    session.finish()
+    return source.path
 
 
 def _is_open(fd: int) -> bool:

@@ -10,11 +10,13 @@ scan is not left in it.
 import errno
 import os
 import stat
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from abc import ABC, abstractmethod
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
-from blockdiff import pipeline
+from blockdiff import extents, pipeline
 from blockdiff.blocks import Hasher
 from blockdiff.errors import SourceError
+from blockdiff.extents import Extent
 
 #: Bytes of a batch. Large enough that what Python does for each batch does not count, small enough that a handful of
 #: them fit in the agent's 64 MiB.
@@ -24,7 +26,8 @@ BATCH_BLOCKS = 8192
 #: Bytes of a hole that are handled at once, at most `BATCH_BLOCKS` blocks.
 HOLE_BYTES = 256 << 20
 
-SAME, CHANGED, ZEROED = 0, 1, 2
+#: States of a block.
+KEPT, CHANGED, ZEROED = 0, 1, 2
 
 
 class Run(NamedTuple):
@@ -50,12 +53,27 @@ class Batch(NamedTuple):
     changed: int
 
 
+class OldDigests(ABC):
+    """The digest table of the previous generation, from its first digest to its last."""
+
+    @abstractmethod
+    def take(self, count: int) -> bytes:
+        """Return the digests of the next `count` blocks, or fewer at the end of the table."""
+
+    @abstractmethod
+    def skip(self, count: int) -> None:
+        """Leave out the digests of the next `count` blocks."""
+
+
 class Piece(NamedTuple):
-    """A stretch of the image that becomes a batch. `buffer` holds its bytes where they were read already."""
+    """A stretch of the image that becomes a batch, of a state of `extents`.
+
+    `buffer` holds its bytes where they were read already.
+    """
 
     offset: int
     length: int
-    is_hole: bool = False
+    state: str = extents.DATA
     cached: bool = True
     buffer: Optional[bytearray] = None
 
@@ -63,12 +81,14 @@ class Piece(NamedTuple):
 class FileSource:
     """A regular file or block device, open for reading.
 
-    `size` in bytes is taken once, at the start: the image ends there even if the file grows. Raises `SourceError` when
-    `path` is missing, unreadable, empty, or of another kind. A context manager.
+    `size` in bytes is taken once, at the start: the image ends there even if the file grows. `known` are the extents of
+    the image where somebody knows them better than the file system. Raises `SourceError` when `path` is missing,
+    unreadable, empty, or of another kind. A context manager.
     """
 
-    def __init__(self, path: bytes) -> None:
+    def __init__(self, path: bytes, known: Optional[Iterable[Extent]] = None) -> None:
         self.path = path
+        self._known = known
         self._shown = path.decode("utf-8", "replace")
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -125,28 +145,33 @@ class FileSource:
 
     def pieces(self, block_size: int) -> Iterator[Piece]:
         """Yield the image as pieces of whole blocks, in order, and ask the kernel to read each ahead."""
-        data_step = _step(BATCH_BYTES, block_size)
-        hole_step = _step(HOLE_BYTES, block_size)
-        for start, end, is_hole in self._extents(block_size):
-            step = hole_step if is_hole else data_step
-            for offset in range(start, end, step):
-                length = min(step, end - offset)
-                cached = is_hole or self._read_ahead(offset, length)
-                yield Piece(offset, length, is_hole, cached)
+        steps = {
+            extents.DATA: _step(BATCH_BYTES, block_size),
+            extents.HOLE: _step(HOLE_BYTES, block_size),
+            extents.SAME: self.size,
+        }
+        for start, end, state in self._extents(block_size):
+            for offset in range(start, end, steps[state]):
+                length = min(steps[state], end - offset)
+                cached = state != extents.DATA or self._read_ahead(offset, length)
+                yield Piece(offset, length, state, cached)
 
-    def _extents(self, block_size: int) -> Iterator[Tuple[int, int, bool]]:
-        """Yield (start, end, is_hole) for the whole image, cut at block boundaries; a hole holds whole blocks."""
+    def _extents(self, block_size: int) -> Iterator[Extent]:
+        """Yield the extents of the whole image, cut at block boundaries."""
+        if self._known is not None:
+            yield from extents.aligned(self._known, block_size, self.size)
+            return
         position = 0
         while position < self.size:
             data = self._seek(position, os.SEEK_DATA, self.size) if self.kind == "file" else position
             hole_end = data if data == self.size else data - data % block_size
             if hole_end > position:
-                yield position, hole_end, True
+                yield Extent(position, hole_end, extents.HOLE)
                 position = hole_end
                 continue
             hole = self._seek(data, os.SEEK_HOLE, self.size) if self.kind == "file" else self.size
             end = min(hole + -hole % block_size, self.size)
-            yield position, end, False
+            yield Extent(position, end, extents.DATA)
             position = end
 
     def _seek(self, position: int, whence: int, otherwise: int) -> int:
@@ -262,7 +287,9 @@ class _Examiner:
 
     def examine(self, task: "Tuple[Piece, Optional[bytes], bool]") -> Tuple[Batch, Optional[bytearray]]:
         piece, old, with_digests = task
-        if piece.is_hole:
+        if piece.state == extents.SAME:
+            return Batch(piece.offset, piece.length, [], None, 0, 0), None
+        if piece.state == extents.HOLE:
             return self._examine_hole(piece, old, with_digests), None
         buffer = piece.buffer if piece.buffer is not None else self._pool.take()
         self._source.fill(piece, buffer)
@@ -275,7 +302,7 @@ class _Examiner:
         else:
             states = [ZEROED if is_zero else CHANGED for is_zero in flags]
         runs = list(_runs(states, piece, self._hasher.block_size, view))
-        changed = len(states) - states.count(SAME)
+        changed = len(states) - states.count(KEPT)
         return Batch(piece.offset, piece.length, runs, joined, piece.length, changed), buffer
 
     def _examine_hole(self, piece: Piece, old: Optional[bytes], with_digests: bool) -> Batch:
@@ -285,23 +312,23 @@ class _Examiner:
         if old is None:
             states = [ZEROED] * count
         elif joined == old:
-            states = [SAME] * count
+            states = [KEPT] * count
         else:
             states = [
-                SAME if joined[i : i + size] == old[i : i + size] else ZEROED for i in range(0, count * size, size)
+                KEPT if joined[i : i + size] == old[i : i + size] else ZEROED for i in range(0, count * size, size)
             ]
         runs = list(_runs(states, piece, block_size, None))
-        changed = count - states.count(SAME)
+        changed = count - states.count(KEPT)
         return Batch(piece.offset, piece.length, runs, joined if with_digests else None, 0, changed)
 
 
 def _compare(digests: List[bytes], joined: bytes, old: bytes, flags: List[bool]) -> List[int]:
     """Return the state of each block: one comparison for a batch in which nothing changed, single ones otherwise."""
     if joined == old:
-        return [SAME] * len(digests)
+        return [KEPT] * len(digests)
     size = len(digests[0])
     return [
-        SAME if digest == old[i * size : i * size + size] else (ZEROED if is_zero else CHANGED)
+        KEPT if digest == old[i * size : i * size + size] else (ZEROED if is_zero else CHANGED)
         for i, (digest, is_zero) in enumerate(zip(digests, flags))
     ]
 
@@ -314,7 +341,7 @@ def _runs(states: List[int], piece: Piece, block_size: int, view: Optional[memor
             continue
         state, first, last = states[start], start * block_size, min(i * block_size, piece.length)
         start = i
-        if state == SAME:
+        if state == KEPT:
             continue
         data = view[first:last] if view is not None and state == CHANGED else None
         yield Run(piece.offset + first, last - first, data)
@@ -324,21 +351,25 @@ def scan(
     source: "FileSource | StreamSource",
     hasher: Hasher,
     pool: pipeline.BufferPool,
-    old: Optional[Callable[[int], bytes]] = None,
+    old: Optional[OldDigests] = None,
     with_digests: bool = True,
 ) -> Iterator[Batch]:
     """Yield what changed in `source`, batch by batch, to the end of the image.
 
-    `old(count)` returns the digests of the next `count` blocks of the previous generation, or fewer at its end; None
-    means that every block counts as changed. Without `with_digests` a full scan hashes nothing at all. Raises
-    `SourceError` when the source cannot be read, at its place in the order.
+    Without `old` every block counts as changed. Without `with_digests` a full scan hashes nothing at all; a source with
+    extents that stayed the same must be scanned so. Raises `SourceError` when the source cannot be read, at its place
+    in the order.
     """
     examiner = _Examiner(source, hasher, pool)
 
     def tasks() -> Iterator[Tuple[Piece, Optional[bytes], bool]]:
         for piece in source.pieces(hasher.block_size):
             count = -(-piece.length // hasher.block_size)
-            yield piece, old(count) if old is not None else None, with_digests
+            if old is not None and piece.state == extents.SAME:
+                old.skip(count)
+                yield piece, None, with_digests
+            else:
+                yield piece, old.take(count) if old is not None else None, with_digests
 
     workers = pipeline.worker_count()
     for batch, buffer in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):

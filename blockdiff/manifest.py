@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+from blockdiff import coordinates
+from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError
 
 VERSION = 1
@@ -41,11 +43,13 @@ class Source:
     """What was backed up.
 
     `host` (with ``:port`` where one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
+    `volume` is the LV UUID of a logical volume that was read through a snapshot.
     """
 
     host: str | None
     path: str
     kind: str
+    volume: str | None = None
 
     def __str__(self) -> str:
         return self.path if self.host is None else f"{self.host}:{self.path}"
@@ -53,6 +57,36 @@ class Source:
     def same_place(self, other: "Source") -> bool:
         """Return whether both name the same place; a regular file may have become a device there."""
         return (self.host, self.path) == (other.host, other.path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The snapshot that was read: its LV UUID, and whether it was ``thick`` or ``thin``.
+
+    `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
+    `fill_percent` the highest fill level seen (thick), `extents` says how the extents were known that were read:
+    ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and held against them), None (all was).
+    """
+
+    uuid: str
+    kind: str
+    took_s: float
+    fill_percent: float | None = None
+    kept: bool = False
+    extents: str | None = None
+
+
+@dataclass(frozen=True)
+class Quiesced:
+    """What held writers still, and for how long: `by` is ``mysql``, ``command`` (LVCREATE_PREFIX) or ``freeze``.
+
+    `waited_s` is how long it took to get hold, of a database.
+    """
+
+    by: str
+    held_s: float
+    statements: list[str] = field(default_factory=list)
+    waited_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +111,10 @@ class Manifest:
     finished: str
     bytes_read: int | None = None
     bytes_received: int | None = None
+    run: str | None = None
+    snapshot: Snapshot | None = None
+    quiesced: Quiesced | None = None
+    database: Coordinates | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -117,6 +155,45 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         holder = fields.get(name)
         return StoredFile(get(holder, "suffix", str), get(holder, "size", int), get(holder, "sha256", str))
 
+    def seconds(holder: object, name: str) -> float:
+        value = holder.get(name) if isinstance(holder, dict) else None
+        return value if isinstance(value, float) else float(get(holder, name, int))
+
+    def snapshot() -> Snapshot | None:
+        holder = optional(fields, "snapshot", dict)
+        return (
+            None
+            if holder is None
+            else Snapshot(
+                get(holder, "uuid", str),
+                get(holder, "kind", str),
+                seconds(holder, "took_s"),
+                seconds(holder, "fill_percent") if holder.get("fill_percent") is not None else None,
+                get(holder, "kept", bool),
+                optional(holder, "extents", str),
+            )
+        )
+
+    def quiesced() -> Quiesced | None:
+        holder = optional(fields, "quiesced", dict)
+        return (
+            None
+            if holder is None
+            else Quiesced(
+                get(holder, "by", str),
+                seconds(holder, "held_s"),
+                [str(statement) for statement in get(holder, "statements", list)],
+                seconds(holder, "waited_s") if holder.get("waited_s") is not None else None,
+            )
+        )
+
+    def database() -> Coordinates | None:
+        holder = optional(fields, "database", dict)
+        try:
+            return None if holder is None else coordinates.from_fields(holder)
+        except ValueError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
+
     parent = fields.get("parent")
     source = fields.get("source")
     return Manifest(
@@ -132,12 +209,21 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         image_size=optional(fields, "image_size", int),
         blocks=get(fields, "blocks", int),
         changed_blocks=get(fields, "changed_blocks", int),
-        source=Source(optional(source, "host", str), get(source, "path", str), get(source, "kind", str)),
+        source=Source(
+            optional(source, "host", str),
+            get(source, "path", str),
+            get(source, "kind", str),
+            optional(source, "volume", str),
+        ),
         consistency=get(fields, "consistency", str),
         started=get(fields, "started", str),
         finished=get(fields, "finished", str),
         bytes_read=optional(fields, "bytes_read", int),
         bytes_received=optional(fields, "bytes_received", int),
+        run=optional(fields, "run", str),
+        snapshot=snapshot(),
+        quiesced=quiesced(),
+        database=database(),
         versions={str(k): str(v) for k, v in get(fields, "versions", dict).items()},
     )
 

@@ -3,11 +3,11 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
+import _thread
 import os
 import selectors
 import signal
 import subprocess
-import threading
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
@@ -20,6 +20,9 @@ T = TypeVar("T")
 STOP_TIMEOUT_S = 5.0
 #: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
+
+#: Children that could be waited for no longer and must not be killed: while they are here, their pipes stay open.
+LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
 _CHUNK = 1 << 16
 
@@ -106,7 +109,7 @@ def run_gently(
 
 
 def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]]) -> Completed:
-    # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone, and whose pipes we close
+    # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone when we end, and its pipes close
     child = _start(arguments, env, start_new_session=True, restore_signals=False)
     late = False
     for patience_s, number in (
@@ -124,6 +127,7 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
             if late and child.returncode != 0:
                 raise DeadlineError(arguments, timeout_s)
             return Completed(stdout, stderr, child.returncode)
+    LEFT_ALONE.append(child)
     raise DeadlineError(arguments, timeout_s, ", and process {} is still there".format(child.pid))
 
 
@@ -136,8 +140,8 @@ def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = No
     results: List[T] = []
     errors: List[BaseException] = []
     allowed: List[bool] = []
-    # bare locks: an exception in the Python code of an Event or of Thread.join can leave its lock taken for good
-    gate, finished = threading.Lock(), threading.Lock()
+    # nothing of `threading`: an exception in its Python code can leave a lock taken for good, or get lost in a callback
+    gate, finished = _thread.allocate_lock(), _thread.allocate_lock()
     gate.acquire()
     finished.acquire()
 
@@ -152,7 +156,7 @@ def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = No
         finished.release()
 
     try:
-        threading.Thread(target=run_it, name="undisturbed", daemon=True).start()
+        _thread.start_new_thread(run_it, ())
         allowed.append(True)
         gate.release()
         finished.acquire()

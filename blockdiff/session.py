@@ -1,105 +1,75 @@
 """The server's half of a session: ask the agent for what changed, and believe nothing that it did not prove.
 
-The host is trusted for the content of its own volume and for nothing else. Whatever the agent sends is held against the
-rules of `docs/architecture.md` before it is used, and every buffer has a bound.
+Whatever the agent sends is held against the rules (`blockdiff.rules`) before it is used, and every buffer has a bound.
 """
 
-import struct
-import threading
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockdiff import dump, transport, wire
+from blockdiff import rules, transport, wire
 from blockdiff.address import Address
-from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Digest, block_count
+from blockdiff.blocks import Digest
 from blockdiff.deltafile import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
-from blockdiff.process import STOP_TIMEOUT_S
+from blockdiff.rules import Opened, Ready, Rules, Totals
+from blockdiff.tablesender import TableSender
 from blockdiff.transport import connection
+from blockdiff.tunnel import Tunnel
 
-#: Digests that are sent in one frame, in bytes.
-_TABLE_FRAME = 64 << 10
 
-_LENGTH = struct.Struct("<Q")
-_KINDS = ("file", "device")
+@dataclass(frozen=True)
+class Wanted:
+    """A source of a run: its path on the host, the chain it belongs to, and the LV UUID of the snapshot kept for it."""
+
+    path: bytes
+    chain: str = ""
+    kept: str = ""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to back up: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s."""
+    """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
 
-    path: bytes
-    block_size: int
-    digest: Digest
-    old: TableReader | None = None
-    bandwidth: int | None = None
+    `keep` leaves them on the host. `before` and `after` are commands to run on the host around the snapshots;
+    `directories` are places on the host about which the run must know on which of the sources they lie.
+    """
+
+    sources: Sequence[Wanted]
+    snapshot_size: str | None = None
+    keep: bool = False
+    before: str | None = None
+    after: str | None = None
+    directories: Sequence[str] = ()
     low_priority: bool = True
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What the agent says at the end: bytes read, and whether the file was written to meanwhile (None: unknown)."""
+class Scan:
+    """How to scan a source: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s.
 
-    read: int
-    touched: bool | None
+    The rest is about thin volumes: see `sources.Wish`.
+    """
 
-
-class _TableSender:
-    """A thread that sends the previous digest table as far as the agent wants it."""
-
-    def __init__(self, link: wire.Link, table: TableReader) -> None:
-        self._link = link
-        self._table = table
-        self._wanted = 0
-        self._stopped = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="table", daemon=True)
-        self.failure: BlockdiffError | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; the connection is closed by now, so that it is not stuck in a write."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self._thread.join(STOP_TIMEOUT_S)
-
-    def want(self, limit: int) -> None:
-        """Send up to byte `limit` of the table's digests."""
-        with self._changed:
-            self._wanted = max(self._wanted, limit)
-            self._changed.notify()
-
-    def _run(self) -> None:
-        size, step = self._table.digest_size, _TABLE_FRAME // self._table.digest_size
-        sent = 0
-        try:
-            while sent < self._table.count:
-                with self._changed:
-                    while not self._stopped and self._wanted // size <= sent:
-                        self._changed.wait()
-                    if self._stopped:
-                        return
-                    count = min(step, self._wanted // size - sent, self._table.count - sent)
-                self._link.send(wire.TABLE, self._table.digests(sent, count))
-                sent += count
-        except ConnectionLost:
-            pass  # the receiving thread notices as well, and knows more
-        except BlockdiffError as error:
-            self.failure = error
+    block_size: int
+    digest: Digest
+    old: TableReader | None = None
+    bandwidth: int | None = None
+    hinted: bool = False
+    audited: bool = False
 
 
 class Session:
     """One agent, from its start to its end. A context manager that leaves no process and no thread behind.
 
-    Entering raises `TransportError` where no agent can be started. `host` is what the agent says of its machine: text,
-    made printable. `prefix` is a command to run the agent under.
+    The steps of a run are methods, in their order: `prepare`, `take`, then for each source `scan` and `changes`, and
+    `finish`. Entering raises `TransportError` where no agent can be started. All of them raise what the agent reports,
+    `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` where it breaks a rule.
+
+    `host` is what the agent says of its machine: text, made printable. `prefix` is a command to run the agent under.
     """
 
     def __init__(
@@ -110,14 +80,14 @@ class Session:
         prefix: Sequence[str] = (),
     ) -> None:
         self.address = address
-        self.image_size = 0
-        self.source_kind = ""
         self.totals: Totals | None = None
         self._transport_name = transport_name
         self._options = options
         self._prefix = prefix
         self._digests: list[str] = []
-        self._sender: _TableSender | None = None
+        self._next_source = 0
+        self._sender: TableSender | None = None
+        self._tunnel: Tunnel | None = None
 
     def __enter__(self) -> "Session":
         self._connection = transport.connect(self.address, self._transport_name, self._options)
@@ -150,54 +120,106 @@ class Session:
                 raise ProtocolError(f"speaks protocol {protocol} instead of {wire.PROTOCOL}")
             digests = hello.get("digests")
             self._digests = [str(name) for name in digests] if isinstance(digests, list) else []
-            return {name: printable(wire.text(hello, name), 200) for name in ("python", "hostname")}
+            return {name: printable(wire.text(hello, name), 200) for name in ("python", "hostname", "user")}
 
-    def open_source(self, request: Request) -> int:
-        """Tell the agent what to scan and return the image's size in bytes.
+    @contextmanager
+    def tunnel(self, sockets: Sequence[str], port: int) -> Iterator[socket.socket]:
+        """Yield a socket that leads to the first of the Unix sockets on the host that exists, else to its `port`.
 
-        Raises `SourceError` where the source cannot be read, and `UsageError` where the host lacks the digest.
+        Frames are received by a thread meanwhile. Raises `SourceError` where the host cannot connect. A failure inside
+        is replaced by that of the connection to the host, where that is what broke.
         """
-        if request.digest.name not in self._digests:
-            raise UsageError(
-                f"python on {self.address.login} cannot compute {request.digest.name} digests",
-                f"choose another with --digest ({', '.join(sorted(self._digests))}), or install python3-xxhash there",
-            )
-        self._link.send_json(
+        self._tunnel = tunnel = Tunnel(self._link, lambda fields: from_wire(fields, self.address.login))
+        try:
+            with self._rules():
+                end = tunnel.open(sockets, port)
+            with end:
+                yield end
+            with self._rules():
+                tunnel.close()
+        except BlockdiffError as error:
+            if tunnel.failure is not None and error is not tunnel.failure:
+                with self._rules():
+                    raise tunnel.failure from error
+            raise
+        finally:
+            self._tunnel = None
+
+    def prepare(self, request: Request) -> Ready:
+        """Tell the agent what the run takes, and let it check what can be checked; raises `SourceError`."""
+        self._order(
             wire.REQUEST,
             {
-                "path": request.path.hex(),
-                "block_size": request.block_size,
-                "digest": request.digest.name,
-                "table_blocks": request.old.count if request.old is not None else None,
-                "bandwidth": request.bandwidth,
+                "paths": [wanted.path.hex() for wanted in request.sources],
+                "chains": [wanted.chain for wanted in request.sources],
+                "kept": [wanted.kept for wanted in request.sources],
+                "snapshot": request.snapshot_size is not None,
+                "snapshot_size": request.snapshot_size or "",
+                "keep": request.keep,
+                "before": request.before,
+                "after": request.after,
+                "directories": list(request.directories),
                 "low_priority": request.low_priority,
+            },
+        )
+        ready = self._expect(wire.READY)
+        with self._rules():
+            return rules.check_ready(ready, len(request.sources), len(request.directories))
+
+    def begin_take(self) -> None:
+        """Let the agent take the moment of all sources; `end_take` must follow."""
+        self._order(wire.TAKE, {})
+
+    def end_take(self) -> float:
+        """Wait until the moment is taken; return how long that took the agent, in seconds."""
+        taken = self._expect(wire.TAKEN)
+        with self._rules():
+            (took_us,) = wire.integers(taken, "took_us")
+            return took_us / 1e6
+
+    def check_digest(self, digest: Digest) -> None:
+        """Raise `UsageError` where the host cannot compute this digest."""
+        if digest.name not in self._digests:
+            raise UsageError(
+                f"python on {self.address.login} cannot compute {digest.name} digests",
+                f"choose another with --digest ({', '.join(sorted(self._digests))}), or install python3-xxhash there",
+            )
+
+    def scan(self, scan: Scan) -> Opened:
+        """Let the agent open the next source, and return what it is; raises `SourceError`."""
+        self._order(
+            wire.SCAN,
+            {
+                "block_size": scan.block_size,
+                "digest": scan.digest.name,
+                "table_blocks": scan.old.count if scan.old is not None else None,
+                "bandwidth": scan.bandwidth,
+                "full": scan.old is None,
+                "hinted": scan.hinted,
+                "audited": scan.audited,
             },
         )
         source = self._expect(wire.SOURCE)
         with self._rules():
-            (self.image_size,) = wire.integers(source, "size")
-            self.source_kind = wire.text(source, "kind")
-            if not 0 < self.image_size <= MAX_IMAGE_SIZE - MAX_BLOCK_SIZE or self.source_kind not in _KINDS:
-                raise ProtocolError(f"claims a {printable(self.source_kind, 20)} of {self.image_size} bytes")
-        return self.image_size
+            return rules.check_source(source)
 
     def changes(
         self,
-        request: Request,
+        scan: Scan,
+        image_size: int,
         allocate: Callable[[int], memoryview],
         progress: Callable[[int], object] = lambda offset: None,
     ) -> Iterator[Run]:
         """Yield the runs of blocks that changed, ascending; `totals` is set at the end.
 
         `allocate` returns the room for the bytes of the next run, `progress` is told up to which offset the source was
-        examined. Raises what the agent reports, `ConnectionLost` or `TransportError` where it is gone, and
-        `ProtocolError` where it breaks a rule.
+        examined.
         """
-        if request.old is not None:
-            self._sender = _TableSender(self._link, request.old)
+        if scan.old is not None:
+            self._sender = TableSender(self._link, scan.old)
             self._sender.start()
-        table_size = request.old.count * request.old.digest_size if request.old is not None else 0
-        checker = _Checker(self.image_size, request.block_size, table_size)
+        table_size = scan.old.count * scan.old.digest_size if scan.old is not None else 0
+        checker = Rules(image_size, scan.block_size, table_size)
         while True:
             frame = self._next()
             with self._rules():
@@ -213,22 +235,30 @@ class Session:
                 elif frame.kind == wire.PROGRESS and not frame.length:
                     checker.check_progress(frame.offset)
                     progress(frame.offset)
-                elif frame.kind == wire.WANT and not frame.length and self._sender is not None:
-                    checker.check_want(frame.offset)
-                    self._sender.want(frame.offset)
-                elif frame.kind == wire.END:
+                elif frame.kind == wire.WANT and self._sender is not None:
+                    start = self._read_length(frame)
+                    checker.check_want(start, frame.offset)
+                    self._sender.want(start, frame.offset)
+                elif frame.kind == wire.TOTALS:
                     self.totals = checker.check_totals(self._link.read_json(frame))
                     break
                 else:
                     raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")
             if self._sender is not None and self._sender.failure is not None:
                 raise self._sender.failure
+        if self._sender is not None:
+            self._sender.stop()
+            self._sender = None
+
+    def finish(self) -> None:
+        """Wait until the agent has put everything away and has ended, and well."""
+        self._expect(wire.END)
         self._check_exit()
 
     def _read_length(self, frame: wire.Frame) -> int:
-        if frame.length != _LENGTH.size:
+        if frame.length != rules.LENGTH.size:
             raise ProtocolError(f"sent a length of {frame.length} bytes")
-        (length,) = _LENGTH.unpack(self._link.read_bytes(frame, _LENGTH.size))
+        (length,) = rules.LENGTH.unpack(self._link.read_bytes(frame, rules.LENGTH.size))
         return int(length)
 
     def _check_exit(self) -> None:
@@ -247,6 +277,10 @@ class Session:
             how = "did not end" if status is None else f"ended with status {status}"
             raise self._broken(f"{how} after it had sent everything")
 
+    def _order(self, kind: int, fields: dict[str, object]) -> None:
+        with self._rules():
+            self._link.send_json(kind, fields)
+
     def _next(self) -> wire.Frame:
         """Return the next frame; an error frame is raised."""
         with self._rules():
@@ -257,11 +291,21 @@ class Session:
         raise from_wire(fields, self.address.login)
 
     def _expect(self, kind: int) -> dict[str, object]:
-        frame = self._next()
-        with self._rules():
-            if frame.kind != kind:
-                raise ProtocolError(f"sent a frame of kind {frame.kind} in place of {kind}")
-            return self._link.read_json(frame)
+        """Return what the next frame says, which must be of this kind; an error frame is raised."""
+        if self._tunnel is not None:
+            with self._rules():
+                found, fields = self._tunnel.control()
+            if found == wire.ERROR:
+                raise from_wire(fields, self.address.login)
+        else:
+            frame = self._next()
+            found, fields = frame.kind, {}
+            if found == kind:
+                with self._rules():
+                    fields = self._link.read_json(frame)
+        if found != kind:
+            raise self._broken(f"sent a frame of kind {found} in place of {kind}")
+        return fields
 
     @contextmanager
     def _rules(self) -> Iterator[None]:
@@ -282,51 +326,3 @@ class Session:
             f"the agent on {self.address.login} broke the protocol: {why}",
             "nothing of this run was kept; if it happens again, suspect that host",
         )
-
-
-class _Checker:
-    """The rules for what an agent may send. Raises `ProtocolError`."""
-
-    def __init__(self, image_size: int, block_size: int, table_size: int) -> None:
-        self._image_size = image_size
-        self._block_size = block_size
-        self._table_size = table_size
-        self._position = 0
-        self._progress = 0
-        self._wanted = 0
-        self._changed_blocks = 0
-
-    def check_run(self, offset: int, length: int, is_zero: bool) -> None:
-        """A run is of whole blocks within the image, behind all runs before it."""
-        stop = offset + length
-        if offset < self._position or not length or stop > self._image_size:
-            raise ProtocolError(f"sent {length} bytes at offset {offset} of {self._image_size}, after {self._position}")
-        if offset % self._block_size or (stop % self._block_size and stop != self._image_size):
-            raise ProtocolError(f"sent {length} bytes at offset {offset}, which are not whole blocks")
-        blocks = block_count(length, self._block_size)
-        if not is_zero and blocks > dump.BATCH_BLOCKS:
-            raise ProtocolError(f"sent {blocks} blocks at once")
-        self._position = stop
-        self._changed_blocks += blocks
-
-    def check_progress(self, offset: int) -> None:
-        """Progress goes forward, each time, and to the image's end at most: so there is an end of it."""
-        if not self._progress < offset <= self._image_size:
-            raise ProtocolError(f"reported progress to offset {offset} of {self._image_size}, after {self._progress}")
-        self._progress = offset
-
-    def check_want(self, offset: int) -> None:
-        """More of the digest table is wanted each time, and not much more than there is: so there is an end of it."""
-        if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW:
-            raise ProtocolError(f"wants {offset} of {self._table_size} bytes of digests, after {self._wanted}")
-        self._wanted = offset
-
-    def check_totals(self, end: dict[str, object]) -> Totals:
-        """The totals are those of what came, and the whole image was examined."""
-        image_size, changed_blocks, read = wire.integers(end, "image_size", "changed_blocks", "read")
-        if (image_size, changed_blocks) != (self._image_size, self._changed_blocks):
-            raise ProtocolError(f"counts {changed_blocks} blocks of {image_size} bytes, {self._changed_blocks} came")
-        if self._progress != self._image_size or read > self._image_size:
-            raise ProtocolError(f"stopped at offset {self._progress} of {self._image_size}")
-        touched = end.get("touched")
-        return Totals(read, touched if isinstance(touched, bool) else None)

@@ -26,7 +26,7 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 
 #: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
 #: use: the server pushes its own agent.
-PROTOCOL = 1
+PROTOCOL = 2
 
 HEADER = struct.Struct("<B3xIIQI")
 _HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
@@ -35,18 +35,30 @@ MAX_PAYLOAD = 4 << 20
 #: Largest JSON payload.
 MAX_CONTROL = 1 << 20
 
-# Frame kinds. The first three may come from both sides.
+# Frame kinds. These may come from both sides:
 ALIVE = 1  # nothing: the sender is still there
 ERROR = 2  # JSON: what ended the sender's part of the run
+# One run, in this order; the server need not wait for an answer before it goes on:
 HELLO = 3  # JSON, agent: what it is and what it found
-REQUEST = 4  # JSON, server: what to do
-SOURCE = 5  # JSON, agent: what the source is
-TABLE = 6  # server: the previous generation's digests, in order, as far as WANT allows
-DATA = 7  # agent: whole blocks at `offset`; only the image's last may be short
-ZERO = 8  # agent: u64le length: this many zero bytes at `offset`
-PROGRESS = 9  # agent: everything below `offset` was examined
-WANT = 10  # agent: the server may send the digest table up to `offset` bytes, its digests alone
-END = 11  # JSON, agent: totals; nothing follows
+REQUEST = 4  # JSON, server: which sources, and how to take them
+READY = 5  # JSON, agent: all that can be checked while writers go on was checked
+TAKE = 6  # server: make the snapshots now
+TAKEN = 7  # JSON, agent: they are made, and writers may go on
+# For each source in turn:
+SCAN = 8  # JSON, server: send what changed
+SOURCE = 9  # JSON, agent: what the source is
+TABLE = 10  # server: digests of the previous generation, the first at byte `offset` of them, as far as WANT allows
+DATA = 11  # agent: whole blocks at `offset`; only the image's last may be short
+ZERO = 12  # agent: u64le length: this many zero bytes at `offset`
+PROGRESS = 13  # agent: everything below `offset` was examined
+WANT = 14  # agent: u64le start: digests from byte `start` of the table on may be sent, up to byte `offset`
+TOTALS = 15  # JSON, agent: what the scan came to
+# After the last source:
+END = 16  # JSON, agent: all is put away; nothing follows
+# A socket of the host, carried to the server and back (`blockdiff.relay`):
+OPEN = 17  # JSON, server: connect to it
+BYTES = 18  # what came from this side's end; empty: its last
+CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
 
 #: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
 TABLE_WINDOW = 1 << 20
@@ -172,7 +184,7 @@ class Link:
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
-            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= END:
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= CLOSE:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
                 raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))
@@ -277,3 +289,11 @@ def text(fields: Dict[str, object], name: str) -> str:
     if not isinstance(value, str):
         raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
     return value
+
+
+def texts(fields: Dict[str, object], name: str) -> List[str]:
+    """Return the field `name`, which must be a list of strings; raises `ProtocolError`."""
+    values = fields.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+    return list(values)

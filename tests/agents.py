@@ -13,18 +13,28 @@ from blockdiff.errors import BlockdiffError, from_wire
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import push_agent
 
+#: What belongs to the request, and not to the order to scan.
+REQUEST_FIELDS = (
+    *("paths", "directories", "before", "after", "low_priority"),
+    *("snapshot", "snapshot_size", "keep", "chains", "kept"),
+)
+
 #: How long an agent may take for what it should do at once, in seconds.
 PROMPTLY_S = 30.0
 
 
 @dataclass
 class Outcome:
-    """What an agent sent: `runs` are (offset, length, bytes or None for zeros)."""
+    """What an agent sent: `runs` are (offset, length, bytes or None for zeros).
+
+    `table_bytes` is how much of the digest table it wanted.
+    """
 
     source: dict[str, object] = field(default_factory=dict)
     runs: list[tuple[int, int, bytes | None]] = field(default_factory=list)
     progress: list[int] = field(default_factory=list)
     totals: dict[str, object] = field(default_factory=dict)
+    table_bytes: int = 0
 
     def applied_to(self, image: bytes = b"") -> bytes:
         """Return the image that the runs make of the one before."""
@@ -45,7 +55,12 @@ class Conversation:
         self.hello = self.link.read_json(self.expect(wire.HELLO))
 
     def expect(self, kind: int) -> wire.Frame:
-        """Return the next frame, which must be of this kind; what the agent reports is raised."""
+        """Return the next frame, which must be of this kind; what the agent reports is raised.
+
+        What comes before SOURCE in any case is taken on the way to it.
+        """
+        for other in (wire.READY, wire.TAKEN) if kind == wire.SOURCE else ():
+            self.link.read_json(self.expect(other))
         frame = self.next()
         assert frame.kind == kind
         return frame
@@ -58,12 +73,17 @@ class Conversation:
         return frame
 
     def request(self, path: str | bytes | Path, **fields: object) -> None:
-        """Ask for a dump."""
-        defaults = {"path": os.fsencode(path).hex(), "block_size": 4096, "digest": "sha256"}
-        self.link.send_json(wire.REQUEST, {**defaults, **fields})
+        """Ask for a dump, from the request to the order to scan; `fields` change whatever is asked by that name."""
+        request: dict[str, object] = {"paths": [os.fsencode(path).hex()], "directories": []}
+        scan: dict[str, object] = {"block_size": 4096, "digest": "sha256", "full": "table_blocks" not in fields}
+        request.update({name: value for name, value in fields.items() if name in REQUEST_FIELDS})
+        scan.update({name: value for name, value in fields.items() if name not in REQUEST_FIELDS})
+        self.link.send_json(wire.REQUEST, request)
+        self.link.send_json(wire.TAKE, {})
+        self.link.send_json(wire.SCAN, scan)
 
     def receive(self, table: bytes = b"", digest_size: int = 32) -> Outcome:
-        """Take everything from SOURCE to END, and send the digest table as far as it is wanted."""
+        """Take everything from READY to END, and send the digest table as far as it is wanted."""
         outcome = Outcome(self.link.read_json(self.expect(wire.SOURCE)))
         sent = 0
         while True:
@@ -76,13 +96,16 @@ class Conversation:
             elif frame.kind == wire.PROGRESS:
                 outcome.progress.append(frame.offset)
             elif frame.kind == wire.WANT:
-                stop = min(frame.offset, len(table))
+                stop, sent = min(frame.offset, len(table)), max(sent, int.from_bytes(payload, "little"))
                 for start in range(sent, stop, 1000 * digest_size):
-                    self.link.send(wire.TABLE, table[start : min(start + 1000 * digest_size, stop)])
-                sent = stop
+                    digests = table[start : min(start + 1000 * digest_size, stop)]
+                    self.link.send(wire.TABLE, digests, offset=start)
+                    outcome.table_bytes += len(digests)
+                sent = max(sent, stop)
             else:
-                assert frame.kind == wire.END
+                assert frame.kind == wire.TOTALS
                 outcome.totals = json.loads(payload)
+                self.link.read_json(self.expect(wire.END))
                 return outcome
 
     def failure(self) -> BlockdiffError:

@@ -16,6 +16,7 @@ HELLO: dict[str, object] = {
     "protocol": wire.PROTOCOL,
     "python": "3.9.1",
     "hostname": "evil",
+    "user": "root",
     "digests": ["blake2b", "md5", "sha256"],
 }
 
@@ -60,12 +61,20 @@ class Wire:
         self.json(wire.HELLO, {**HELLO, **changes})
 
     def source(self, size: object, kind: object = "file", **hello: object) -> None:
-        """Say hello, take the request, and say what the source is."""
+        """Say hello, take all orders up to that to scan, and say what the source is."""
         self.hello(**hello)
-        request = self.link.receive()
-        assert request.kind == wire.REQUEST
-        self.link.read_json(request)
+        self.ordered(wire.REQUEST)
+        self.json(wire.READY, {"sources": [{}], "directories": [], "notes": []})
+        self.ordered(wire.TAKE)
+        self.json(wire.TAKEN, {"took_us": 0})
+        self.ordered(wire.SCAN)
         self.json(wire.SOURCE, {"kind": kind, "size": size})
+
+    def ordered(self, kind: int) -> dict[str, object]:
+        """Take the server's next order, which must be of this kind."""
+        frame = self.link.receive()
+        assert frame.kind == kind
+        return self.link.read_json(frame)
 
     def data(self, offset: int, length: int) -> None:
         """Send bytes of the image that are not zero."""
@@ -79,9 +88,19 @@ class Wire:
         """Report progress."""
         self.frame(wire.PROGRESS, offset=offset)
 
-    def end(self, size: object, changed: object, read: object = 0, **more: object) -> None:
+    def want(self, start: int, stop: int) -> None:
+        """Ask for digests."""
+        self.frame(wire.WANT, struct.pack("<Q", start), offset=stop)
+
+    def totals(self, size: object, changed: object, read: object = 0, **more: object) -> None:
         """Send the totals."""
-        self.json(wire.END, {"image_size": size, "changed_blocks": changed, "read": read, "touched": False, **more})
+        totals = {"image_size": size, "changed_blocks": changed, "read": read, "touched": False, "notes": []}
+        self.json(wire.TOTALS, {**totals, **more})
+
+    def end(self, size: object, changed: object, read: object = 0, **more: object) -> None:
+        """Send the totals, and the end."""
+        self.totals(size, changed, read, **more)
+        self.json(wire.END, {})
 
 
 Script = Callable[[Wire], int | None]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdiff.tablefeed import TableFeed
 from blockdiff import agent, wire
 from blockdiff.errors import ProtocolError, SourceError
 from blockdiff.transport.child import ChildConnection
@@ -29,7 +30,7 @@ sys.path.insert(0, sys.argv[1])
 from blockdiff import agent, wire
 wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None)
 wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
-agent.REQUEST_TIMEOUT_S = float(sys.argv[4])
+agent.ORDER_TIMEOUT_S = float(sys.argv[4])
 agent.main(b"go")
 """
 
@@ -61,8 +62,13 @@ def test_a_server_that_goes_silent_ends_the_agent(image: Path, when: str) -> Non
         if when == "while it sends":
             link = wire.Link(child)
             link.read_json(link.receive())
-            link.send_json(wire.REQUEST, {"path": str(image).encode().hex(), "block_size": BLOCK, "digest": "sha256"})
-            assert link.receive().kind == wire.SOURCE
+            link.send_json(wire.REQUEST, {"paths": [str(image).encode().hex()], "directories": []})
+            link.send_json(wire.TAKE, {})
+            link.send_json(wire.SCAN, {"block_size": BLOCK, "digest": "sha256", "full": True})
+            for kind in (wire.READY, wire.TAKEN, wire.SOURCE):
+                frame = link.receive()
+                assert frame.kind == kind
+                link.read_json(frame)
         assert child.wait(agents.PROMPTLY_S) == 1
         assert child.stderr() == "blockdiff agent: silent for 0.3 s\n"
 
@@ -84,7 +90,7 @@ def test_a_server_that_never_asks_for_anything_ends_the_agent() -> None:
         link.read_json(link.receive())
         frame = link.receive()
         assert frame.kind == wire.ERROR
-        assert link.read_json(frame)["message"] == "no request after 0.1 s"
+        assert link.read_json(frame)["message"] == "no word of the server for 0.1 s"
         assert child.wait(agents.PROMPTLY_S) == 1
 
 
@@ -216,16 +222,17 @@ def test_the_digest_feed_asks_for_more_in_time_and_takes_no_more_than_that() -> 
             self.wanted = [0]
 
         def send(self, kind: int, *parts: wire.Buffer, offset: int = 0) -> None:
-            assert (kind, parts) == (wire.WANT, ())
-            sent, self.wanted = self.wanted[-1], [*self.wanted, offset]
-            feed.feed(table[sent:offset])
+            assert kind == wire.WANT
+            (start,) = (int.from_bytes(part, "little") for part in parts)
+            sent, self.wanted = max(self.wanted[-1], start), [*self.wanted, offset]
+            feed.feed(sent, table[sent:offset])
 
     server = Server()
-    feed = agent.TableFeed(server, size, count)
+    feed = TableFeed(server, size, count)
     with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
-        feed.feed(b"?")
+        feed.feed(0, b"?")
 
-    feed = agent.TableFeed(server, size, count)
+    feed = TableFeed(server, size, count)
     taken = b""
     for blocks in (1, 8192, 0, 5000, *[8192] * 10, 8192):
         taken += feed.take(blocks)
@@ -234,4 +241,4 @@ def test_the_digest_feed_asks_for_more_in_time_and_takes_no_more_than_that() -> 
     assert len(taken) == min(1 + 5000 + 12 * 8192, count) * size
     assert server.wanted == sorted(set(server.wanted))
     with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
-        feed.feed(b"?")
+        feed.feed(len(table), b"?")

@@ -102,7 +102,9 @@ class _Touch(Progress):
         self._content = content
 
     def begin(self, total: int | None) -> None:
-        self._source.write_bytes(self._content)
+        with self._source.open("r+b") as file:  # not emptied first: it may be read at any moment
+            file.write(self._content)
+            file.truncate()
         os.utime(self._source, (1, 1))
 
 

@@ -27,17 +27,25 @@ def digest_table(image: bytes, block_size: int) -> bytes:
     )
 
 
+class Table(dump.OldDigests):
+    """A digest table in memory."""
+
+    def __init__(self, digests: bytes) -> None:
+        self._digests = digests
+        self._next = 0
+
+    def take(self, count: int) -> bytes:
+        self._next += count * SHA256.size
+        return self._digests[self._next - count * SHA256.size : self._next]
+
+    def skip(self, count: int) -> None:
+        self._next += count * SHA256.size
+
+
 def scanned(source: FileSource | StreamSource, block_size: int, old: bytes | None, with_digests: bool) -> list[Batch]:
     """Return all batches of a scan, with their data copied: the buffers are used again."""
-    taken = [0]
-
-    def take(count: int) -> bytes:
-        assert old is not None
-        start, taken[0] = taken[0], taken[0] + count * SHA256.size
-        return old[start : taken[0]]
-
     pool = dump.buffers_for(block_size)
-    feed = take if old is not None else None
+    feed = Table(old) if old is not None else None
     batches = dump.scan(source, Hasher(SHA256, block_size), pool, feed, with_digests)
     return [
         batch._replace(

@@ -41,7 +41,11 @@ class Setting:
 
     def options(self, day: int) -> backup.Options:
         return backup.Options(
-            self.block_size, self.digest, self.delta_format, self.compression, full=day == self.full_day
+            block_size=self.block_size,
+            digest=self.digest,
+            delta_format=self.delta_format,
+            compression=self.compression,
+            full=day == self.full_day,
         )
 
 

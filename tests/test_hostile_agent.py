@@ -200,7 +200,7 @@ PROGRESS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
         [lambda a: a.progress(SIZE + 1)],
         f"reported progress to offset {SIZE + 1} of {SIZE}, after 0",
     ),
-    "progress with a payload": ([lambda a: a.frame(wire.PROGRESS, b"x", BLOCK)], "sent an unexpected frame of kind 9"),
+    "progress with a payload": ([lambda a: a.frame(wire.PROGRESS, b"x", BLOCK)], "sent an unexpected frame of kind 13"),
 }
 ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "end at once": ([lambda a: a.end(SIZE, 0)], f"stopped at offset 0 of {SIZE}"),
@@ -236,19 +236,39 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
         [complete, lambda a: a.end(SIZE, True)],
         "field changed_blocks of a control frame is missing or unfit",
     ),
-    "no totals": (
-        [complete, lambda a: a.json(wire.END, {})],
+    "empty totals": (
+        [complete, lambda a: a.json(wire.TOTALS, {})],
         "field image_size of a control frame is missing or unfit",
     ),
-    "an end that is a list": ([complete, lambda a: a.json(wire.END, [])], "frame of kind 11 is not a JSON object"),
-    "an end that is no JSON": ([complete, lambda a: a.frame(wire.END, b"\xff")], "frame of kind 11 is not JSON"),
+    "no totals": ([complete, lambda a: a.json(wire.END, {})], "sent an unexpected frame of kind 16"),
+    "totals that are a list": (
+        [complete, lambda a: a.json(wire.TOTALS, [])],
+        "frame of kind 15 is not a JSON object",
+    ),
+    "totals that are no JSON": ([complete, lambda a: a.frame(wire.TOTALS, b"\xff")], "frame of kind 15 is not JSON"),
+    "notes that are none": (
+        [complete, lambda a: a.end(SIZE, BLOCKS, notes="removed")],
+        "field notes of a control frame is missing or unfit",
+    ),
+    "a fill level that is none": (
+        [complete, lambda a: a.end(SIZE, BLOCKS, level_permille="full")],
+        "field level_permille of a control frame is missing or unfit",
+    ),
+    "totals again": (
+        [complete, lambda a: a.totals(SIZE, BLOCKS), lambda a: a.totals(SIZE, BLOCKS)],
+        "sent a frame of kind 15 in place of 16",
+    ),
+    "data after the totals": (
+        [complete, lambda a: a.totals(SIZE, BLOCKS), lambda a: a.data(0, BLOCK)],
+        "sent a frame of kind 11 in place of 16",
+    ),
     "data after the end": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.data(0, BLOCK)],
-        "sent a frame of kind 7 after its end",
+        "sent a frame of kind 11 after its end",
     ),
     "two ends": (
-        [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.end(SIZE, BLOCKS)],
-        "sent a frame of kind 11 after its end",
+        [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.json(wire.END, {})],
+        "sent a frame of kind 16 after its end",
     ),
     "an error after the end": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.json(wire.ERROR, {"message": "no"})],
@@ -261,23 +281,23 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
 }
 FRAMES: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "kind 0": ([lambda a: a.frame(0)], "unknown frame 00000000"),
-    "kind 12": ([lambda a: a.frame(12)], "unknown frame 0c000000"),
+    "kind 20": ([lambda a: a.frame(20)], "unknown frame 14000000"),
     "kind 255": ([lambda a: a.frame(255)], "unknown frame ff000000"),
     "a second hello": ([lambda a: a.hello()], "sent an unexpected frame of kind 3"),
     "a request": ([lambda a: a.json(wire.REQUEST, {})], "sent an unexpected frame of kind 4"),
     "a second source": (
         [lambda a: a.json(wire.SOURCE, {"size": 1, "kind": "file"})],
-        "sent an unexpected frame of kind 5",
+        "sent an unexpected frame of kind 9",
     ),
-    "a digest table": ([lambda a: a.frame(wire.TABLE, bytes(32))], "sent an unexpected frame of kind 6"),
+    "a digest table": ([lambda a: a.frame(wire.TABLE, bytes(32))], "sent an unexpected frame of kind 10"),
     "a wish for digests on a full run": (
-        [lambda a: a.frame(wire.WANT, offset=1)],
-        "sent an unexpected frame of kind 10",
+        [lambda a: a.want(0, 1)],
+        "sent an unexpected frame of kind 14",
     ),
     "alive with a payload": ([lambda a: a.frame(wire.ALIVE, b"!")], "frame of kind 1 with a payload"),
     "more data than announced": (
         [lambda a: a.frame(wire.DATA, b"#" * 2 * BLOCK, length=BLOCK)],
-        "frame 2 was damaged on the way",
+        "frame 4 was damaged on the way",
     ),
     "an oversized frame": (
         [lambda a: a.frame(wire.DATA, length=wire.MAX_PAYLOAD + 1)],
@@ -285,8 +305,8 @@ FRAMES: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     ),
     "bytes that are no frame": ([lambda a: a.raw(b"#" * 64)], "unknown frame 23232323"),
     "a frame twice": (
-        [lambda a: setattr(a, "_sent", 1), lambda a: a.data(0, BLOCK)],
-        "frame 1 arrived in place of frame 2",
+        [lambda a: setattr(a, "_sent", 3), lambda a: a.data(0, BLOCK)],
+        "frame 3 arrived in place of frame 4",
     ),
 }
 RULES = {**RUNS, **PROGRESS, **ENDS, **FRAMES}
@@ -380,19 +400,20 @@ def test_an_image_that_grew_must_come_with_what_it_grew_by(server: Server) -> No
 TABLE_SIZE = BLOCKS * 32
 WANTS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "the same again": (
-        [lambda a: a.frame(wire.WANT, offset=32), lambda a: a.frame(wire.WANT, offset=32)],
-        f"wants 32 of {TABLE_SIZE} bytes of digests, after 32",
+        [lambda a: a.want(0, 32), lambda a: a.want(0, 32)],
+        f"wants 0 to 32 of {TABLE_SIZE} bytes of digests",
     ),
     "less": (
-        [lambda a: a.frame(wire.WANT, offset=64), lambda a: a.frame(wire.WANT, offset=32)],
-        f"wants 32 of {TABLE_SIZE} bytes of digests, after 64",
+        [lambda a: a.want(0, 64), lambda a: a.want(0, 32)],
+        f"wants 0 to 32 of {TABLE_SIZE} bytes of digests",
     ),
-    "nothing": ([lambda a: a.frame(wire.WANT)], f"wants 0 of {TABLE_SIZE} bytes of digests, after 0"),
+    "nothing": ([lambda a: a.want(0, 0)], f"wants 0 to 0 of {TABLE_SIZE} bytes of digests"),
     "more than there is": (
-        [lambda a: a.frame(wire.WANT, offset=TABLE_SIZE + wire.TABLE_WINDOW + 1)],
-        f"wants {TABLE_SIZE + wire.TABLE_WINDOW + 1} of {TABLE_SIZE} bytes of digests, after 0",
+        [lambda a: a.want(0, TABLE_SIZE + wire.TABLE_WINDOW + 1)],
+        f"wants 0 to {TABLE_SIZE + wire.TABLE_WINDOW + 1} of {TABLE_SIZE} bytes of digests",
     ),
-    "with a payload": ([lambda a: a.frame(wire.WANT, b"x", offset=32)], "sent an unexpected frame of kind 10"),
+    "from behind its end": ([lambda a: a.want(64, 32)], f"wants 64 to 32 of {TABLE_SIZE} bytes of digests"),
+    "without a start": ([lambda a: a.frame(wire.WANT, b"x", offset=32)], "sent a length of 1 bytes"),
 }
 
 
@@ -417,7 +438,7 @@ def test_an_agent_that_does_not_read_what_it_wanted_does_not_hold_the_server(ser
 
     def second(agent: Wire) -> None:
         agent.source(size)
-        agent.frame(wire.WANT, offset=wire.TABLE_WINDOW)
+        agent.want(0, wire.TABLE_WINDOW)
         agent.data(1, 0)
 
     started = time.monotonic()
@@ -451,12 +472,12 @@ def test_something_else_in_place_of_the_source_is_refused(server: Server) -> Non
         agent.hello()
         agent.data(0, BLOCK)
 
-    assert broken(server.refuse(script)) == "sent a frame of kind 7 in place of 5"
+    assert broken(server.refuse(script)) == "sent a frame of kind 11 in place of 5"
 
 
 HELLOS: dict[str, tuple[dict[str, object], str]] = {
-    "an older protocol": ({"protocol": 0}, "speaks protocol 0 instead of 1"),
-    "a newer protocol": ({"protocol": 2}, "speaks protocol 2 instead of 1"),
+    "an older protocol": ({"protocol": 1}, "speaks protocol 1 instead of 2"),
+    "a newer protocol": ({"protocol": 3}, "speaks protocol 3 instead of 2"),
     "a protocol in words": ({"protocol": "1"}, "field protocol of a control frame is missing or unfit"),
     "a protocol that is true": ({"protocol": True}, "field protocol of a control frame is missing or unfit"),
     "a negative protocol": ({"protocol": -1}, "field protocol of a control frame is missing or unfit"),
@@ -474,7 +495,7 @@ def test_a_wrong_hello_is_refused(server: Server, name: str) -> None:
 
 def test_something_else_in_place_of_a_hello_is_refused(server: Server) -> None:
     error = server.refuse(lambda agent: agent.json(wire.SOURCE, {"size": SIZE, "kind": "file"}))
-    assert broken(error) == "sent a frame of kind 5 in place of 3"
+    assert broken(error) == "sent a frame of kind 9 in place of 3"
 
 
 @pytest.mark.parametrize(
@@ -562,7 +583,7 @@ def test_a_refused_run_does_not_stop_the_next(server: Server) -> None:
 
     def nothing_changed(agent: Wire) -> None:
         agent.source(SIZE)
-        agent.frame(wire.WANT, offset=wire.TABLE_WINDOW)
+        agent.want(0, wire.TABLE_WINDOW)
         agent.progress(SIZE)
         frame = agent.link.receive()
         assert len(agent.link.read_bytes(frame, wire.MAX_PAYLOAD)) == TABLE_SIZE

@@ -14,20 +14,33 @@ from blockdiff.bundle import SHIPPED
 PACKAGE = Path(blockdiff.__file__).parent
 
 #: From the bottom up: a module imports only what stands in a line above its own. Modules that share a line know nothing
-#: of each other. The first eight lines are the shipped ring.
+#: of each other. The lines up to the agent are the shipped ring.
 ORDER = """
     errors  loader
     blocks
     pipeline
     wire
     process
+    extents
     dump
+    lvs
+    lvcheck
+    lvm
+    thin
+    freeze
+    sources
+    tablefeed
+    relay
     agent
     bundle  durable  address  clock  progress
     lzop
     codec
-    deltafile  manifest
-    deltawriter
+    mysqloptions  coordinates
+    mysqlaccount
+    mysqlsession
+    mysqllock
+    deltafile  manifest  lockcommand
+    deltawriter  tunnel  tablesender
     chain
     commit
     merge
@@ -35,13 +48,16 @@ ORDER = """
     transport.child
     transport.openssh  transport.paramiko_ssh
     transport
+    rules
     session
+    quiesce
+    plan
     apply  target  verify  listing
     descriptors
     command_backup  backup  cronlog
     cli.progressbar
-    cli
-    cli.modern  cli.original
+    cli  cli.volumes
+    cli.modern  cli.original  cli.locking
     __main__
 """
 LEVELS = {name: level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}

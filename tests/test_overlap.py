@@ -11,7 +11,7 @@ from blockdiff.address import Address
 from blockdiff.blocks import digest_named
 from blockdiff.deltawriter import MAX_MEMBER_BYTES
 from blockdiff.progress import Progress
-from blockdiff.session import Request, Session
+from blockdiff.session import Request, Scan, Session, Wanted
 from tests import chains, processes
 
 #: What may be between the agent and the backup's disk, in bytes: members being compressed, those behind and before
@@ -48,9 +48,12 @@ def test_an_agent_whose_server_is_slow_reads_no_further(large_tmp_path: Path, mo
     for name, value in processes.environment(mark).items():
         monkeypatch.setenv(name, value)
     with Session(Address(None, str(image))) as session:
-        request = Request(os.fsencode(image), 64 << 10, digest_named("sha256"))
-        assert session.open_source(request) == size
-        runs = session.changes(request, lambda length: memoryview(bytearray(length)))
+        session.prepare(Request([Wanted(os.fsencode(image))]))
+        session.begin_take()
+        session.end_take()
+        scan = Scan(64 << 10, digest_named("sha256"))
+        assert session.scan(scan).size == size
+        runs = session.changes(scan, size, lambda length: memoryview(bytearray(length)))
         next(runs)
         (agent,) = processes.marked(mark)
         assert _settled(agent) <= UNDER_WAY

@@ -268,7 +268,7 @@ def test_a_source_that_grows_ends_where_it_ended_at_the_start(command: list[str]
         with path.open("ab") as file:
             file.write(b"more")
         received = 0
-        while (frame := talk.next()).kind != wire.END:
+        while (frame := talk.next()).kind != wire.TOTALS:
             talk.link.read_bytes(frame, wire.MAX_PAYLOAD)
             received += frame.length if frame.kind == wire.DATA else 0
         totals = talk.link.read_json(frame)
@@ -283,7 +283,7 @@ def test_a_source_that_is_written_to_is_reported_as_touched(command: list[str], 
         talk.link.read_json(talk.expect(wire.SOURCE))
         with path.open("r+b") as file:
             file.write(b"\x5b")
-        while (frame := talk.next()).kind != wire.END:
+        while (frame := talk.next()).kind != wire.TOTALS:
             talk.link.read_bytes(frame, wire.MAX_PAYLOAD)
         assert talk.link.read_json(frame)["touched"] is True
 
@@ -300,7 +300,7 @@ def test_a_server_that_breaks_the_protocol_is_told_so(command: list[str], tmp_pa
     with agents.conversation(command) as talk:
         talk.link.send(wire.DATA, b"?")
         error = talk.failure()
-        assert error.message == "host: the server sent an unexpected frame of kind 7"
+        assert error.message == "host: the server sent an unexpected frame of kind 11"
         assert talk.child.wait(agents.PROMPTLY_S) == 1
     with agents.conversation(command) as talk:
         talk.request(path, table_blocks=1)

@@ -21,7 +21,7 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 from blockdiff.wire import Link
 
 Sent = tuple[int, bytes, int]
-KINDS = range(wire.ERROR, wire.END + 1)  # ALIVE is never handed on
+KINDS = range(wire.ERROR, wire.CLOSE + 1)  # ALIVE is never handed on
 FRAMES: list[Sent] = [
     (wire.HELLO, b'{"protocol": 1}', 0),
     (wire.DATA, b"some bytes", 1 << 40),
@@ -187,7 +187,7 @@ def test_a_frame_that_comes_twice_or_not_or_too_early_is_refused() -> None:
     assert refused(second) == "frame 1 arrived in place of frame 0"
 
 
-@pytest.mark.parametrize("kind", [0, wire.END + 1, 255])
+@pytest.mark.parametrize("kind", [0, wire.CLOSE + 1, 255])
 def test_a_frame_of_unknown_kind_is_refused(kind: int) -> None:
     assert refused(header(kind, 0)) == f"unknown frame {kind:02x}000000"
 
@@ -195,7 +195,7 @@ def test_a_frame_of_unknown_kind_is_refused(kind: int) -> None:
 def test_a_frame_whose_padding_is_used_is_refused() -> None:
     data = bytearray(header(wire.DATA, 0))
     data[2] = 9
-    assert refused(bytes(data)) == "unknown frame 07000900"
+    assert refused(bytes(data)) == "unknown frame 0b000900"
 
 
 @pytest.mark.parametrize("length", [wire.MAX_PAYLOAD + 1, 0xFFFFFFFF])

@@ -9,11 +9,12 @@ from datetime import datetime
 
 import click
 
-from blockdiff import __version__, address, backup, codec, listing, merge, target, transport, verify
+from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, target, transport, verify
 from blockdiff.blocks import DIGEST_SIZES
-from blockdiff.chain import Chain
+from blockdiff.chain import Chain, Generation
 from blockdiff.cli import ByteSize, agent_prefix, run, say, say_error, watched
-from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, TargetError, printable
+from blockdiff.cli.volumes import volume_options
+from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, TargetError, UsageError, printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +44,17 @@ def cli() -> None:
 @click.option("--transport", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 @click.option("--bwlimit", type=ByteSize(), help="Bytes a second that the host may send at most.")
+@click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
+@click.option("--snapshot-size", metavar="SIZE", help="Of a thick snapshot: bytes, or % of the volume. Default 20%.")
+@click.option("--mysql", metavar="URL", help="Lock this database meanwhile: mysql://USER@HOST/, or ssh.")
+@click.option("--lock-wait", type=float, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
+@click.option("--long-query", type=float, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
+@click.option("--max-hold", type=float, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
+@click.option("--before", metavar="COMMAND", help="Run on the host before the snapshots are made.")
+@click.option("--after", metavar="COMMAND", help="Run on the host after that, whatever happens.")
+@click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")
+@click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
+@click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def backup_command(
     name: str,
@@ -57,29 +69,49 @@ def backup_command(
     transport: str | None,
     ssh_options: tuple[str, ...],
     bwlimit: int | None,
+    also: tuple[str, ...],
     as_json: bool,
+    **volumes: object,
 ) -> None:
     """Add a generation of SOURCE to the chain NAME.
 
     NAME is a path such as /var/backup/web1-disk. SOURCE is /path, [user@]host:/path or
-    ssh://[user@]host[:port]/path: a regular file or a block device.
+    ssh://[user@]host[:port]/path: a regular file or a block device, with --lvm a logical volume.
     """
+    where = address.parse(source)
     options = backup.Options(
         block_size=block_size,
         digest=digest,
         delta_format=int(delta_format) if delta_format else None,
+        full=full,
+        volumes=volume_options(volumes),
         compression=compression,
         level=level,
-        full=full,
         transport=transport,
         ssh_options=ssh_options,
         bandwidth=bwlimit,
         prefix=agent_prefix(),
     )
-    chain_name = name + _period_suffix(period)
-    where = address.parse(source)
-    with watched(os.path.basename(chain_name)) as progress:
-        result = backup.backup(chain_name, where, options, progress)
+    if also and options.volumes is None:
+        raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
+    targets = [(name, where.path), *(_split_also(text) for text in also)]
+    suffix = _period_suffix(period)
+    with watched(os.path.basename(name + suffix)) as progress:
+        results = backup.backup_together([(each + suffix, path) for each, path in targets], where, options, progress)
+    for result in results:
+        _report(result, as_json)
+    if any(result.warnings for result in results):
+        sys.exit(EXIT_WARNING)
+
+
+def _split_also(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path.startswith("/")):
+        raise UsageError(f"--also {printable(text, 200)} is not NAME=/PATH", "NAME as for the first volume")
+    return name, path
+
+
+def _report(result: backup.Result, as_json: bool) -> None:
     for note in result.recovered:
         say(f"note: {note}")
     if sys.stderr.isatty():
@@ -95,17 +127,19 @@ def backup_command(
         click.echo(f"generation {made.generation}: {kind}, {_size(made.delta.size + made.table.size)} stored")
     for warning in result.warnings:
         say(f"warning: {warning}")
-    if result.warnings:
-        sys.exit(EXIT_WARNING)
 
 
 @cli.command("list")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def list_command(name: str, as_json: bool) -> None:
+@click.option("--replica-statement", is_flag=True, help="Print the statement that makes NAME@N, restored, a replica.")
+def list_command(name: str, as_json: bool, replica_statement: bool) -> None:
     """Show the generations of the chain NAME (or NAME@N: one of them)."""
     chain_name, number = split_name(name)
     with Chain(chain_name) as chain:
+        if replica_statement:
+            click.echo(_replica_statement(chain.generation(number)))
+            return
         found = listing.entries(chain)
         if not found or number is not None:
             chain.generation(number)  # says what is not there
@@ -116,6 +150,18 @@ def list_command(name: str, as_json: bool) -> None:
         _print_table(found)
     if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
         sys.exit(EXIT_DAMAGED)
+
+
+def _replica_statement(generation: Generation) -> str:
+    """Return the statement for a generation; raises `ChainError` where it knows nothing of a database."""
+    if generation.manifest_error is not None:
+        raise generation.manifest_error
+    if generation.manifest is None or generation.manifest.database is None:
+        raise ChainError(
+            f"generation {generation.number} was made without a database lock, and has no coordinates",
+            "use --mysql for backups that replicas are to be seeded from",
+        )
+    return coordinates.replica_statement(generation.manifest.database)
 
 
 @cli.command("verify")

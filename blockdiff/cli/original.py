@@ -11,8 +11,11 @@ from blockdiff.apply import apply
 from blockdiff.cli import agent_prefix, run
 from blockdiff.command_backup import backup_with_command
 from blockdiff.cronlog import run_logged
-from blockdiff.descriptors import dump_local, dump_remote
+from blockdiff.descriptors import Taken, dump_local, dump_remote, dump_volume
 from blockdiff.errors import UsageError, printable
+
+#: The original's block size for logical volumes, in bytes.
+LVM_BLOCK_SIZE = 1 << 20
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _version = click.version_option(__version__, message="%(version)s")
@@ -77,6 +80,25 @@ def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
     dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
 
 
+@click.command(context_settings=_SETTINGS)
+@_gzip
+@_lzop
+@_version
+@click.argument("host", metavar="[USER@]HOST")
+@click.argument("volume")
+def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
+    """Write the changed blocks of the logical VOLUME on HOST to standard output, read through a snapshot.
+
+    Descriptors as for blockdiff_dump. In the environment: LVCREATE_PREFIX, a command that is run here around the making
+    of the snapshot (it is given a command to execute), such as `mysqllock --host=db00`; SNAPSHOT_SIZE, by default 10G
+    or what the volume group has; BLOCKSIZE, by default 1048576; and SSH_BLOCKDIFF_PREFIX as for ssh_blockdiff_dump.
+    """
+    snapshot_size, lock = os.environ.get("SNAPSHOT_SIZE", ""), os.environ.get("LVCREATE_PREFIX")
+    taken = Taken(snapshot_size, lock, lambda line: click.echo(line, err=True))
+    block_size = _block_size() or LVM_BLOCK_SIZE
+    dump_volume(address.parse_login(host), volume, block_size, _compression(gzip, lzop), taken, agent_prefix())
+
+
 @click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
 @click.option("-l", "--logfile", metavar="FILE", help="Append the log to FILE; without it nobody keeps it.")
 @click.option("-t", "--timestamp", is_flag=True, help="Put the time in front of each line.")
@@ -122,6 +144,11 @@ def blockdiff_backup() -> None:
 def ssh_blockdiff_dump() -> None:
     """The entry point."""
     run(_ssh_dump, "ssh_blockdiff_dump")
+
+
+def ssh_lvm_dump() -> None:
+    """The entry point."""
+    run(_lvm_dump, "ssh_lvm_dump")
 
 
 def cronlog() -> None:

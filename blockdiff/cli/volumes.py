@@ -1,0 +1,45 @@
+"""What the options about logical volumes and databases mean together."""
+
+from collections.abc import Mapping
+
+from blockdiff import mysqlaccount
+from blockdiff.backup import Volumes
+from blockdiff.errors import UsageError
+from blockdiff.mysqllock import Limits
+
+
+def volume_options(given: Mapping[str, object]) -> Volumes | None:
+    """Return what the options of `blockdiff backup`, by their names, ask for; None without ``--lvm``.
+
+    Raises `UsageError` for options that mean nothing without others.
+    """
+    asked = {name: value for name, value in given.items() if value not in (None, False)}
+    if not asked.pop("lvm", False):
+        _need("--lvm", asked)
+        return None
+    if "audit" in asked and "keep_snapshot" not in asked:
+        _need("--keep-snapshot", {"audit": True})
+    limits: dict[str, object] = {
+        name: asked.pop(name) for name in ("lock_wait", "long_query", "max_hold") if name in asked
+    }
+    if limits and "mysql" not in asked:
+        _need("--mysql", limits)
+    url = asked.get("mysql")
+    return Volumes(
+        snapshot_size=_text(asked.get("snapshot_size")) or "20%",
+        database=mysqlaccount.from_url(str(url), ssh_user="") if url is not None else None,
+        limits=Limits(**{name + "_s": float(str(value)) for name, value in limits.items()}),
+        before=_text(asked.get("before")),
+        after=_text(asked.get("after")),
+        keep="keep_snapshot" in asked,
+        audit="audit" in asked,
+    )
+
+
+def _need(option: str, asked: Mapping[str, object]) -> None:
+    for name in asked:
+        raise UsageError(f"--{name.replace('_', '-')} means nothing without {option}")
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,57 @@
+"""Extents of an image: what must be read, what is known to be zero, what is known not to have changed.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+"""
+
+from typing import Iterable, Iterator, List, NamedTuple
+
+#: States of an extent.
+DATA = "data"
+HOLE = "hole"
+SAME = "same"
+
+
+class Extent(NamedTuple):
+    """The bytes from `start` to `end` of an image, all of one state."""
+
+    start: int
+    end: int
+    state: str
+
+
+def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[Extent]:
+    """Yield extents of whole blocks that cover an image of `size` bytes, from ascending ones that need not.
+
+    A block is a hole, or the same as before, only where all of it is said to be; everything else is data.
+    """
+    position = 0
+    for start, end, state in extents:
+        first = start + -start % block_size
+        last = size if end >= size else end - end % block_size
+        if state == DATA or last <= max(first, position):
+            continue
+        if first > position:
+            yield Extent(position, first, DATA)
+        yield Extent(max(first, position), last, state)
+        position = last
+    if position < size:
+        yield Extent(position, size, DATA)
+
+
+class Audit:
+    """Holds what a complete scan found against extents that somebody claims to be the same."""
+
+    def __init__(self, claimed: Iterable[Extent]) -> None:
+        self._same: List[Extent] = [extent for extent in claimed if extent.state == SAME]
+        self._next = 0
+
+    def first_wrong(self, offset: int, end: int) -> int:
+        """Return the first byte of a changed run, from `offset` to `end`, that was claimed to be the same; -1: none.
+
+        Runs must be given in ascending order.
+        """
+        while self._next < len(self._same) and self._same[self._next].end <= offset:
+            self._next += 1
+        if self._next < len(self._same) and self._same[self._next].start < end:
+            return max(offset, self._same[self._next].start)
+        return -1

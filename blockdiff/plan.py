@@ -1,0 +1,150 @@
+"""Decide what a run will do with a chain, and refuse a chain that it must not build on."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from blockdiff import merge
+from blockdiff.address import Address
+from blockdiff.blocks import check_block_size
+from blockdiff.chain import MANIFEST_SUFFIX, Generation
+from blockdiff.commit import LockedChain
+from blockdiff.deltafile import TableReader
+from blockdiff.errors import ChainError, DamagedError, printable
+from blockdiff.manifest import Parent, Snapshot, Source
+
+DEFAULT_BLOCK_SIZE = 64 << 10
+DEFAULT_DIGEST = "sha256"
+DEFAULT_FORMAT = 2
+
+#: Of runs that read only what thin_delta says has changed, every one that follows so many of them reads everything.
+HINTED_RUNS = 9
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command line asks of a chain; None leaves it to the chain, or to the defaults of a new one."""
+
+    block_size: int | None = None
+    digest: str | None = None
+    delta_format: int | None = None
+    full: bool = False
+
+
+@dataclass
+class Plan:
+    """What one run will do. `old` is the digest table that it builds on, None for a full generation.
+
+    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any).
+    """
+
+    block_size: int
+    digest: str
+    delta_format: int
+    old: TableReader | None
+    parent: Parent | None
+    snapshot: Snapshot | None = None
+    volume: str | None = None
+    audit_due: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(chain: LockedChain, address: Address, path: str, choices: Choices, stack: ExitStack) -> Plan:
+    """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
+
+    Raises `ChainError` or `DamagedError` where the chain cannot take it.
+    """
+    last = chain.last()
+    base = chain.generations.get(last)
+    parent = Parent(last, base.manifest_sha256 if base is not None else None) if last else None
+    if last == 0 or choices.full:
+        return _full_plan(base, parent, choices)
+    if base is None:
+        raise DamagedError(
+            f"{chain.path_of('.ver')} says {last}, but generation {last} is not there",
+            "restore its files from a copy, or begin anew inside the chain with --full",
+        )
+    _check_base(chain, base)
+    _check_source(chain, Source(address.machine, path, ""))
+    old = stack.enter_context(base.open_table())
+    plan = Plan(old.block_size, base.digest, _format_of(base), old, parent)
+    if base.manifest is not None:
+        plan.snapshot, plan.volume = base.manifest.snapshot, base.manifest.source.volume
+    plan.audit_due = _audit_is_due(chain)
+    plan.notes += _kept_notes(plan, choices)
+    return plan
+
+
+def _full_plan(base: Generation | None, parent: Parent | None, choices: Choices) -> Plan:
+    known = base.manifest if base is not None else None
+    block_size = choices.block_size or (known.block_size if known else DEFAULT_BLOCK_SIZE)
+    digest = choices.digest or (known.digest if known else DEFAULT_DIGEST)
+    delta_format = choices.delta_format or (known.delta_format if known else DEFAULT_FORMAT)
+    check_block_size(block_size)
+    return Plan(block_size, digest, delta_format, None, parent, known.snapshot if known else None)
+
+
+def _check_source(chain: LockedChain, here: Source) -> None:
+    """Refuse another source than that of the newest manifest."""
+    known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
+    if not known or known[-1].kind == "command" or known[-1].same_place(here):
+        return
+    raise ChainError(
+        f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
+        "use another NAME, or say --full if this source really takes the place of the other",
+    )
+
+
+def check_volume(plan: Plan, name: str, found: str | None) -> None:
+    """Refuse a volume that only bears the name of the one that the chain is of; raises `ChainError`."""
+    if plan.volume is not None and found is not None and plan.volume != found:
+        raise ChainError(
+            f"{printable(name)} holds backups of the volume with the LV UUID {plan.volume}, this one has {found}",
+            "it was created anew under the old name: use another NAME, or say --full to go on in this chain",
+        )
+
+
+def _audit_is_due(chain: LockedChain) -> bool:
+    """Return whether the last runs all trusted thin_delta, and there were enough of them."""
+    known = [g.manifest for g in list(chain.generations.values())[-HINTED_RUNS:]]
+    hinted = [m for m in known if m is not None and m.snapshot is not None and m.snapshot.extents == "changed"]
+    return len(hinted) >= HINTED_RUNS
+
+
+def _check_base(chain: LockedChain, base: Generation) -> None:
+    """Refuse to build on what could not be restored: a cheap look at all that the new generation would need."""
+    needed = chain.needed(base.number)
+    for generation in needed:
+        generation.check_files()
+        chain.check_parent(generation)
+        chain.check_manifest(generation)
+    oldest = needed[-1]
+    if oldest.number > 1 and not (oldest.manifest is not None and oldest.manifest.full):
+        raise DamagedError(
+            f"generation {oldest.number - 1} of {printable(chain.name)} is missing",
+            "restore its files from a copy, or begin anew inside the chain with --full",
+        )
+
+
+def _format_of(base: Generation) -> int:
+    if base.manifest is not None:
+        return base.manifest.delta_format
+    with merge.open_delta(base) as file, merge.read_delta(base, file) as reader:
+        found = reader.format
+    if found != 1:  # only the original's chains do without
+        raise DamagedError(
+            f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or begin anew with --full"
+        )
+    return found
+
+
+def _kept_notes(plan: Plan, choices: Choices) -> list[str]:
+    asked = (
+        ("block size", choices.block_size, plan.block_size),
+        ("digest", choices.digest, plan.digest),
+        ("format", choices.delta_format, plan.delta_format),
+    )
+    return [
+        f"the chain keeps its {what} {kept} (asked for: {wanted}; --full would change it)"
+        for what, wanted, kept in asked
+        if wanted is not None and wanted != kept
+    ]

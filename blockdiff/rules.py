@@ -1,0 +1,165 @@
+"""The rules for what an agent may say of one source: nothing is believed that does not keep them.
+
+The host is trusted for the content of its own volume and for nothing else (`docs/architecture.md`).
+"""
+
+import struct
+from dataclasses import dataclass
+
+from blockdiff import dump, wire
+from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
+from blockdiff.errors import ProtocolError, printable
+
+LENGTH = struct.Struct("<Q")
+_KINDS = ("file", "device")
+_NOTES = 100
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the agent says at the end of a source.
+
+    `read` in bytes; `touched` says whether a file was written to meanwhile (None: unknown), `fill_percent` how full the
+    snapshot was at most, `kept` that it stays on the host, and `left` that it could not be removed.
+    """
+
+    read: int
+    touched: bool | None
+    fill_percent: float | None = None
+    kept: bool = False
+    left: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What the agent says of a logical volume: the UUID is None for a source that is read as it is."""
+
+    uuid: str | None
+    segtype: str | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the agent found before anything was held still.
+
+    `places` has, for each directory asked for, the number of the device that it is on (``""``: there is none), and
+    which of the sources is beneath that (None: none of them).
+    """
+
+    volumes: list[Volume]
+    places: list[tuple[str, int | None]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is scanned: size in bytes, kind, and of a snapshot its path, LV UUID, and how its extents are known."""
+
+    size: int
+    kind: str
+    path: str
+    snapshot: str | None
+    extents: str | None
+
+
+class Rules:
+    """The rules for what an agent may send. Raises `ProtocolError`."""
+
+    def __init__(self, image_size: int, block_size: int, table_size: int) -> None:
+        self._image_size = image_size
+        self._block_size = block_size
+        self._table_size = table_size
+        self._position = 0
+        self._progress = 0
+        self._wanted = 0
+        self._changed_blocks = 0
+
+    def check_run(self, offset: int, length: int, is_zero: bool) -> None:
+        """A run is of whole blocks within the image, behind all runs before it."""
+        stop = offset + length
+        if offset < self._position or not length or stop > self._image_size:
+            raise ProtocolError(f"sent {length} bytes at offset {offset} of {self._image_size}, after {self._position}")
+        if offset % self._block_size or (stop % self._block_size and stop != self._image_size):
+            raise ProtocolError(f"sent {length} bytes at offset {offset}, which are not whole blocks")
+        blocks = block_count(length, self._block_size)
+        if not is_zero and blocks > dump.BATCH_BLOCKS:
+            raise ProtocolError(f"sent {blocks} blocks at once")
+        self._position = stop
+        self._changed_blocks += blocks
+
+    def check_progress(self, offset: int) -> None:
+        """Progress goes forward, each time, and to the image's end at most: so there is an end of it."""
+        if not self._progress < offset <= self._image_size:
+            raise ProtocolError(f"reported progress to offset {offset} of {self._image_size}, after {self._progress}")
+        self._progress = offset
+
+    def check_want(self, start: int, offset: int) -> None:
+        """More of the digest table is wanted each time, and not much more than there is: so there is an end of it."""
+        if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW or start > offset:
+            raise ProtocolError(f"wants {start} to {offset} of {self._table_size} bytes of digests")
+        self._wanted = offset
+
+    def check_totals(self, fields: dict[str, object]) -> Totals:
+        """The totals are those of what came, and the whole image was examined."""
+        image_size, changed_blocks, read = wire.integers(fields, "image_size", "changed_blocks", "read")
+        if (image_size, changed_blocks) != (self._image_size, self._changed_blocks):
+            raise ProtocolError(f"counts {changed_blocks} blocks of {image_size} bytes, {self._changed_blocks} came")
+        if self._progress != self._image_size or read > self._image_size:
+            raise ProtocolError(f"stopped at offset {self._progress} of {self._image_size}")
+        touched, level = fields.get("touched"), fields.get("level_permille")
+        return Totals(
+            read,
+            touched if isinstance(touched, bool) else None,
+            wire.integers(fields, "level_permille")[0] / 10 if level is not None else None,
+            fields.get("kept") is True,
+            fields.get("left") is True,
+            notes(fields),
+        )
+
+
+def check_source(fields: dict[str, object]) -> Opened:
+    """Return what the agent says of a source that it opened."""
+    (size,) = wire.integers(fields, "size")
+    kind = wire.text(fields, "kind")
+    if not 0 < size <= MAX_IMAGE_SIZE - MAX_BLOCK_SIZE or kind not in _KINDS:
+        raise ProtocolError(f"claims a {printable(kind, 20)} of {size} bytes")
+    extents = _word(fields, "extents") or None
+    if extents not in (None, "mapped", "changed", "audited"):
+        raise ProtocolError("knows extents in an unknown way")
+    return Opened(size, kind, _word(fields, "path") or "", _word(fields, "snapshot"), extents)
+
+
+def check_ready(fields: dict[str, object], sources: int, directories: int) -> Ready:
+    """Return what the agent found before anything was held still."""
+    volumes, places = fields.get("sources"), fields.get("directories")
+    if not isinstance(volumes, list) or len(volumes) != sources:
+        raise ProtocolError(f"prepared something else than {sources} sources")
+    if not isinstance(places, list) or len(places) != directories:
+        raise ProtocolError(f"located something else than {directories} directories")
+    return Ready([_volume(each) for each in volumes], [_place(each, sources) for each in places], notes(fields))
+
+
+def _volume(fields: object) -> Volume:
+    if not isinstance(fields, dict):
+        raise ProtocolError("says nothing of a source")
+    return Volume(_word(fields, "uuid"), _word(fields, "segtype"))
+
+
+def _place(fields: object, sources: int) -> tuple[str, int | None]:
+    if isinstance(fields, list) and len(fields) == 2:
+        device, index = fields
+        if isinstance(device, str) and (index is None or (isinstance(index, int) and 0 <= index < sources)):
+            return printable(device, 40), index
+    raise ProtocolError("says nothing of a directory")
+
+
+def _word(fields: dict[str, object], name: str) -> str | None:
+    """Return a short text of the agent's, such as an LV UUID; None where there is none."""
+    value = fields.get(name)
+    return printable(value, 100) if isinstance(value, str) else None
+
+
+def notes(fields: dict[str, object]) -> tuple[str, ...]:
+    """Return what the agent has to tell, made fit for a terminal."""
+    return tuple(printable(note) for note in wire.texts(fields, "notes")[:_NOTES])

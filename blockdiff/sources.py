@@ -1,0 +1,216 @@
+"""The sources of a run: files and devices read as they are, or volumes read through snapshots.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A source goes through the same steps whatever it is: `prepare` while writers go on, `take` while they are held still,
+`open` when it is its turn to be read, and `finish` after its last byte.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from blockdiff import dump, lvcheck, lvm, lvs, thin
+from blockdiff.errors import ProcessError
+from blockdiff.extents import Extent
+
+
+class Wish(NamedTuple):
+    """How a thin volume is to be read; others are read from end to end whatever is wished.
+
+    With `hinted` only what changed since the snapshot that the last run kept, with `audited` all of it, and that is
+    held against what changed since then; where it is a `full` generation only what is mapped.
+    """
+
+    hinted: bool = False
+    audited: bool = False
+    full: bool = False
+
+
+class Source(ABC):
+    """One source, from its first check to the end. A context manager that leaves no snapshot behind."""
+
+    def __init__(self) -> None:
+        self.notes: List[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @abstractmethod
+    def prepare(self) -> Dict[str, object]:
+        """Check what can be checked without holding anybody up, and return what the server should know.
+
+        Raises `SourceError`.
+        """
+
+    @abstractmethod
+    def take(self) -> None:
+        """Take the image's moment; writers are held still, so nothing else is done here."""
+
+    @abstractmethod
+    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+        """Return what to read, and what an audit is to be held against."""
+
+    def opened(self) -> Dict[str, object]:
+        """Return what the server should know of what is read."""
+        return {}
+
+    @abstractmethod
+    def finish(self) -> Dict[str, object]:
+        """Make sure that all that was read was sound, put everything away, and return what the server should know."""
+
+
+class LiveSource(Source):
+    """A file or device that is read as it is; `path` must be one, now."""
+
+    def __init__(self, path: bytes) -> None:
+        super().__init__()
+        self._path = path
+
+    def prepare(self) -> Dict[str, object]:
+        """Open it: that it can be read is all there is to check."""
+        self._file = self._stack.enter_context(dump.FileSource(self._path))
+        return {}
+
+    def take(self) -> None:
+        """Nothing: its moment is as long as the reading takes."""
+
+    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+        """See `Source`."""
+        return self._file, None
+
+    def finish(self) -> Dict[str, object]:
+        """See `Source`."""
+        self._file.check_size()
+        touched = self._file.changed()
+        self._stack.close()
+        return {"touched": touched}
+
+
+class VolumeSource(Source):
+    """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of the chain's.
+
+    `kept` is the LV UUID of the snapshot that the chain's last run kept, ``""`` for none. With `keep` this run's stays
+    on the host.
+    """
+
+    def __init__(self, path: bytes, size: str, chain: str, kept: str, keep: bool) -> None:
+        super().__init__()
+        self._path = os.fsdecode(path)
+        self._size = size
+        self._tag = lvs.TAG + "_chain_" + chain
+        self._kept_uuid = kept
+        self._kept: Optional[lvs.Volume] = None
+        self._keep = keep
+        self._found: Optional[lvs.Volume] = None
+        self._extents_from = ""
+
+    def prepare(self) -> Dict[str, object]:
+        """Sweep what earlier runs left, and see whether there is room."""
+        self._origin = lvcheck.find(self._path)
+        self._sweep()
+        self._origin = lvcheck.find(self._path)  # what was removed made room
+        self.notes += lvcheck.check(self._origin, self._size, self._keep)
+        self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag)
+        return {"uuid": self._origin.uuid, "name": self._origin.full_name, "segtype": self._origin.segtype}
+
+    def _sweep(self) -> None:
+        """Remove what killed agents left, and what was kept by runs of this chain that the server never committed."""
+        removed = lvm.sweep(self._origin)
+        for snapshot in thin.kept_snapshots(self._origin):
+            if self._tag in snapshot.tags and snapshot.uuid != self._kept_uuid:
+                lvm.remove(snapshot)
+                removed.append(snapshot.full_name)
+        self.notes += ["removed the snapshot {}, which a run before this one left".format(name) for name in removed]
+        if self._kept_uuid:
+            self._kept = thin.kept(self._origin, self._kept_uuid)
+
+    def take(self) -> None:
+        """Make the snapshot."""
+        self._stack.enter_context(self._snapshot)
+
+    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+        """Open the snapshot, with what is known of its extents."""
+        self._found = self._snapshot.look()
+        extents = self._extents(wish, self._found) if self._origin.is_thin else None
+        claimed = extents if wish.audited else None
+        path = os.fsencode(self._snapshot.path)
+        file = dump.FileSource(path, None if wish.audited else extents)
+        return self._stack.enter_context(file), claimed
+
+    def opened(self) -> Dict[str, object]:
+        """See `Source`."""
+        uuid = self._found.uuid if self._found is not None else None
+        return {"snapshot": uuid, "path": self._snapshot.path, "extents": self._extents_from}
+
+    def _extents(self, wish: Wish, new: lvs.Volume) -> Optional[List[Extent]]:
+        """Return what is known of the volume's extents; None, and a note that says why, where nothing is."""
+        try:
+            if wish.full:
+                self._extents_from = "mapped"
+                return thin.mapped_extents(new)
+            if not (wish.hinted or wish.audited):
+                return None
+            if self._kept is None:
+                raise thin.HintError("the snapshot that the last run kept is not there")
+            self._extents_from = "audited" if wish.audited else "changed"
+            return thin.changed_extents(self._kept, new)
+        except thin.HintError as error:
+            self._extents_from = ""
+            self.notes.append("everything is read: {}".format(error))
+            return None
+
+    def finish(self) -> Dict[str, object]:
+        """Check the snapshot once more, remove or keep it, and remove the one that was kept before."""
+        self._snapshot.check()
+        self.notes += self._snapshot.notes
+        try:
+            if self._keep:
+                self._snapshot.keep()
+            self._stack.close()
+            if self._kept is not None:
+                lvm.remove(self._kept)
+        except ProcessError as error:  # the image is sound all the same
+            self.notes.append("{}{}".format(error.message, "; " + error.hint if error.hint else ""))
+            return {"touched": False, "left": True, **self._fields()}
+        return {"touched": False, "left": False, **self._fields()}
+
+    def _fields(self) -> Dict[str, object]:
+        level = self._snapshot.level
+        return {"level_permille": None if level is None else int(level * 10), "kept": self._keep}
+
+
+def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
+    """Return the device number on which `directory` lies, as text, and which of the devices `paths` is beneath it.
+
+    The number is ``""`` where there is no such directory here; the index is None where none of the devices is.
+    """
+    try:
+        number = os.stat(directory).st_dev
+        wanted = [os.stat(path).st_rdev for path in paths]
+    except OSError:
+        return "", None
+    shown = "{}:{}".format(os.major(number), os.minor(number))
+    beneath = _beneath(shown)
+    for i, device in enumerate(wanted):
+        if "{}:{}".format(os.major(device), os.minor(device)) in beneath:
+            return shown, i
+    return shown, None
+
+
+def _beneath(number: str) -> List[str]:
+    """Return a device number and those of all devices that it is made of, as the kernel tells."""
+    found = [number]
+    slaves = "/sys/dev/block/{}/slaves".format(number)
+    for name in sorted(os.listdir(slaves)) if os.path.isdir(slaves) else []:
+        try:
+            with open(os.path.join(slaves, name, "dev")) as file:
+                found += _beneath(file.read().strip())
+        except OSError:
+            continue  # it was taken away meanwhile
+    return found
