@@ -1,0 +1,239 @@
+"""Child processes: deadlines, children that are never killed, and signals that end the caller but not its child."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from blockdiff import process
+from blockdiff.errors import Interrupted, ProcessError
+
+LIMIT_S = 30.0
+
+#: Notes each signal in a file, and ends after the one that is named (0: never, until the file `go` appears).
+NOTING = """
+import os, signal, sys, time
+directory, last, status = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+seen = []
+def note(number, frame):
+    seen.append(number)
+    with open(directory + "/signals", "a") as file:
+        file.write(signal.Signals(number).name + " ")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, note)
+open(directory + "/begun", "w").write(str(os.getpid()))
+while last not in seen and not os.path.exists(directory + "/go"):
+    time.sleep(0.005)
+os.write(1, b"told")
+open(directory + "/done", "w")
+sys.exit(status)
+"""
+
+
+def noting(directory: Path, last: int = 0, status: int = 0) -> list[str]:
+    return [sys.executable, "-ISc", NOTING, str(directory), str(last), str(status)]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.002)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Let SIGUSR1 raise `Interrupted`, once, as the agent's handler does."""
+
+    def handler(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        raise Interrupted("told to stop")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_failed_command_is_told_with_its_last_words_unless_it_is_not_checked() -> None:
+    command = ["sh", "-c", "echo first >&2; echo '  last ' >&2; echo out; exit 3"]
+    with pytest.raises(ProcessError, match=r"exited with status 3: last$"):
+        process.run(command, LIMIT_S)
+    completed = process.run(command, LIMIT_S, check=False)
+    assert completed == (b"out\n", b"first\n  last \n", 3)
+    assert process.run_gently(command, LIMIT_S, check=False) == completed
+    with pytest.raises(ProcessError, match=r"exited with status 3: last$"):
+        process.run_gently(command, LIMIT_S)
+
+
+@pytest.mark.parametrize("run", [process.run, process.run_gently])
+def test_a_command_that_is_not_there_is_named(run: object) -> None:
+    assert callable(run)
+    with pytest.raises(ProcessError, match="cannot start blockdiff-none: No such file"):
+        run(["blockdiff-none"], LIMIT_S)
+
+
+def test_a_command_that_is_not_done_in_time_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$"):
+        process.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 600"], 0.5)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_a_gentle_child_gets_sigint_first(tmp_path: Path) -> None:
+    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$") as caught:
+        process.run_gently(noting(tmp_path, signal.SIGINT, 5), 0.5)
+    assert (tmp_path / "signals").read_text() == "SIGINT "
+    assert caught.value.more == ""
+
+
+def test_a_gentle_child_that_succeeds_after_all_was_not_late(tmp_path: Path) -> None:
+    assert process.run_gently(noting(tmp_path, signal.SIGINT, 0), 0.5).stdout == b"told"
+
+
+def test_a_gentle_child_that_waits_on_gets_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GENTLE_TIMEOUT_S", 0.3)
+    with pytest.raises(process.DeadlineError):
+        process.run_gently(noting(tmp_path, signal.SIGTERM, 5), 0.5)
+    assert (tmp_path / "signals").read_text() == "SIGINT SIGTERM "
+
+
+def test_a_gentle_child_is_never_killed_and_can_finish_without_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "GENTLE_TIMEOUT_S", 0.2)
+    script = "trap '' INT TERM; while [ ! -e go ]; do sleep 0.01; done; echo told; touch done"
+    try:
+        with pytest.raises(process.DeadlineError, match=r"and process \d+ is still there") as caught:
+            process.run_gently(["sh", "-c", f"cd {tmp_path}; {script}"], 0.2)
+        child = process.LEFT_ALONE.pop()
+        assert child.poll() is None and f"process {child.pid} " in caught.value.more
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()  # as when we end: what it prints now must not be its death
+        child.stderr.close()
+    finally:
+        (tmp_path / "go").touch()
+    assert child.wait(LIMIT_S) == 0
+    assert (tmp_path / "done").exists()
+
+
+def test_a_gentle_child_has_a_session_of_its_own() -> None:
+    found = process.run_gently([sys.executable, "-ISc", "import os; print(os.getsid(0) == os.getpid())"], LIMIT_S)
+    assert found.stdout == b"True\n"
+
+
+def test_a_signal_to_the_caller_does_not_end_a_gentle_child(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_for(tmp_path / "begun")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + LIMIT_S
+        while signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN and time.monotonic() < deadline:
+            time.sleep(0.002)
+        (tmp_path / "go").touch()
+
+    helper = threading.Thread(target=interrupt)
+    with interrupting():
+        helper.start()
+        with pytest.raises(Interrupted):
+            process.run_gently(noting(tmp_path), LIMIT_S)
+        assert (tmp_path / "done").exists()
+        assert not (tmp_path / "signals").exists()
+    helper.join(LIMIT_S)
+
+
+def test_whenever_a_signal_comes_undisturbed_work_is_done_or_was_not_begun() -> None:
+    """Signals at 300 moments of a call of about half a millisecond."""
+    interrupted = 0
+    for moment in range(300):
+        begun: list[int] = []
+        done: list[int] = []
+
+        def work(begun: list[int] = begun, done: list[int] = done) -> str:
+            begun.append(1)
+            time.sleep(0.0003)
+            done.append(1)
+            return "result"
+
+        def raise_it(_number: int, _frame: object) -> None:
+            raise Interrupted("told to stop")
+
+        before = signal.signal(signal.SIGALRM, raise_it)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.00002 + moment * 0.000003)
+            try:
+                assert process.undisturbed(work) == "result"
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            interrupted += 1
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert begun == done
+    assert interrupted > 10
+
+
+def test_undisturbed_work_is_told_of_a_signal_and_waited_for() -> None:
+    cancelled, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert cancelled.wait(LIMIT_S)
+        ended.set()
+
+    with interrupting(), pytest.raises(Interrupted):
+        process.undisturbed(work, cancelled.set)
+    assert ended.is_set()
+
+
+def test_what_undisturbed_work_raises_is_raised() -> None:
+    def work() -> None:
+        raise ProcessError("it failed", "a hint")
+
+    with pytest.raises(ProcessError, match="it failed") as caught:
+        process.undisturbed(work)
+    assert caught.value.hint == "a hint"
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_stream_is_consumed_while_it_comes() -> None:
+    taken: list[bytes] = []
+    script = "head -c 300000 /dev/zero; seq 1 100000 >&2; echo end; echo sorry >&2; exit 2"
+    ended = process.stream(["sh", "-c", script], LIMIT_S, taken.append, never)
+    assert b"".join(taken) == bytes(300000) + b"end\n"
+    assert ended.returncode == 2
+    assert ended.stderr.endswith(b"100000\nsorry\n") and len(ended.stderr) <= 1 << 16
+
+
+@pytest.mark.parametrize("closed", ["", "exec >&- 2>&-;"])
+def test_a_stream_that_does_not_end_is_stopped(tmp_path: Path, closed: str) -> None:
+    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s"):
+        script = f"echo $$ >{tmp_path}/pid; {closed} exec sleep 600"
+        process.stream(["sh", "-c", script], 0.5, lambda data: None, never)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_a_stream_is_stopped_when_told_to(tmp_path: Path) -> None:
+    with pytest.raises(process.DeadlineError):
+        script = f"echo $$ >{tmp_path}/pid; exec sleep 600"
+        process.stream(["sh", "-c", script], LIMIT_S, lambda data: None, (tmp_path / "pid").exists)
+    wait_for(tmp_path / "pid")
+
+
+def test_a_stream_that_cannot_be_consumed_is_stopped(tmp_path: Path) -> None:
+    def refuse(data: bytes) -> None:
+        raise ProcessError("no " + data.decode().strip())
+
+    with pytest.raises(ProcessError, match="no thanks"):
+        script = f"echo $$ >{tmp_path}/pid; echo thanks; exec sleep 600"
+        process.stream(["sh", "-c", script], LIMIT_S, refuse, never)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
