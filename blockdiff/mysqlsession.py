@@ -19,7 +19,7 @@ _IDLE_TIMEOUT_S = 600
 _TIMED_OUT = (1205, 1969, 3024)
 _PRIVILEGES = re.compile(r"\bthe (.+?) privilege")
 
-#: Hints for error numbers of the server, and, from 2000 on, of the client.
+#: Hints for error numbers of the server and of the client.
 _HINTS = {
     1040: "raise max_connections, or keep one for SUPER",
     1044: "leave the database name out, or grant the account the use of it",
@@ -28,8 +28,6 @@ _HINTS = {
     1129: "FLUSH HOSTS there lets this machine in again",
     1130: "create the account for this machine: CREATE USER 'name'@'this machine'",
     1698: "the account logs in by another way: as its own Unix user through the socket (unix_socket), for one",
-    2002: "is the server running, and is this its socket?",
-    2003: "is the server running, and does it listen to the network? The word ssh in place of a URL needs no network",
     2059: "give the account a usual way to log in, such as mysql_native_password or caching_sha2_password",
 }
 
@@ -53,12 +51,8 @@ class Session:
         self._connection: pymysql.Connection[cursors.DictCursor] = pymysql.Connection(
             user=account.user,
             password=account.password.encode("utf-8", "surrogateescape"),
-            host=account.host,
-            port=account.port,
-            unix_socket=account.socket,
             database=account.database,
             autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=statement_timeout_s,
             write_timeout=statement_timeout_s,
             program_name="blockdiff",
@@ -66,9 +60,12 @@ class Session:
             cursorclass=cursors.DictCursor,
         )
         try:
-            self._connection.connect(sock)
+            self._connection.connect(sock if sock is not None else _connected(account))
         except pymysql.err.MySQLError as error:
-            raise self._login_refused(error) from error
+            number, said = _parts(error)
+            raise DatabaseError(
+                f"cannot log in to {self.place} as {printable(self._user, 100)}: {said}", _HINTS.get(number)
+            ) from error
         (row,) = self.rows("SELECT CURRENT_USER() AS account")
         self._granted_to = "`{}`@`{}`".format(*str(row["account"]).rsplit("@", 1))
         self.execute(f"SET SESSION wait_timeout={_IDLE_TIMEOUT_S}")
@@ -116,13 +113,6 @@ class Session:
         seconds = math.ceil(hold_s)
         self.execute(f"SET SESSION wait_timeout={seconds}, net_read_timeout={seconds}, net_write_timeout={seconds}")
 
-    def _login_refused(self, error: pymysql.err.MySQLError) -> DatabaseError:
-        number, said = _parts(error)
-        return DatabaseError(
-            f"cannot log in to {self.place} as {printable(self._user, 100)}: {said}",
-            _HINTS.get(2002 if number == 2003 and "[Errno 2]" in said else number),
-        )
-
     def _refused(self, error: pymysql.err.MySQLError) -> DatabaseError:
         number, said = _parts(error)
         message = f"{self.place}: {said}"
@@ -136,6 +126,32 @@ class Session:
                 f"GRANT {missing[0]} ON *.* TO {self._granted_to}",
             )
         return DatabaseError(message, _HINTS.get(number))
+
+
+def _connected(account: Account) -> socket.socket:
+    """Return a connection to the server. PyMySQL's own way leaves a socket open where it fails."""
+    try:
+        if account.socket is None:
+            sock = socket.create_connection((account.host, account.port), CONNECT_TIMEOUT_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return sock
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(account.socket)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    except (OSError, UnicodeError) as error:  # the latter for host names that cannot be
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DatabaseError(
+            f"cannot reach {account.place}: {printable(str(reason), 200)}",
+            "is the server running, and does it listen to the network? The word ssh for the URL needs no network"
+            if account.socket is None
+            else "is the server running, and is this its socket?",
+        ) from error
 
 
 def _parts(error: pymysql.err.MySQLError) -> tuple[int, str]:

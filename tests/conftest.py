@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blockdiff.mysqlaccount import Account
 from tests.mariadb import MariaDB
 from tests.sshd import Sshd
 
@@ -42,10 +43,19 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.fixture(scope="session")
 def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
-    """A real MariaDB that writes a binary log."""
+    """A real MariaDB that writes a binary log, with a table of each engine."""
     require(MariaDB.available(), "the programs mariadbd and mariadb-install-db")
     with MariaDB(tmp_path_factory.mktemp("mariadb"), "--log-bin=binlog", "--server-id=1") as server:
+        server.make_tables()
         yield server
+
+
+@pytest.fixture
+def backup_account(mariadb: MariaDB) -> Iterator[Account]:
+    """An account of that server without any privilege, and with a password that is hard to write."""
+    mariadb.run("""CREATE USER backup@localhost IDENTIFIED BY 'it''s # "hushed" é'""")
+    yield Account("backup", 'it\'s # "hushed" é', socket=str(mariadb.socket))
+    mariadb.run("DROP USER backup@localhost")
 
 
 @pytest.fixture

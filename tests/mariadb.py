@@ -4,14 +4,16 @@ import getpass
 import shutil
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 import pymysql
 
+ENGINES = ("innodb", "myisam", "aria")
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
 _SMALL_LOG = "--innodb-log-file-size=4M"
@@ -69,7 +71,7 @@ class MariaDB:
             try:
                 self.connect().close()
                 return
-            except pymysql.err.OperationalError:
+            except (OSError, pymysql.err.OperationalError):
                 assert self._process.poll() is None, (self.directory / "log").read_text()
                 assert time.monotonic() < deadline, (self.directory / "log").read_text()
                 time.sleep(0.02)
@@ -93,8 +95,8 @@ class MariaDB:
 
     def connect(self, user: str | None = None, password: str = "") -> "pymysql.Connection[pymysql.cursors.DictCursor]":
         """Return a new session, through the socket; by default the superuser's. The caller closes it."""
-        return pymysql.Connection(
-            unix_socket=str(self.socket),
+        sock = socket.socket(socket.AF_UNIX)
+        connection = pymysql.Connection(
             user=user or self.user,
             password=password.encode(),
             autocommit=True,
@@ -102,12 +104,41 @@ class MariaDB:
             read_timeout=60,
             write_timeout=60,
             cursorclass=pymysql.cursors.DictCursor,
+            defer_connect=True,
         )
+        try:
+            sock.connect(str(self.socket))
+            connection.connect(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
 
     def run(self, *statements: str) -> Sequence[dict[str, object]]:
         """Execute statements in a session of their own as the superuser; return the rows of the last one."""
         with closing(self.connect()) as connection:
             return execute(connection, *statements)
+
+    def sessions(self) -> int:
+        """Return the number of sessions, the asking one left out."""
+        return len([row for row in self.run("SHOW PROCESSLIST") if row["Info"] != "SHOW PROCESSLIST"])
+
+    def kill_others(self) -> None:
+        """End every session but the one that does this."""
+        with closing(self.connect()) as connection:
+            number = own_id(connection)
+            for row in execute(connection, "SHOW PROCESSLIST"):
+                if row["Id"] != number:
+                    execute(connection, f"KILL {row['Id']}")
+
+    def make_tables(self) -> None:
+        """Create the database `shop` with a table of one number for each engine, of the engine's name."""
+        self.run("CREATE DATABASE shop", *(f"CREATE TABLE shop.{name} (n INT) ENGINE={name}" for name in ENGINES))
+
+    def assert_free(self) -> None:
+        """Writers of every engine are let through at once, and every session has ended or is about to."""
+        self.run("SET SESSION lock_wait_timeout=5", *(f"INSERT INTO shop.{engine} VALUES (0)" for engine in ENGINES))
+        wait_for(lambda: self.sessions() == 0, "the end of every session")
 
 
 def execute(
@@ -118,3 +149,62 @@ def execute(
         for statement in statements:
             cursor.execute(statement)
         return cursor.fetchall()
+
+
+def own_id(connection: "pymysql.Connection[pymysql.cursors.DictCursor]") -> object:
+    """Return the number by which the server knows a session."""
+    return execute(connection, "SELECT CONNECTION_ID() AS id")[0]["id"]
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Poll until `condition` holds; fails after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+
+
+class Running:
+    """A statement that runs in a session and a thread of its own; `done` tells whether it has come to its end."""
+
+    def __init__(self, server: MariaDB, *statements: str) -> None:
+        self._connection = server.connect()
+        self.id = own_id(self._connection)
+        self._server = server
+        self._error: pymysql.err.MySQLError | None = None
+        self._thread = threading.Thread(target=self._run, args=statements, daemon=True)
+        self._thread.start()
+
+    def _run(self, *statements: str) -> None:
+        try:
+            execute(self._connection, *statements)
+        except pymysql.err.MySQLError as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait_until_it_waits(self) -> None:
+        """Wait until the server says that the statement waits for a lock."""
+        wait_for(lambda: "Waiting for" in str(self._row().get("State")), "a statement that waits")
+
+    def wait_until_it_is(self, seconds: int) -> None:
+        """Wait until the statement is that old."""
+        wait_for(lambda: int(str(self._row().get("Time", 0))) >= seconds, "a long statement")
+
+    def _row(self) -> dict[str, object]:
+        rows = [row for row in self._server.run("SHOW PROCESSLIST") if row["Id"] == self.id]
+        return rows[0] if rows else {}
+
+    def finish(self) -> None:
+        """Wait for the end of the statement, which must succeed."""
+        self._thread.join(30)
+        assert self.done and self._error is None, self._error
+        self._connection.close()
+
+    def end(self) -> None:
+        """End the statement, whatever it does."""
+        self._server.run(f"KILL {self.id}")
+        self._thread.join(30)
+        self._connection.close()

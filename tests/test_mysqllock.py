@@ -1,0 +1,358 @@
+"""The lock on a real MariaDB: it holds writers, it is bounded, it is proven, and it goes whatever happens.
+
+MySQL itself is on no test machine: what is done differently there is in test_coordinates.py, and the choice of
+statements here.
+"""
+
+import socket
+import traceback
+from collections.abc import Sequence
+from contextlib import closing
+
+import pytest
+
+from blockdiff import mysqllock
+from blockdiff.coordinates import Version
+from blockdiff.errors import BlockdiffError, DatabaseError
+from blockdiff.mysqlaccount import Account
+from blockdiff.mysqllock import Database, Limits, Statements
+from tests.mariadb import ENGINES, MariaDB, Running, execute, own_id, wait_for
+
+READ_LOCK = Statements(before=["FLUSH TABLES WITH READ LOCK"])
+LOCKED = ["issuing lock statement: BACKUP STAGE START", "issuing lock statement: BACKUP STAGE BLOCK_COMMIT"]
+LIMITS = Limits()
+CHOSEN = Statements()
+STATEMENTS = [CHOSEN, READ_LOCK]
+LOST = "the lock was lost before the snapshot was made"
+
+
+def root(mariadb: MariaDB) -> Account:
+    return Account(mariadb.user, "", socket=str(mariadb.socket))
+
+
+def connect(mariadb: MariaDB, limits: Limits = LIMITS, statements: Statements = CHOSEN) -> Database:
+    return mysqllock.connect(root(mariadb), limits, statements)
+
+
+# --- held and released
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("statements", STATEMENTS, ids=["backup stage", "read lock"])
+def test_writers_stand_still_until_the_lock_is_released(mariadb: MariaDB, engine: str, statements: Statements) -> None:
+    with connect(mariadb, statements=statements) as database, database.locked() as held:
+        writer = Running(mariadb, f"INSERT INTO shop.{engine} VALUES (1)")
+        writer.wait_until_it_waits()
+        held.prove()
+        assert not writer.done
+        held.release()
+        writer.finish()
+    mariadb.assert_free()
+
+
+def test_the_lock_is_released_at_the_end_of_the_block(mariadb: MariaDB) -> None:
+    said: list[str] = []
+    with mysqllock.connect(root(mariadb), say=said.append) as database:
+        with database.locked() as held:
+            assert held.statements == ("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT")
+            assert said == LOCKED
+            writer = Running(mariadb, "INSERT INTO shop.innodb VALUES (1)")
+            writer.wait_until_it_waits()
+        writer.finish()
+        assert said == [*LOCKED, "issuing unlock statement: BACKUP STAGE END"]
+        assert 0 < held.held_s == held.held_s
+        assert 0 < held.waited_s < 30
+        with database.locked():  # and can be had again
+            pass
+    mariadb.assert_free()
+
+
+def test_readers_go_on_under_the_lock(mariadb: MariaDB) -> None:
+    with connect(mariadb) as database, database.locked():
+        mariadb.run(*(f"SELECT COUNT(*) FROM shop.{engine}" for engine in ENGINES))
+
+
+def test_coordinates_do_not_move_under_the_lock(mariadb: MariaDB) -> None:
+    with connect(mariadb) as database, database.locked() as held:
+        before = held.coordinates()
+        writer = Running(mariadb, "INSERT INTO shop.innodb VALUES (1)")
+        writer.wait_until_it_waits()
+        assert held.coordinates() == before
+        held.release()
+        writer.finish()
+        assert held.coordinates() != before
+
+
+@pytest.mark.parametrize("statements", STATEMENTS, ids=["backup stage", "read lock"])
+def test_an_error_under_the_lock_ends_it_at_once(mariadb: MariaDB, statements: Statements) -> None:
+    with connect(mariadb, statements=statements) as database:
+        with pytest.raises(ZeroDivisionError), database.locked():
+            1 / 0  # noqa: B018
+        mariadb.assert_free()
+
+
+def test_an_unlock_statement_of_the_user_is_issued_after_an_error_too(mariadb: MariaDB) -> None:
+    statements = Statements(["SET GLOBAL read_only=1"], ["SET GLOBAL read_only=0"])
+    with connect(mariadb, statements=statements) as database, pytest.raises(ZeroDivisionError), database.locked():
+        assert mariadb.run("SELECT @@GLOBAL.read_only AS it")[0]["it"] == 1
+        1 / 0  # noqa: B018
+    assert mariadb.run("SELECT @@GLOBAL.read_only AS it")[0]["it"] == 0
+
+
+def test_what_was_locked_is_unlocked_where_a_later_statement_fails(mariadb: MariaDB) -> None:
+    statements = Statements(["SET GLOBAL read_only=1", "NONSENSE"], ["SET GLOBAL read_only=0"])
+    with (
+        connect(mariadb, statements=statements) as database,
+        pytest.raises(DatabaseError, match="NONSENSE"),
+        database.locked(),
+    ):
+        pass
+    assert mariadb.run("SELECT @@GLOBAL.read_only AS it")[0]["it"] == 0
+
+
+def test_a_failing_unlock_statement_ends_the_session(mariadb: MariaDB) -> None:
+    statements = Statements(["FLUSH TABLES WITH READ LOCK"], ["NONSENSE"])
+    with (
+        connect(mariadb, statements=statements) as database,
+        pytest.raises(DatabaseError, match="NONSENSE"),
+        database.locked(),
+    ):
+        pass
+    mariadb.assert_free()
+
+
+@pytest.mark.parametrize(
+    ("version", "statements", "chosen"),
+    [
+        ("10.4.1-MariaDB", Statements(), (("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"), ("BACKUP STAGE END",))),
+        ("10.4.0-MariaDB", Statements(), (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))),
+        ("8.4.3", Statements(), (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))),
+        ("11.4.2-MariaDB", Statements(before=["A"]), (["A"], ("UNLOCK TABLES",))),
+        ("11.4.2-MariaDB", Statements(after=["B"]), (("FLUSH TABLES WITH READ LOCK",), ["B"])),
+        ("8.4.3", Statements(["A"], ["B"]), (["A"], ["B"])),
+    ],
+)
+def test_the_statements_follow_the_server_unless_they_are_given(
+    version: str, statements: Statements, chosen: tuple[Sequence[str], Sequence[str]]
+) -> None:
+    assert statements.chosen(Version.parse(version)) == chosen
+
+
+# --- waits
+
+
+def test_a_long_statement_is_told_without_its_text_and_left_alone(mariadb: MariaDB) -> None:
+    statement = Running(mariadb, "SELECT SLEEP(100), 'secret'")
+    statement.wait_until_it_is(1)
+    with connect(mariadb, Limits(lock_wait_s=1, long_query_s=0.5)) as database:
+        with pytest.raises(DatabaseError) as caught, database.locked():
+            pytest.fail("there was a lock")
+        told = f"a statement (SELECT) of the user {mariadb.user} in session {statement.id} has been running for"
+        assert told in caught.value.message and "secret" not in repr(caught.value)
+        assert "--long-query (now 0.5 s)" in str(caught.value.hint)
+        assert not statement.done
+    statement.end()
+    mariadb.assert_free()
+
+
+def test_a_long_statement_that_ends_in_time_is_waited_for(mariadb: MariaDB) -> None:
+    statement = Running(mariadb, "SELECT SLEEP(3)")
+    statement.wait_until_it_is(1)
+    with connect(mariadb, Limits(lock_wait_s=60, long_query_s=0.5)) as database, database.locked() as held:
+        assert statement.done and held.waited_s >= 1
+    statement.finish()
+
+
+def test_sessions_that_sleep_are_no_long_statements(mariadb: MariaDB) -> None:
+    with closing(mariadb.connect()) as sleeping:
+        number = own_id(sleeping)
+        wait_for(
+            lambda: any(row["Id"] == number and int(str(row["Time"])) >= 1 for row in mariadb.run("SHOW PROCESSLIST")),
+            "a session that sleeps",
+        )
+        with connect(mariadb, Limits(lock_wait_s=1, long_query_s=0.5)) as database, database.locked():
+            pass
+
+
+@pytest.mark.parametrize("statements", STATEMENTS, ids=["backup stage", "read lock"])
+def test_a_lock_that_is_not_to_be_had_is_given_up_and_writers_go_on(mariadb: MariaDB, statements: Statements) -> None:
+    with closing(mariadb.connect()) as other, connect(mariadb, Limits(lock_wait_s=1), statements) as database:
+        execute(other, "LOCK TABLES shop.myisam WRITE")
+        with pytest.raises(DatabaseError, match=r"was not to be had within 1\.\d s") as caught, database.locked():
+            pytest.fail("there was a lock")
+        assert "--lock-wait (now 1 s)" in str(caught.value.hint)
+        assert "lock statement" not in str(caught.value)
+        execute(other, "INSERT INTO shop.myisam VALUES (1)")
+        mariadb.run("SET SESSION lock_wait_timeout=1", "INSERT INTO shop.innodb VALUES (1)")
+    mariadb.assert_free()
+
+
+def test_the_whole_wait_is_bounded_where_several_locks_are_behind_one_statement(mariadb: MariaDB) -> None:
+    """MariaDB applies lock_wait_timeout to each: another limit holds for all of them."""
+    statements = Statements(["SELECT SLEEP(50)"], [])
+    refused = pytest.raises(DatabaseError, match="was not to be had within 1")
+    with connect(mariadb, Limits(lock_wait_s=1), statements) as database, refused, database.locked():
+        pytest.fail("there was a lock")
+
+
+def test_the_bound_of_the_wait_is_none_of_what_is_done_under_the_lock(mariadb: MariaDB) -> None:
+    statements = Statements(["FLUSH TABLES WITH READ LOCK"], ["SELECT SLEEP(1.5)", "UNLOCK TABLES"])
+    with connect(mariadb, Limits(lock_wait_s=1), statements) as database, database.locked():
+        pass
+
+
+# --- lost
+
+
+def test_a_session_that_was_killed_is_no_lock(mariadb: MariaDB) -> None:
+    with connect(mariadb) as database:
+        with pytest.raises(DatabaseError, match=LOST) as caught, database.locked() as held:
+            mariadb.kill_others()
+            held.prove()
+        assert caught.value.hint == "what was made is not consistent; run it again"
+    mariadb.assert_free()
+
+
+def test_the_server_itself_ends_a_lock_whose_owner_is_silent(mariadb: MariaDB) -> None:
+    lost = pytest.raises(DatabaseError, match=LOST)
+    with connect(mariadb, Limits(max_hold_s=1)) as database, lost, database.locked() as held:
+        writer = Running(mariadb, "INSERT INTO shop.innodb VALUES (1)")
+        writer.finish()  # nothing here has released it
+        held.prove()
+    mariadb.assert_free()
+
+
+def test_a_lock_that_was_held_for_too_long_proves_nothing(mariadb: MariaDB) -> None:
+    with connect(mariadb, Limits(max_hold_s=0.1)) as database:
+        with pytest.raises(DatabaseError, match=r"longer than the 0\.1 s allowed") as caught, database.locked() as held:
+            wait_for(lambda: held.held_s > 0.1, "some time")
+            held.prove()
+        assert "--max-hold" in str(caught.value.hint)
+    mariadb.assert_free()
+
+
+def test_a_proxy_that_answers_from_another_session_is_found(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = pytest.raises(DatabaseError, match=f"{LOST}: .* answers from another session")
+    with connect(mariadb) as database, lost, database.locked() as held:
+        monkeypatch.setattr(held, "_id", -1)
+        held.prove()
+
+
+# --- logging in, and what the account may do
+
+
+def test_a_connection_that_is_there_already_is_used(mariadb: MariaDB) -> None:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(mariadb.socket))
+    with (
+        mysqllock.connect(Account(mariadb.user, "", through_ssh=True), sock=sock) as database,
+        database.locked() as held,
+    ):
+        held.prove()
+    assert sock.fileno() == -1
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(mysqllock, "_GRACE_S", 0.1)
+    with (
+        closing(theirs),
+        pytest.raises(DatabaseError, match="cannot log in to the host's own database as u: Lost conn"),
+    ):
+        mysqllock.connect(Account("u", "", through_ssh=True), Limits(lock_wait_s=0.1), sock=ours)
+
+
+@pytest.mark.parametrize(
+    ("account", "message", "hint"),
+    [
+        (Account("backup", "secret"), "as backup: Access denied for user 'backup'", "check user and password"),
+        (Account("nobody", "secret"), "as nobody: Access denied for user 'nobody'", "check user and password"),
+        (Account("root", "secret", database="none"), "as root: Unknown database 'none'", "the lock needs none"),
+    ],
+)
+def test_a_login_that_is_refused_names_itself(
+    mariadb: MariaDB, backup_account: Account, account: Account, message: str, hint: str
+) -> None:
+    user = mariadb.user if account.user == "root" else account.user
+    fitting = Account(user, account.password, socket=backup_account.socket, database=account.database)
+    with pytest.raises(DatabaseError) as caught:
+        mysqllock.connect(fitting)
+    assert message.replace("root", mariadb.user) in caught.value.message and hint in str(caught.value.hint)
+    assert "secret" not in everything(caught.value)
+
+
+def everything(error: BlockdiffError) -> str:
+    return "".join(traceback.format_exception(error)) + repr(error) + repr(error.__cause__) + str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("account", "message", "hint"),
+    [
+        (
+            Account("u", "", "127.0.0.1", 1),
+            "cannot reach the database on 127.0.0.1:1: Connection refused",
+            "listen to the network",
+        ),
+        (
+            Account("u", "", socket="/nowhere.sock"),
+            "cannot reach the database at /nowhere.sock: No such file or directory",
+            "is this its socket",
+        ),
+        (
+            Account("u", "", "nowhere.invalid"),
+            "cannot reach the database on nowhere.invalid:3306: ",
+            "listen to the network",
+        ),
+    ],
+)
+def test_a_server_that_is_not_there_names_itself(account: Account, message: str, hint: str) -> None:
+    with pytest.raises(DatabaseError) as caught:
+        mysqllock.connect(account)
+    assert message in caught.value.message and hint in str(caught.value.hint)
+
+
+def test_each_missing_privilege_names_itself_and_what_grants_it(mariadb: MariaDB, backup_account: Account) -> None:
+    missing = []
+    while True:
+        with mysqllock.connect(backup_account) as database:
+            try:
+                server = database.check()
+            except DatabaseError as error:
+                hint = str(error.hint)
+                missing.append(error.message.rpartition("backup lacks the privilege ")[2])
+                assert hint == f"GRANT {missing[-1]} ON *.* TO `backup`@`localhost`" and len(missing) < 9
+                mariadb.run(hint)
+                continue
+            with database.locked() as held:
+                held.coordinates()
+                held.prove()
+            break
+    assert missing == ["PROCESS", "RELOAD", "BINLOG MONITOR", "SLAVE MONITOR"]
+    assert server.directories == (str(mariadb.data),)
+    assert server.hostname == socket.gethostname()
+
+
+def test_without_coordinates_and_with_other_statements_less_is_needed(
+    mariadb: MariaDB, backup_account: Account
+) -> None:
+    mariadb.run("GRANT PROCESS ON *.* TO backup@localhost")
+    with mysqllock.connect(backup_account, statements=Statements(["SELECT 1"], ["SELECT 2"])) as database:
+        database.check(with_coordinates=False)
+        with pytest.raises(DatabaseError, match="lacks the privilege BINLOG MONITOR"):
+            database.check()
+
+
+def test_directories_outside_the_data_directory_are_found(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "hostname": "db00",
+        "datadir": "/data/mysql/",
+        "innodb_data_home_dir": "",
+        "innodb_log_group_home_dir": "../redo/",
+        "innodb_undo_directory": "./",
+        "aria_log_dir_path": "/aria",
+    }
+    with connect(mariadb) as database:
+        rows = [{"Variable_name": name, "Value": value} for name, value in variables.items()]
+        monkeypatch.setattr(database._session, "rows", lambda statement: rows if "VARIABLES" in statement else [])
+        server = database.check(with_coordinates=False)
+    assert server.directories == ("/data/mysql", "/data/redo", "/aria") and server.hostname == "db00"
