@@ -73,6 +73,7 @@ def test_a_full_run(command: list[str], tmp_path: Path) -> None:
         "changed_blocks": blocks,
         "read": len(image) - (5 << 20),  # the hole was not
         "touched": False,
+        "notes": [],
     }
 
 
@@ -290,7 +291,8 @@ def test_a_source_that_is_written_to_is_reported_as_touched(command: list[str], 
 
 @pytest.mark.parametrize("block_size", [0, (4 << 20) + 1])
 def test_a_block_size_out_of_range_is_refused(command: list[str], tmp_path: Path, block_size: int) -> None:
-    error = agents.failure(tmp_path, command, block_size=block_size)
+    (tmp_path / "image").write_bytes(b"x")
+    error = agents.failure(tmp_path / "image", command, block_size=block_size)
     assert type(error) is ProtocolError
     assert error.message == f"host: block size {block_size} is out of range"
 
