@@ -5,7 +5,9 @@ from datetime import datetime, timezone
 
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
+from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError
+from blockdiff.manifest import Quiesced, Snapshot
 
 OK = "ok"
 NO_MANIFEST = "no manifest"
@@ -31,6 +33,9 @@ class Entry:
     digest: str | None = None
     block_size: int | None = None
     format: int | None = None
+    snapshot: Snapshot | None = None
+    quiesced: Quiesced | None = None
+    database: Coordinates | None = None
 
 
 def entries(chain: Chain) -> list[Entry]:
@@ -77,6 +82,9 @@ def _entry(chain: Chain, number: int, end: int, last: int) -> Entry:
         digest=known.digest,
         block_size=known.block_size,
         format=known.delta_format,
+        snapshot=known.snapshot,
+        quiesced=known.quiesced,
+        database=known.database,
     )
 
 
