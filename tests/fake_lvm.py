@@ -1,0 +1,353 @@
+"""A stand-in for LVM's commands, dmsetup and thin_delta: a state in a JSON file, and orders to fail, hang or lie.
+
+`FakeLvm` makes a directory of commands for the PATH. Each of them runs this file, which needs the standard library
+alone.
+"""
+
+import fcntl
+import json
+import re
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+Row = dict[str, str]
+
+NAMES = ("lvs", "lvcreate", "lvremove", "lvextend", "lvchange", "dmsetup", "thin_delta")
+COLUMNS = ("pool_lv", "metadata_lv", "origin", "origin_uuid", "lv_tags", "data_percent", "metadata_percent", "thin_id")
+EXTENT = 4 << 20
+TERM = re.compile(r'(\w+)(=~|=)(\{?)"([^"]*)"\}?')
+
+
+class State(TypedDict):
+    """What the pretended host holds; `groups` are the free bytes of each, `orders` a behaviour and how many times."""
+
+    groups: dict[str, int]
+    volumes: list[Row]
+    orders: dict[str, tuple[str, int]]
+    held: str
+    delta: str
+
+
+def new_uuid() -> str:
+    """Return a UUID in LVM's spelling."""
+    digits = uuid.uuid4().hex + uuid.uuid4().hex
+    return "-".join(digits[i:j] for i, j in ((0, 6), (6, 10), (10, 14), (14, 18), (18, 22), (22, 26), (26, 32)))
+
+
+def mapper(group: str, name: str) -> str:
+    """Return the path of a volume's device under /dev/mapper."""
+    return "/dev/mapper/{}-{}".format(group.replace("-", "--"), name.replace("-", "--"))
+
+
+class FakeLvm:
+    """The state of a pretended host: groups and volumes, what the commands are ordered to do, and what was called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.commands = directory / "commands"
+        self.commands.mkdir(parents=True)
+        for name in NAMES:
+            script = self.commands / name
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {directory} {name} "$@"\n')
+            script.chmod(0o755)
+        self._write({"groups": {}, "volumes": [], "orders": {}, "held": "-", "delta": ""})
+        (directory / "calls").touch()
+
+    @contextmanager
+    def state(self) -> Iterator[State]:
+        """The state, to be read and changed; nobody else changes it meanwhile."""
+        with (self.directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state: State = json.loads((self.directory / "state").read_text())
+            yield state
+            self._write(state)
+
+    def _write(self, state: State) -> None:
+        (self.directory / "state.new").write_text(json.dumps(state))
+        (self.directory / "state.new").rename(self.directory / "state")
+
+    def add_group(self, name: str, free: int) -> None:
+        """Add a volume group with free space in bytes."""
+        with self.state() as state:
+            state["groups"][name] = free
+
+    def add(self, group: str, name: str, **fields: str) -> Row:
+        """Add a volume of 100 MiB, active and plain but for the columns of `lvs` in `fields`; return its row."""
+        row = new_row(group, name, 100 << 20)
+        row.update(fields)
+        with self.state() as state:
+            state["volumes"].append(row)
+        return row
+
+    def add_thin(self, group: str, name: str, **fields: str) -> Row:
+        """Add a volume in the thin pool ``pool``, which is made unless it is there."""
+        with self.state() as state:
+            there = any(row["vg_name"] == group and row["lv_name"] == "pool" for row in state["volumes"])
+        if not there:
+            self.add(group, "pool", segtype="thin-pool", metadata_lv="[pool_tmeta]", lv_attr="twi-aotz--")
+            self.set("pool", data_percent="10.00", metadata_percent="5.00")
+            self.add(group, "[pool_tmeta]", segtype="linear", lv_attr="ewi-ao----", lv_path="")
+        thin = {"segtype": "thin", "pool_lv": "pool", "thin_id": "1", "lv_attr": "Vwi-aotz--"}
+        thin.update(fields)
+        return self.add(group, name, **thin)
+
+    def set(self, name: str, **fields: str) -> None:
+        """Change columns of the volume `name`."""
+        with self.state() as state:
+            for row in state["volumes"]:
+                if row["lv_name"] == name:
+                    row.update(fields)
+
+    def order(self, command: str, behaviour: str, times: int = 1000) -> None:
+        """Let the next `times` calls of a command do what `behaviour` names (the functions at the end of this file)."""
+        with self.state() as state:
+            state["orders"][command] = (behaviour, times)
+
+    def names(self) -> list[str]:
+        """Return the names of all volumes."""
+        with self.state() as state:
+            return [row["lv_name"] for row in state["volumes"]]
+
+    def row(self, name: str) -> Row:
+        """Return the row of a volume."""
+        with self.state() as state:
+            (row,) = [row for row in state["volumes"] if row["lv_name"] == name]
+        return dict(row)
+
+    def calls(self, command: str = "") -> list[list[str]]:
+        """Return the calls of a command, or of all commands, in order, without the command's name."""
+        lines = [json.loads(line) for line in (self.directory / "calls").read_text().splitlines()]
+        return [line[1:] if command else line for line in lines if command in ("", line[0])]
+
+    def go(self) -> None:
+        """Let commands that were ordered to wait go on."""
+        (self.directory / "go").touch()
+
+
+def new_row(group: str, name: str, size: int) -> Row:
+    """Return the columns of a plain active volume."""
+    plain = name.strip("[]")
+    row = dict.fromkeys(COLUMNS, "")
+    row.update(lv_uuid=new_uuid(), lv_name=name, vg_name=group, lv_size=str(size), lv_attr="-wi-a-----")
+    row.update(lv_path=f"/dev/{group}/{plain}", lv_dm_path=mapper(group, plain), segtype="linear")
+    row.update(lv_snapshot_invalid="", vg_extent_size=str(EXTENT))
+    return row
+
+
+class Fail(Exception):  # noqa: N818
+    """A command ends with its words and status 5."""
+
+
+class Command:
+    """One call of one of the commands."""
+
+    def __init__(self, fake: FakeLvm, arguments: list[str]) -> None:
+        self.fake = fake
+        self.arguments = arguments
+
+    def option(self, name: str) -> str:
+        return self.arguments[self.arguments.index(name) + 1] if name in self.arguments else ""
+
+    def options(self, name: str) -> list[str]:
+        return [after for before, after in zip(self.arguments, self.arguments[1:], strict=False) if before == name]
+
+    def place(self) -> tuple[str, str]:
+        """Return the group and the volume (``""`` for all) that the last argument names."""
+        path = self.arguments[-1]
+        with self.fake.state() as state:
+            for row in state["volumes"]:
+                names = (row["lv_path"], row["lv_dm_path"], f"{row['vg_name']}/{row['lv_name']}")
+                if path in names:
+                    return row["vg_name"], row["lv_name"]
+            if path in state["groups"]:
+                return path, ""
+        raise Fail(f'  Failed to find logical volume "{path}"')
+
+    def selected(self) -> list[Row]:
+        group, name = self.place()
+        with self.fake.state() as state:
+            rows = [row for row in state["volumes"] if row["vg_name"] == group and name in ("", row["lv_name"])]
+            return [row for row in rows if self.is_selected(row)]
+
+    def is_selected(self, row: Row) -> bool:
+        for term in filter(None, self.option("-S").split(" && ")):
+            match = TERM.fullmatch(term)
+            assert match, term
+            field, operator, braces, value = match.groups()
+            held = row[field].strip("[]")
+            if braces:
+                good = value in held.split(",")
+            else:
+                good = re.search(value, held) is not None if operator == "=~" else held == value
+            if not good:
+                return False
+        return True
+
+    def lvs(self) -> None:
+        fields = self.option("-o").split(",")
+        with self.fake.state() as state:
+            free = state["groups"]
+        rows = [{**row, "vg_free": str(free[row["vg_name"]])} for row in self.selected()]
+        report = [{field: row[field] for field in fields} for row in rows]
+        print(json.dumps({"report": [{"lv": report}]}))
+
+    def lvcreate(self) -> None:
+        group, name = self.place()
+        with self.fake.state() as state:
+            (origin,) = [row for row in state["volumes"] if (row["vg_name"], row["lv_name"]) == (group, name)]
+            row = new_row(group, self.option("-n"), int(origin["lv_size"]))
+            row.update(origin=name, origin_uuid=origin["lv_uuid"], lv_tags=",".join(self.options("--addtag")))
+            if origin["segtype"] == "thin":
+                ids = [int(other["thin_id"]) for other in state["volumes"] if other["thin_id"]]
+                thin_id = next(number for number in range(1, 1000) if number not in ids)
+                row.update(segtype="thin", pool_lv=origin["pool_lv"], thin_id=str(thin_id), lv_attr="Vri-a-tz--")
+            else:
+                size = self.amount(int(origin["lv_size"]))
+                if size > state["groups"][group]:
+                    raise Fail(f'  Volume group "{group}" has insufficient free space')
+                state["groups"][group] -= size
+                row.update(lv_size=str(size), data_percent="0.00", lv_attr="sri-a-s---")
+            state["volumes"].append(row)
+
+    def amount(self, origin: int) -> int:
+        if self.option("-l"):
+            wanted = origin * int(self.option("-l").removesuffix("%ORIGIN")) // 100
+        else:
+            wanted = int(self.option("-L").strip("+b"))
+        return -(-wanted // EXTENT) * EXTENT
+
+    def lvremove(self) -> None:
+        gone = [row["lv_uuid"] for row in self.selected()]
+        with self.fake.state() as state:
+            state["volumes"] = [row for row in state["volumes"] if row["lv_uuid"] not in gone]
+
+    def lvextend(self) -> None:
+        group, name = self.place()
+        more = self.amount(0)
+        with self.fake.state() as state:
+            if more > state["groups"][group]:
+                raise Fail("  Insufficient free space")
+            state["groups"][group] -= more
+            for row in state["volumes"]:
+                if row["lv_name"] == name:
+                    row["data_percent"] = str(
+                        float(row["data_percent"]) * int(row["lv_size"]) / (int(row["lv_size"]) + more)
+                    )
+                    row["lv_size"] = str(int(row["lv_size"]) + more)
+
+    def lvchange(self) -> None:
+        _, name = self.place()
+        with self.fake.state() as state:
+            for row in state["volumes"]:
+                if row["lv_name"] == name:
+                    tags = [tag for tag in row["lv_tags"].split(",") if tag not in self.options("--deltag")]
+                    row["lv_tags"] = ",".join(tags + self.options("--addtag"))
+
+    def dmsetup(self) -> None:
+        what, name = self.arguments[:2]
+        with self.fake.state() as state:
+            if what == "table":
+                (row,) = [row for row in state["volumes"] if row["lv_dm_path"].endswith("/" + name)]
+                print("0 {} thin 253:4 {}".format(int(row["lv_size"]) // 512, row["thin_id"]))
+            elif what == "status":
+                print(
+                    f"0 2048 thin-pool 1 13/1024 10/1600 {state['held']} rw discard_passdown queue_if_no_space - 1024"
+                )
+            elif self.arguments[3] == "reserve_metadata_snap":
+                if state["held"] != "-":
+                    raise Fail("device-mapper: message ioctl on failed: Device or resource busy")
+                state["held"] = "13"
+            else:
+                state["held"] = "-"
+
+    def thin_delta(self) -> None:
+        with self.fake.state() as state:
+            if state["held"] == "-":
+                raise Fail("no current metadata snap\nUsage: thin_delta [options] <device or file>")
+            print(state["delta"].format(left=self.option("--thin1"), right=self.option("--thin2")))
+
+
+def wait_for_go(fake: FakeLvm) -> None:
+    """Say that the command has begun, and wait until `FakeLvm.go`; LVM gives up waiting on SIGINT."""
+
+    def give_up(_number: int, _frame: object) -> None:
+        raise Fail("  Giving up waiting for lock.")
+
+    signal.signal(signal.SIGINT, give_up)
+    (fake.directory / "waiting").touch()
+    while not (fake.directory / "go").exists():
+        time.sleep(0.005)
+
+
+def fail(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: do nothing, and fail."""
+    raise Fail("  Something is wrong.")
+
+
+def fail_after(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: do it, and fail all the same."""
+    run()
+    raise Fail("  Something went wrong in the end.")
+
+
+def lie(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: do nothing, and succeed."""
+
+
+def late(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: wait for another command's lock, then do it."""
+    wait_for_go(fake)
+    run()
+
+
+def late_after(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: do it, then wait."""
+    run()
+    wait_for_go(fake)
+
+
+def warn(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: do it, between two warnings."""
+    print("  WARNING: Device for PV zzz not found or rejected by a filter.", file=sys.stderr)
+    run()
+    print("  WARNING: dmeventd is not what it was.", file=sys.stderr)
+
+
+def gibberish(fake: FakeLvm, run: Callable[[], None]) -> None:
+    """Order: print something else, and succeed."""
+    print("lvs: the lives of others")
+
+
+ORDERS = {order.__name__: order for order in (fail, fail_after, lie, late, late_after, warn, gibberish)}
+
+
+def main(directory: str, name: str, *arguments: str) -> int:
+    """Run one command."""
+    fake = FakeLvm.__new__(FakeLvm)
+    fake.directory = Path(directory)
+    command = Command(fake, list(arguments))
+    with fake.state() as state:
+        with (fake.directory / "calls").open("a") as calls:
+            calls.write(json.dumps([name, *arguments]) + "\n")
+        behaviour, times = state["orders"].get(name, ("", 0))
+        if times:
+            state["orders"][name] = (behaviour, times - 1)
+    try:
+        if times:
+            ORDERS[behaviour](fake, getattr(command, name))
+        else:
+            getattr(command, name)()
+    except Fail as error:
+        print(error, file=sys.stderr)
+        return 5
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,673 @@
+"""LVM snapshots against a stand-in: names, tags and guards, what is refused, what is removed and what never is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockdiff import lvcheck, lvm, lvs
+from blockdiff.errors import Interrupted, ProcessError, SourceError
+from tests.fake_lvm import FakeLvm, Row, new_row
+
+LIMIT_S = 30.0
+MIB = 1 << 20
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLvm]:
+    """A host with the group vg, 200 MiB free, and the volume lv of 100 MiB."""
+    fake = FakeLvm(tmp_path / "fake")
+    fake.add_group("vg", 200 * MIB)
+    fake.add("vg", "lv")
+    monkeypatch.setenv("PATH", f"{fake.commands}:{os.environ['PATH']}")
+    monkeypatch.setattr(lvm, "REMOVE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(lvm, "WATCH_INTERVAL_S", 0.01)
+    yield fake
+    fake.go()
+
+
+@pytest.fixture
+def ended_pid() -> int:
+    """The pid of a process that has ended and was waited for."""
+    with subprocess.Popen(["true"]) as child:
+        child.wait(LIMIT_S)
+    return child.pid
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def only_snapshot(fake: FakeLvm) -> Row:
+    (name,) = [name for name in fake.names() if name.startswith("bd_")]
+    return fake.row(name)
+
+
+# what lvs says
+
+
+def test_a_volume_is_found_by_any_of_its_paths(fake: FakeLvm) -> None:
+    fake.add_group("pv.0-x", 0)
+    row = fake.add("pv.0-x", "my-lv.1", lv_size=str(5 * MIB))
+    for path in ("/dev/pv.0-x/my-lv.1", "/dev/mapper/pv.0--x-my--lv.1"):
+        found = lvm.find(path)
+        assert (found.full_name, found.size, found.uuid) == ("pv.0-x/my-lv.1", 5 * MIB, row["lv_uuid"])
+    call = fake.calls("lvs")[-1]
+    assert call[:7] == ["--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o"]
+
+
+def test_lvm_speaks_english_and_finds_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("PATH", "/opt/bin")
+    environment = lvs.environment()
+    assert environment["LC_ALL"] == "C"
+    assert environment["LVM_SUPPRESS_FD_WARNINGS"] == "1"
+    assert environment["PATH"] == "/opt/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def test_what_is_no_volume_is_named_with_what_lvm_says(fake: FakeLvm) -> None:
+    with pytest.raises(
+        SourceError, match=r"^/dev/sda1 is not a logical volume: lvs exited with status 5: Failed"
+    ) as caught:
+        lvm.find("/dev/sda1")
+    assert "/dev/GROUP/VOLUME" in str(caught.value.hint)
+
+
+def test_a_whole_group_is_not_one_volume(fake: FakeLvm) -> None:
+    fake.add("vg", "other")
+    with pytest.raises(SourceError, match=r"^vg is not one logical volume$"):
+        lvm.find("vg")
+
+
+def test_lvm_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lvs, "environment", lambda: {"PATH": str(tmp_path)})
+    with pytest.raises(SourceError, match=r"cannot start lvs .*No such file") as caught:
+        lvm.find("/dev/vg/lv")
+    assert "LVM's own tools" in str(caught.value.hint)
+
+
+def test_warnings_of_lvs_are_no_failure_and_trouble_elsewhere_is_none_of_ours(fake: FakeLvm) -> None:
+    fake.order("lvs", "warn")
+    assert lvm.find("/dev/vg/lv").name == "lv"
+    fake.order("lvs", "fail_after")
+    assert lvm.find("/dev/vg/lv").name == "lv"
+
+
+def test_a_failed_lvs_that_shows_nothing_is_a_failure(fake: FakeLvm) -> None:
+    fake.order("lvs", "fail")
+    with pytest.raises(ProcessError, match=r"lvs exited with status 5: Something is wrong\."):
+        lvs.volumes("vg")
+
+
+def test_a_report_that_is_none_is_refused(fake: FakeLvm) -> None:
+    fake.order("lvs", "gibberish")
+    with pytest.raises(ProcessError, match="lvs printed a report that cannot be understood"):
+        lvs.volumes("vg")
+
+
+def test_a_lock_that_is_held_is_named(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvs, "COMMAND_TIMEOUT_S", 0.5)
+    fake.order("lvs", "late")
+    with pytest.raises(SourceError, match=r"^lvs was not done after 0.5 s: another LVM command seems to hold the lock"):
+        lvm.find("/dev/vg/lv")
+
+
+def report(rows: list[Row], what: str = "lv") -> bytes:
+    return json.dumps({"report": [{what: [{**row, "vg_free": "0"} for row in rows]}]}).encode()
+
+
+def test_a_volume_of_several_segments_is_one() -> None:
+    rows = [new_row("vg", "a", 1), new_row("vg", "b", 1)]
+    found = lvs.parse_report(report([rows[0], {**rows[0], "segtype": "striped"}, rows[1]], "seg"))
+    assert [(volume.name, volume.segtype) for volume in found] == [("a", "linear"), ("b", "linear")]
+
+
+@pytest.mark.parametrize(
+    ("invalid", "attributes", "expected"),
+    [
+        ("", "sri-a-s---", False),
+        ("unknown", "sri-a-s---", False),
+        ("0", "sri-a-s---", False),
+        ("snapshot invalid", "sri-a-s---", True),
+        ("1", "sri-a-s---", True),
+        ("", "sri-I-s---", True),
+        ("", "sri-S-s---", True),
+    ],
+)
+def test_an_invalid_snapshot_is_recognised(invalid: str, attributes: str, expected: bool) -> None:
+    row = {**new_row("vg", "bd_1", 1), "lv_snapshot_invalid": invalid, "lv_attr": attributes}
+    assert lvs.parse_report(report([row]))[0].invalid is expected
+
+
+NAME = st.from_regex(r"[a-zA-Z0-9+_.][a-zA-Z0-9+_.-]{0,20}", fullmatch=True)
+PERCENT = st.none() | st.integers(0, 10000).map(lambda number: number / 100)
+
+
+@given(
+    st.lists(
+        st.tuples(NAME, NAME, st.integers(0, 1 << 60), st.lists(NAME.filter(lambda t: "," not in t)), PERCENT, NAME)
+    )
+)
+def test_a_report_is_read_as_it_was_written(volumes: list[tuple[str, str, int, list[str], float | None, str]]) -> None:
+    rows = []
+    for group, name, size, tags, percent, origin in volumes:
+        row = {**new_row(group, name, size), "lv_tags": ",".join(tags), "origin": f"[{origin}]"}
+        rows.append({**row, "data_percent": "" if percent is None else f"{percent:.2f}"})
+    found = lvs.parse_report(report(rows))
+    assert [(v.group, v.name, v.size, v.tags, v.data_percent, v.origin) for v in found] == volumes
+
+
+@given(
+    st.binary() | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda x: json.dumps(x).encode())
+)
+def test_whatever_lvs_prints_is_a_report_or_a_typed_error(output: bytes) -> None:
+    with pytest.raises(ProcessError):
+        lvs.parse_report(output)
+
+
+def test_a_row_without_a_column_is_refused() -> None:
+    row = new_row("vg", "lv", 1)
+    del row["lv_uuid"]
+    with pytest.raises(ProcessError, match="'lv_uuid'"):
+        lvs.parse_report(report([row]))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lv_attr": "swi-a-s---", "origin": "other"}, "vg/x is itself a snapshot"),
+        ({"lv_attr": "twi-aotz--", "segtype": "thin-pool"}, "vg/x is a thin pool"),
+        ({"lv_attr": "Owi-aos---"}, "vg/x is being merged with a snapshot"),
+        ({"lv_attr": "ewi-ao----", "lv_path": ""}, "vg/x is a part of another volume"),
+        ({"lv_attr": "Cwi-a-C---", "segtype": "cache-pool"}, "vg/x is a part of another volume"),
+        ({"lv_attr": "-wi-------"}, "vg/x is not active"),
+        ({"lv_attr": "-wi-s-----"}, "vg/x is suspended"),
+        ({"lv_attr": "rwi-a-r-p-", "segtype": "raid1"}, "a disk of vg/x is missing"),
+    ],
+)
+def test_what_can_have_no_snapshot_is_refused(fake: FakeLvm, fields: dict[str, str], message: str) -> None:
+    fake.add("vg", "x", **fields)
+    with pytest.raises(SourceError, match=f"^{message}$") as caught:
+        lvm.check(lvm.find("vg/x"), "20%")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lv_attr": "owi-aos---"},
+        {"lv_attr": "rwi-aor---", "segtype": "raid1"},
+        {"lv_attr": "Cwi-aoC---", "segtype": "cache"},
+        {"lv_attr": "mwi-a-m---", "segtype": "mirror"},
+        {"lv_attr": "-wi-ao----", "segtype": "striped"},
+    ],
+)
+def test_other_kinds_are_fit_for_a_snapshot(fake: FakeLvm, fields: dict[str, str]) -> None:
+    fake.add("vg", "x", **fields)
+    assert lvm.check(lvm.find("vg/x"), "20%") == []
+
+
+def test_our_own_snapshots_are_no_source(fake: FakeLvm) -> None:
+    fake.add("vg", "bd_1", origin="lv", lv_tags="blockdiff", lv_attr="sri-a-s---")
+    with pytest.raises(SourceError, match=r"^/dev/vg/bd_1 is itself a snapshot that blockdiff made$"):
+        lvm.find("/dev/vg/bd_1")
+
+
+@pytest.mark.parametrize("text", ["", "1", "512M", "20%", "1g", "100%", "7T", "300%"])
+def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    expected = {"": 200 * MIB, "1": 1, "512M": 512 * MIB, "20%": 20 * MIB, "1g": 1 << 30, "100%": 100 * MIB}
+    full = lvcheck.full_size(origin)
+    assert lvcheck.size_in_bytes(text, origin) == (
+        expected[text] if text == "" else min(expected.get(text, full), full)
+    )
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "-1", "1.5G", "20 %", "G", "1E", "%", "1000000000000000000", "1M\n", "٣"])
+def test_other_sizes_are_refused(fake: FakeLvm, text: str) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    with pytest.raises(SourceError, match="is no snapshot size") as caught:
+        lvm.check(origin, text)
+    assert caught.value.hint == "use 20%, or a number with M or G"
+    with pytest.raises(SourceError, match="is no snapshot size"):
+        lvm.Snapshot(origin, text)
+
+
+def test_a_group_without_room_is_named_with_what_is_needed_and_free(fake: FakeLvm) -> None:
+    with fake.state() as state:
+        state["groups"]["vg"] = 16 * MIB
+    origin = lvm.find("/dev/vg/lv")
+    with pytest.raises(
+        SourceError, match=r"^no room in the volume group vg: a snapshot of vg/lv needs 20 MiB, 16 MiB are free$"
+    ) as caught:
+        lvm.check(origin, "20%")
+    assert "--snapshot-size" in str(caught.value.hint)
+    with pytest.raises(SourceError, match="needs 20 MiB, 16 MiB are free"):
+        lvm.check(origin, "17M")  # LVM rounds up to extents
+    assert lvm.check(origin, "16M") == []
+
+
+@pytest.mark.parametrize(
+    ("free", "note"),
+    [
+        (200 * MIB, "the snapshot of vg/lv gets 200 MiB, all that the volume group vg has"),
+        (20 << 30, "the snapshot of vg/lv gets 10 GiB"),
+    ],
+)
+def test_without_a_size_the_default_of_the_original_is_told(fake: FakeLvm, free: int, note: str) -> None:
+    with fake.state() as state:
+        state["groups"]["vg"] = free
+    origin = lvm.find("/dev/vg/lv")
+    assert lvm.check(origin, "") == [note]
+    with lvm.Snapshot(origin, ""):
+        assert ["-L", f"{min(free, 10 << 30)}b"] == fake.calls("lvcreate")[0][-3:-1]
+
+
+def test_without_a_size_and_without_room_there_is_no_snapshot(fake: FakeLvm) -> None:
+    with fake.state() as state:
+        state["groups"]["vg"] = 0
+    with pytest.raises(SourceError, match="needs 4 MiB, 0 bytes are free"):
+        lvm.check(lvm.find("/dev/vg/lv"), "")
+
+
+def test_the_snapshot_of_a_thick_volume_cannot_be_kept(fake: FakeLvm) -> None:
+    with pytest.raises(SourceError, match=r"^the snapshot of vg/lv cannot be kept: it is no thin volume$"):
+        lvm.check(lvm.find("/dev/vg/lv"), "20%", keep=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_percent": "95.00"}, "the data of the thin pool vg/pool of vg/thin is 95% full: a snapshot could"),
+        ({"metadata_percent": "99.50"}, "the metadata of the thin pool vg/pool of vg/thin is 99.5% full: a snapshot"),
+        ({"lv_attr": "twi-aotzF-"}, "the thin pool vg/pool of vg/thin has failed"),
+        ({"lv_attr": "twi-aotzD-"}, "the thin pool vg/pool of vg/thin is out of data space"),
+        ({"lv_attr": "twi-aotzM-"}, "the thin pool vg/pool of vg/thin has read-only metadata"),
+        ({"lv_attr": "twi-cotz--"}, "the thin pool vg/pool of vg/thin needs a check"),
+    ],
+)
+def test_a_thin_pool_in_trouble_is_refused(fake: FakeLvm, fields: dict[str, str], message: str) -> None:
+    fake.add_thin("vg", "thin")
+    thin = lvm.find("/dev/vg/thin")
+    assert lvm.check(thin, "20%", keep=True) == []
+    fake.set("pool", **fields)
+    with pytest.raises(SourceError, match=f"^{message}"):
+        lvm.check(thin, "20%")
+
+
+# the snapshot
+
+
+def test_a_thick_snapshot_is_read_only_tagged_and_removed(fake: FakeLvm) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    snapshot = lvm.Snapshot(origin, "20%", "blockdiff_chain_x")
+    before = len(fake.calls())
+    with snapshot:
+        assert [call[0] for call in fake.calls()[before:]] == ["lvcreate"]  # a database is standing still
+        assert snapshot.created_s > 0
+        found = snapshot.look()
+        assert found.tags == ["blockdiff", lvm.process_tag(os.getpid()), "blockdiff_chain_x"]
+        assert found.name.startswith("bd_") and len(found.name) == 19
+        assert snapshot.path == found.dm_path  # the other is not there
+        snapshot.check()
+    (call,) = fake.calls("lvcreate")
+    assert call[:5] == ["-y", "-s", "-p", "r", "-n"] and call[-3:] == ["-l", "20%ORIGIN", "vg/lv"]
+    assert fake.names() == ["lv"]
+    (removal,) = fake.calls("lvremove")
+    assert removal == [
+        "-y",
+        "-S",
+        f'lv_uuid="{found.uuid}" && lv_tags={{"blockdiff"}} && lv_name=~"^bd_" && origin="lv"',
+        found.full_name,
+    ]
+
+
+def test_a_thin_snapshot_has_no_size_and_is_active(fake: FakeLvm) -> None:
+    fake.add_thin("vg", "thin")
+    with lvm.Snapshot(lvm.find("/dev/vg/thin"), "20%") as snapshot:
+        assert snapshot.look().is_thin
+        snapshot.check()
+        assert snapshot.level is None
+    assert fake.calls("lvcreate")[0][-5:] == ["-k", "n", "-a", "y", "vg/thin"]
+    assert "thin" in fake.names() and not [name for name in fake.names() if name.startswith("bd_")]
+
+
+def test_two_snapshots_of_one_volume_do_not_touch_each_other(fake: FakeLvm) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    with lvm.Snapshot(origin, "20%") as first:
+        with lvm.Snapshot(origin, "20%") as second:
+            assert lvm.sweep(origin) == []
+            assert first.look().name != second.look().name
+        first.check()
+        assert fake.names() == ["lv", first.look().name]
+
+
+def test_a_failed_lvcreate_is_told_in_its_own_words(fake: FakeLvm) -> None:
+    fake.order("lvcreate", "fail")
+    with (
+        pytest.raises(
+            SourceError,
+            match=r"^cannot make a snapshot of vg/lv: lvcreate exited with status 5: Something is wrong\.$",
+        ) as caught,
+        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"),
+    ):
+        pass
+    assert isinstance(caught.value.__cause__, ProcessError)
+    assert fake.calls("lvremove") == []
+
+
+def test_what_a_failed_lvcreate_left_is_removed(fake: FakeLvm) -> None:
+    fake.order("lvcreate", "fail_after")
+    with pytest.raises(SourceError, match="went wrong in the end"), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    assert fake.names() == ["lv"]
+
+
+def test_why_there_is_no_snapshot_is_told_even_if_lvm_is_dumb_afterwards(fake: FakeLvm) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    fake.order("lvcreate", "fail")
+    fake.order("lvs", "fail")
+    with pytest.raises(SourceError, match=r"^cannot make a snapshot"), lvm.Snapshot(origin, "20%"):
+        pass
+
+
+def test_warnings_of_lvcreate_are_no_failure(fake: FakeLvm) -> None:
+    fake.order("lvcreate", "warn")
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        snapshot.look()
+
+
+def test_an_lvcreate_that_lies_is_caught(fake: FakeLvm) -> None:
+    fake.order("lvcreate", "lie")
+    with (
+        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot,
+        pytest.raises(SourceError, match=r"^lvcreate said that all went well, but vg/bd_[0-9a-f]{16} is not there$"),
+    ):
+        snapshot.look()
+
+
+def test_a_snapshot_that_could_be_written_to_is_refused(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        fake.set(only_snapshot(fake)["lv_name"], lv_attr="swi-a-s---")
+        with pytest.raises(SourceError, match=r"has the attributes swi-a-s---$"):
+            snapshot.look()
+
+
+def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "CREATE_TIMEOUT_S", 0.5)
+    fake.order("lvcreate", "late")
+    with (
+        pytest.raises(
+            SourceError,
+            match=r"^cannot make a snapshot of vg/lv: lvcreate was not done after 0.5 s: another LVM command seems to "
+            "hold the lock of the volume group of vg$",
+        ),
+        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"),
+    ):
+        pass
+
+
+def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None:
+    def handler(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        fake.go()
+        raise Interrupted("told to stop")
+
+    def interrupt() -> None:
+        wait_until((fake.directory / "waiting").exists)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    fake.order("lvcreate", "late")
+    helper = threading.Thread(target=interrupt)
+    try:
+        snapshot = lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%")
+        helper.start()
+        with pytest.raises(Interrupted), snapshot:
+            pass
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        helper.join(LIMIT_S)
+    assert fake.names() == ["lv"]
+    assert len(fake.calls("lvremove")) == 1  # lvcreate had come to its end
+
+
+def test_an_exit_in_any_state_is_fine(fake: FakeLvm) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    with ExitStack() as stack:
+        stack.push(lvm.Snapshot(origin, "20%"))
+        assert fake.calls("lvcreate") == []
+    snapshot = lvm.Snapshot(origin, "20%")
+    with snapshot:
+        pass
+    snapshot.__exit__(None, None, None)
+    assert fake.names() == ["lv"]
+
+
+# overflow, and the level
+
+
+def test_an_overflow_is_told_with_the_size_that_would_have_done(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        snapshot.look()
+        fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
+        with pytest.raises(
+            SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$"
+        ) as caught:
+            snapshot.check()
+        assert caught.value.hint == "--snapshot-size 40M is the least to try, 109M is sure to do"
+    assert fake.names() == ["lv"]
+
+
+def test_a_snapshot_that_somebody_removed_is_told(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        snapshot.look()
+        with fake.state() as state:
+            state["volumes"] = state["volumes"][:1]
+        with pytest.raises(SourceError, match=r"^the snapshot of vg/lv was removed while it was read$"):
+            snapshot.check()
+
+
+def test_a_thin_pool_that_failed_is_told(fake: FakeLvm) -> None:
+    fake.add_thin("vg", "thin")
+    with lvm.Snapshot(lvm.find("/dev/vg/thin"), "20%") as snapshot:
+        snapshot.look()
+        fake.set(only_snapshot(fake)["lv_name"], lv_attr="Vri-a-tzF-")
+        with pytest.raises(SourceError, match=r"^the thin pool vg/pool failed while a snapshot in it was read$"):
+            snapshot.check()
+
+
+def test_a_check_that_cannot_see_is_no_approval(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        fake.order("lvs", "fail", 1)
+        with pytest.raises(SourceError, match=r"^cannot see the snapshot of vg/lv: lvs exited with status 5"):
+            snapshot.check()
+
+
+def test_a_snapshot_that_fills_is_extended_once_it_is_at_70_percent(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        name = snapshot.look().name
+        fake.set(name, data_percent="69.00")
+        wait_until(lambda: snapshot.level == 69.0)
+        assert fake.calls("lvextend") == []
+        fake.set(name, data_percent="75.00")
+        wait_until(lambda: fake.row(name)["lv_size"] != str(20 * MIB))
+        assert fake.calls("lvextend") == [["-L", f"+{10 * MIB}b", f"vg/{name}"]]
+        wait_until(lambda: snapshot.level == 75.0)
+        snapshot.check()
+        assert snapshot.level == 75.0  # the highest, not the last
+        assert snapshot.notes == []
+
+
+def test_a_snapshot_that_cannot_grow_is_read_on_with_a_note(fake: FakeLvm) -> None:
+    origin = lvm.find("/dev/vg/lv")
+    with lvm.Snapshot(origin, "100%") as snapshot:
+        with fake.state() as state:
+            state["groups"]["vg"] = 0
+        fake.set(snapshot.look().name, data_percent="80.00")
+        wait_until(lambda: snapshot.notes)
+        snapshot.check()
+    assert snapshot.notes == [
+        "the snapshot of vg/lv is 80% full and cannot be extended: no room in the volume group vg"
+    ]
+    assert fake.calls("lvextend") == []
+
+
+def test_a_failed_extension_is_not_tried_for_ever(fake: FakeLvm) -> None:
+    fake.order("lvextend", "fail")
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        fake.set(snapshot.look().name, data_percent="80.00")
+        wait_until(lambda: snapshot.notes)
+        seen = len(fake.calls("lvs"))
+        wait_until(lambda: len(fake.calls("lvs")) > seen + 2)
+    assert len(fake.calls("lvextend")) == 1
+    assert "Something is wrong." in snapshot.notes[0]
+
+
+# removal
+
+
+def test_a_removal_is_tried_again_while_udev_holds_the_device(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        fake.order("lvremove", "fail", 3)
+    assert len(fake.calls("lvremove")) == 4
+    assert fake.names() == ["lv"]
+
+
+@pytest.mark.parametrize(
+    ("order", "why"), [("fail", "Something is wrong"), ("lie", "lvremove said that all went well")]
+)
+def test_what_cannot_be_removed_is_told_with_the_command_for_it(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch, order: str, why: str
+) -> None:
+    monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
+    fake.order("lvremove", order)
+    message = f"^cannot remove the snapshot vg/bd_[0-9a-f]+: .*{why}"
+    with pytest.raises(ProcessError, match=message) as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    assert caught.value.hint == f"remove it by hand: lvremove -y vg/{only_snapshot(fake)['lv_name']}"
+
+
+def test_a_removal_that_fails_does_not_hide_what_failed_before(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
+    fake.order("lvremove", "fail")
+    with pytest.raises(SourceError, match=r"^overflow$") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        raise SourceError("overflow", "make it larger")
+    hint = str(caught.value.hint)
+    assert hint.startswith("make it larger; cannot remove the snapshot") and "by hand" in hint
+
+
+def test_an_lvremove_that_fails_after_it_did_its_work_is_fine(fake: FakeLvm) -> None:
+    fake.order("lvremove", "fail_after")
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    assert len(fake.calls("lvremove")) == 1
+
+
+def test_lvs_that_fails_is_no_proof_that_the_snapshot_is_gone(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        found = snapshot.look()
+        fake.order("lvremove", "fail", 1)
+        fake.order("lvs", "fail", 1)
+        lvm.remove(found)
+        assert len(fake.calls("lvremove")) == 2
+
+
+@pytest.mark.parametrize("change", [{"lv_uuid": "other"}, {"lv_tags": "mine"}, {"origin": ""}, {"origin": "other"}])
+def test_what_is_not_our_snapshot_any_more_is_never_removed(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    """Between our look and lvremove anything may happen: LVM itself holds what we know against what is there."""
+    monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        found = snapshot.look()
+        before = fake.row(found.name)
+        fake.set(found.name, **change)
+        try:
+            lvm.remove(found)
+        except ProcessError as error:
+            assert "lvremove said that all went well" in error.message
+        assert fake.calls("lvremove")
+        assert found.name in fake.names()
+        fake.set(found.name, **before)
+
+
+def test_a_kept_snapshot_stays_and_the_sweep_leaves_it(fake: FakeLvm) -> None:
+    fake.add_thin("vg", "thin")
+    origin = lvm.find("/dev/vg/thin")
+    with lvm.Snapshot(origin, "", "blockdiff_chain_x") as snapshot:
+        snapshot.look()
+        snapshot.keep()
+    assert only_snapshot(fake)["lv_tags"] == "blockdiff,blockdiff_chain_x,blockdiff_kept"
+    assert lvm.sweep(origin) == []
+    assert only_snapshot(fake)
+
+
+def test_a_snapshot_that_could_not_be_kept_is_removed(fake: FakeLvm) -> None:
+    fake.add_thin("vg", "thin")
+    fake.order("lvchange", "fail")
+    with pytest.raises(ProcessError, match="lvchange exited"), lvm.Snapshot(lvm.find("/dev/vg/thin"), "") as snapshot:
+        snapshot.keep()
+    assert not [name for name in fake.names() if name.startswith("bd_")]
+
+
+# the sweep
+
+
+def test_only_what_dead_agents_left_of_this_origin_is_swept(fake: FakeLvm, ended_pid: int) -> None:
+    dead = f"blockdiff,blockdiff_pid_{ended_pid}_12345_0123456789ab"
+    ours = {"origin": "lv", "lv_attr": "sri-a-s---"}
+    fake.add("vg", "other")
+    fake.add("vg", "bd_dead1", lv_tags=dead, **ours)
+    fake.add("vg", "bd_dead2", lv_tags=f"{dead},blockdiff_chain_x", **ours)
+    fake.add("vg", "bd_rebooted", lv_tags=f"blockdiff,{lvm.process_tag(os.getpid())[:-12]}000000000000", **ours)
+    kept = [
+        fake.add("vg", "bd_concurrent", lv_tags=f"blockdiff,{lvm.process_tag(os.getpid())}", **ours),
+        fake.add("vg", "bd_x", **ours),
+        fake.add("vg", "bd_foreign", lv_tags="theirs", **ours),
+        fake.add("vg", "bd_unknown", lv_tags="blockdiff", **ours),
+        fake.add("vg", "bd_strange", lv_tags="blockdiff,blockdiff_pid_1x_2_3", **ours),
+        fake.add("vg", "nightly", lv_tags=dead, **ours),
+        fake.add("vg", "bd_volume", lv_tags=dead),
+        fake.add("vg", "bd_other", lv_tags=dead, origin="other", lv_attr="sri-a-s---"),
+    ]
+    assert lvm.sweep(lvm.find("/dev/vg/lv")) == ["vg/bd_dead1", "vg/bd_dead2", "vg/bd_rebooted"]
+    assert fake.names() == ["lv", "other", *(row["lv_name"] for row in kept)]
+
+
+def test_a_sweep_that_two_runs_do_at_once_is_fine(fake: FakeLvm, ended_pid: int) -> None:
+    tags = f"blockdiff,blockdiff_pid_{ended_pid}_12345_0123456789ab"
+    row = fake.add("vg", "bd_dead", lv_tags=tags, origin="lv", lv_attr="sri-a-s---")
+    (found,) = lvs.volumes("vg", f'lv_uuid="{row["lv_uuid"]}"')
+    lvm.remove(found)
+    lvm.remove(found)
+    assert fake.names() == ["lv"]
+
+
+def test_the_tag_of_a_process_is_that_of_no_other() -> None:
+    own = lvm.process_tag(os.getpid())
+    assert own == lvm.process_tag(os.getpid())
+    assert own.startswith(f"blockdiff_pid_{os.getpid()}_")
+    assert set(own) <= set("abcdefghijklmnopqrstuvwxyz_0123456789")  # what LVM takes in a tag
+    with subprocess.Popen([sys.executable, "-ISc", "input()"], stdin=subprocess.PIPE) as child:
+        alive = lvm.process_tag(child.pid)
+        assert alive.split("_")[3] != "0"
+        child.kill()
+        wait_until(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        assert lvm.process_tag(child.pid) != alive  # dead, though nobody has waited for it yet
