@@ -181,7 +181,13 @@ class Agent:
         file, claimed = source.open(wish)
         self._link.send_json(wire.SOURCE, {"kind": file.kind, "size": file.size, **source.opened()})
         audit = Audit(aligned(claimed, block_size, file.size)) if claimed is not None else None
-        read, changed = self._send_changes(file, hasher, Throttle(limit), audit)
+        try:
+            read, changed = self._send_changes(file, hasher, Throttle(limit), audit)
+        except SourceError as error:
+            cause = source.explain()
+            if cause is None:
+                raise
+            raise cause from error
         totals = {"image_size": file.size, "changed_blocks": changed, "read": read}
         self._link.send_json(wire.TOTALS, {**totals, **source.finish(), "notes": source.notes})
 

@@ -118,7 +118,7 @@ def backup_together(
         )
         for job in jobs:
             session.check_digest(job.hasher.digest)
-        moment, notes = _take(session, jobs, options)
+        moment = _take(session, jobs, options)
         for job in jobs:
             _dump(session, job, options, compress, watcher, stack)
         session.finish()
@@ -126,11 +126,9 @@ def backup_together(
         results = []
         for job in jobs:
             manifest = _manifest(session, job, moment, started, run)
-            assert job.new is not None
-            job.new.commit(manifest)
-            totals = _known(job.totals)
-            seen = [*job.plan.notes, *notes, *(note for note in totals.notes if note not in notes)]
-            results.append(Result(job.chain.name, manifest, _warnings(job), job.chain.notes, seen))
+            _known(job.new).commit(manifest)
+            told = [*job.plan.notes, *manifest.notes]
+            results.append(Result(job.chain.name, manifest, _warnings(job), job.chain.notes, told))
         return results
 
 
@@ -146,15 +144,15 @@ def _jobs(targets: Sequence[tuple[str, str]], address: Address, choices: Choices
     return jobs
 
 
-def _take(session: Session, jobs: list[_Job], options: Options) -> tuple[Moment, tuple[str, ...]]:
-    """Take the moment of all sources; return how, and what the agent had to tell."""
+def _take(session: Session, jobs: list[_Job], options: Options) -> Moment:
+    """Take the moment of all sources."""
     with _quiesce(session, options) as quiesced:
         ready = session.prepare(_request(jobs, quiesced, options))
         for job, volume in zip(jobs, ready.volumes, strict=True):
             job.volume = volume
             check_volume(job.plan, job.chain.name, volume.uuid)
         quiesced.check(ready, session)
-        return quiesced.around(session), ready.notes
+        return quiesced.around(session)
 
 
 @contextmanager
@@ -247,6 +245,7 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
         snapshot=snapshot,
         quiesced=moment.quiesced if snapshot is not None else None,
         database=moment.database,
+        notes=list(totals.notes),
         versions=_versions(session),
     )
 

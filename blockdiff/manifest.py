@@ -115,6 +115,7 @@ class Manifest:
     snapshot: Snapshot | None = None
     quiesced: Quiesced | None = None
     database: Coordinates | None = None
+    notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -224,6 +225,7 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         snapshot=snapshot(),
         quiesced=quiesced(),
         database=database(),
+        notes=[str(note) for note in optional(fields, "notes", list) or []],
         versions={str(k): str(v) for k, v in get(fields, "versions", dict).items()},
     )
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from blockdiff import dump, lvcheck, lvm, lvs, thin
-from blockdiff.errors import ProcessError
+from blockdiff.errors import ProcessError, SourceError
 from blockdiff.extents import Extent
 
 
@@ -59,6 +59,10 @@ class Source(ABC):
     def opened(self) -> Dict[str, object]:
         """Return what the server should know of what is read."""
         return {}
+
+    def explain(self) -> Optional[SourceError]:
+        """Return what is behind an error of reading, where more is to be known of it."""
+        return None
 
     @abstractmethod
     def finish(self) -> Dict[str, object]:
@@ -164,6 +168,14 @@ class VolumeSource(Source):
             self._extents_from = ""
             self.notes.append("everything is read: {}".format(error))
             return None
+
+    def explain(self) -> Optional[SourceError]:
+        """See `Source`: a snapshot that overflowed is all read errors from then on."""
+        try:
+            self._snapshot.check()
+        except SourceError as cause:
+            return cause
+        return None
 
     def finish(self) -> Dict[str, object]:
         """Check the snapshot once more, remove or keep it, and remove the one that was kept before."""
