@@ -30,8 +30,8 @@ _UUID = re.compile(r"[0-9A-Za-z]{6}(-[0-9A-Za-z]{4}){5}-[0-9A-Za-z]{6}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 #: What a range that thin_delta names means; what it does not name is mapped on neither side.
-_CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": HOLE}
-_MAPPED = {"same": DATA}
+CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": HOLE}
+MAPPED = {"same": DATA}
 
 
 class HintError(BlockdiffError):
@@ -74,7 +74,7 @@ def changed_extents(old: Volume, new: Volume) -> List[Extent]:
         raise HintError("{} and {} are not in one thin pool".format(old.full_name, new.full_name))
     if old.size != new.size:
         raise HintError("the volume was resized from {} to {} bytes".format(old.size, new.size))
-    return list(_covering(_delta(old, new), _CHANGED, SAME, new.size))
+    return list(covering(_delta(old, new), CHANGED, SAME, new.size))
 
 
 def mapped_extents(volume: Volume) -> List[Extent]:
@@ -82,14 +82,14 @@ def mapped_extents(volume: Volume) -> List[Extent]:
 
     Raises `HintError`.
     """
-    return list(_covering(_delta(volume, volume), _MAPPED, HOLE, volume.size))
+    return list(covering(_delta(volume, volume), MAPPED, HOLE, volume.size))
 
 
 #: The kind that thin_delta gives a range, and its first byte and its end.
-_Range = Tuple[str, int, int]
+Range = Tuple[str, int, int]
 
 
-def _covering(ranges: List[_Range], meaning: Dict[str, str], gap: str, size: int) -> Iterator[Extent]:
+def covering(ranges: List[Range], meaning: Dict[str, str], gap: str, size: int) -> Iterator[Extent]:
     """Yield extents from 0 to `size`; neighbours of one state become one. Raises `HintError` for a muddle."""
     start, state, position = 0, gap, 0
     for kind, begin, end in ranges + [("", size, size)]:
@@ -106,7 +106,7 @@ def _covering(ranges: List[_Range], meaning: Dict[str, str], gap: str, size: int
         yield Extent(start, size, state)
 
 
-def _delta(old: Volume, new: Volume) -> List[_Range]:
+def _delta(old: Volume, new: Volume) -> List[Range]:
     """Return the ranges that thin_delta names; nothing is left reserved, whatever happens."""
     cancelled = threading.Event()
     try:
@@ -141,7 +141,7 @@ def _pool_of(volume: Volume) -> Tuple[str, str]:
     return pools[0].dm_path + "-tpool", metadata[0].dm_path
 
 
-def _with_metadata_snapshot(pool: str, work: Callable[[], List[_Range]]) -> List[_Range]:
+def _with_metadata_snapshot(pool: str, work: Callable[[], List[Range]]) -> List[Range]:
     """Do `work` while a metadata snapshot is reserved for us. Somebody else's is neither used nor released."""
     name = os.path.basename(pool)
     release = "dmsetup message {} 0 release_metadata_snap".format(name)
@@ -172,7 +172,7 @@ def _dmsetup(command: str, path: str) -> str:
     return process.run(arguments, MESSAGE_TIMEOUT_S, env=lvs.environment()).stdout.decode("utf-8", "replace")
 
 
-def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[], bool]) -> List[_Range]:
+def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[], bool]) -> List[Range]:
     """Return the ranges that thin_delta names in the metadata snapshot."""
     reader = DeltaReader(old.thin_id, new.thin_id)
     # newer versions would take an argument that follows -m directly for its block
@@ -202,7 +202,7 @@ class DeltaReader:
         self._block_size = 0
         self._depth: "List[str]" = []
         self._diffs = 0
-        self._ranges: "List[_Range]" = []
+        self._ranges: "List[Range]" = []
         self._parser = expat.ParserCreate()
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
@@ -212,7 +212,7 @@ class DeltaReader:
         """Take the next piece."""
         self._parse(data, False)
 
-    def end(self) -> List[_Range]:
+    def end(self) -> List[Range]:
         """Return the ranges; all of the XML must have been fed."""
         self._parse(b"", True)
         if self._diffs != 1:
@@ -237,7 +237,7 @@ class DeltaReader:
             self._diffs = 1
             if {side: attributes.get(side) for side in self._ids} != self._ids:
                 raise HintError("thin_delta compared other volumes than those it was told to")
-        elif where == ("superblock", "diff") and name in _CHANGED:
+        elif where == ("superblock", "diff") and name in CHANGED:
             if len(self._ranges) >= RANGE_LIMIT:
                 raise HintError("more than {} ranges changed".format(RANGE_LIMIT))
             begin = self._number(attributes, "begin") * self._block_size

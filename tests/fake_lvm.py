@@ -32,6 +32,7 @@ class State(TypedDict):
     orders: dict[str, tuple[str, int]]
     held: str
     delta: str
+    external: bool
 
 
 def new_uuid() -> str:
@@ -56,7 +57,7 @@ class FakeLvm:
             script = self.commands / name
             script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {directory} {name} "$@"\n')
             script.chmod(0o755)
-        self._write({"groups": {}, "volumes": [], "orders": {}, "held": "-", "delta": ""})
+        self._write({"groups": {}, "volumes": [], "orders": {}, "held": "-", "delta": "", "external": False})
         (directory / "calls").touch()
 
     @contextmanager
@@ -254,7 +255,8 @@ class Command:
         with self.fake.state() as state:
             if what == "table":
                 (row,) = [row for row in state["volumes"] if row["lv_dm_path"].endswith("/" + name)]
-                print("0 {} thin 253:4 {}".format(int(row["lv_size"]) // 512, row["thin_id"]))
+                origin = " 253:9" if state["external"] else ""
+                print("0 {} thin 253:4 {}{}".format(int(row["lv_size"]) // 512, row["thin_id"], origin))
             elif what == "status":
                 print(
                     f"0 2048 thin-pool 1 13/1024 10/1600 {state['held']} rw discard_passdown queue_if_no_space - 1024"
