@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from blockdiff import mysqllock
-from blockdiff.coordinates import Version
+from blockdiff.coordinates import Row, Version
 from blockdiff.errors import BlockdiffError, DatabaseError
 from blockdiff.mysqlaccount import Account
 from blockdiff.mysqllock import Database, Limits, Statements
@@ -112,13 +112,10 @@ def test_what_was_locked_is_unlocked_where_a_later_statement_fails(mariadb: Mari
 
 def test_a_failing_unlock_statement_ends_the_session(mariadb: MariaDB) -> None:
     statements = Statements(["FLUSH TABLES WITH READ LOCK"], ["NONSENSE"])
-    with (
-        connect(mariadb, statements=statements) as database,
-        pytest.raises(DatabaseError, match="NONSENSE"),
-        database.locked(),
-    ):
-        pass
-    mariadb.assert_free()
+    with connect(mariadb, statements=statements) as database:
+        with pytest.raises(DatabaseError, match="NONSENSE"), database.locked():
+            pass
+        mariadb.assert_free()
 
 
 @pytest.mark.parametrize(
@@ -172,6 +169,47 @@ def test_sessions_that_sleep_are_no_long_statements(mariadb: MariaDB) -> None:
         )
         with connect(mariadb, Limits(lock_wait_s=1, long_query_s=0.5)) as database, database.locked():
             pass
+
+
+def session(number: int, user: str, command: str, statement: str | None) -> Row:
+    return {"Id": number, "User": user, "Command": command, "Time": 500, "State": "", "Info": statement}
+
+
+NO_STATEMENTS = [
+    session(1, "app", "Query", "SHOW PROCESSLIST"),  # our own
+    session(2, "app", "Sleep", None),
+    session(3, "event_scheduler", "Daemon", None),
+    session(4, "system user", "Query", "INSERT INTO t VALUES (1)"),  # an applier of MySQL 8
+    session(5, "system user", "Slave_SQL", None),
+    session(6, "replica", "Binlog Dump GTID", None),
+    session(7, "unauthenticated user", "Connect", None),
+    {**session(8, "app", "Query", "SELECT 1"), "Time": 60},
+    {**session(9, "app", "Query", "SELECT 1"), "Time": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            session(10, "app", "Query", "select secret"),
+            "(SELECT) of the user app in session 10 has been running for 500 s",
+        ),
+        (session(10, "app", "Execute", "/* x */ UPDATE t"), "(Execute) of the user app"),
+        (session(10, "owner", "Connect", "DELETE FROM t"), "(DELETE) of the user owner"),  # an event of the schedule
+    ],
+)
+def test_only_statements_of_users_are_waited_for(
+    mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch, row: Row, told: str
+) -> None:
+    with connect(mariadb, Limits(lock_wait_s=0.1)) as database:
+        monkeypatch.setattr(database._session, "number", lambda _: 1)
+        monkeypatch.setattr(database._session, "rows", lambda _: NO_STATEMENTS)
+        database._wait_for_long_statements(0)
+        monkeypatch.setattr(database._session, "rows", lambda _: [*NO_STATEMENTS, row])
+        with pytest.raises(DatabaseError) as caught:
+            database._wait_for_long_statements(0)
+    assert told in caught.value.message and "secret" not in caught.value.message
 
 
 @pytest.mark.parametrize("statements", STATEMENTS, ids=["backup stage", "read lock"])

@@ -39,6 +39,7 @@ def options(tmp_path: Path, text: str) -> dict[str, str | None]:
         ("""password='other " quote'""", 'other " quote'),
         (r'''password="an escaped \" # quote"''', 'an escaped " # quote'),
         (r"password=a\sb\tc\nd\re\bf\\g\'h", "a b\tc\nd\re\bf\\g'h"),
+        (r"password=out\'side # kept", "out'side # kept"),
         (r"password=\a\%\_", r"\a\%\_"),
         ("password=ends with \\", "ends with \\"),
         ("password=a=b==c", "a=b==c"),
