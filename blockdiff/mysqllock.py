@@ -37,7 +37,6 @@ _DIRECTORIES = (
     "innodb_undo_directory",
     "aria_log_dir_path",
 )
-_IDLE_COMMANDS = ("Sleep", "Daemon", "Binlog Dump", "Binlog Dump GTID", "Slave_IO", "Slave_SQL", "Slave_worker")
 _SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
 
 
@@ -322,7 +321,7 @@ def _run(command: Sequence[str]) -> int:
 
 def _is_statement(row: Row) -> bool:
     """Whether a session executes a statement of a user."""
-    return bool(row["Info"]) and row["Command"] not in _IDLE_COMMANDS and row["User"] not in _SYSTEM_USERS
+    return bool(row["Info"]) and row["User"] not in _SYSTEM_USERS
 
 
 def _age_s(row: Row) -> int:

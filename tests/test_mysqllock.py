@@ -180,9 +180,10 @@ NO_STATEMENTS = [
     session(2, "app", "Sleep", None),
     session(3, "event_scheduler", "Daemon", None),
     session(4, "system user", "Query", "INSERT INTO t VALUES (1)"),  # an applier of MySQL 8
-    session(5, "system user", "Slave_SQL", None),
+    session(5, "system user", "Slave_worker", "INSERT INTO t VALUES (1)"),  # one of MariaDB
     session(6, "replica", "Binlog Dump GTID", None),
     session(7, "unauthenticated user", "Connect", None),
+    session(7, "app", "Reset connection", None),
     {**session(8, "app", "Query", "SELECT 1"), "Time": 60},
     {**session(9, "app", "Query", "SELECT 1"), "Time": None},
 ]
