@@ -1,0 +1,1 @@
+"""A Debian guest under qemu with real LVM, sshd, databases and cron."""
