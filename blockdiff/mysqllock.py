@@ -7,6 +7,7 @@ which is told to end it when it hears nothing from us for a while. Nobody else's
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -294,7 +295,7 @@ def connect(
 def run_locked(database: Database, command: Sequence[str]) -> int:
     """Run a command under the lock, and return its exit status, or `SIGNALLED`.
 
-    It inherits standard input, output and error. Raises `ProcessError` where it cannot be started, and `DatabaseError`
+    It inherits standard input, output and error. For the main thread only, which signals may interrupt. Raises `ProcessError` where it cannot be started, and `DatabaseError`
     where the lock was not to be had, or was lost while the command ran, whatever came of the command.
     """
     if shutil.which(command[0]) is None:
@@ -306,17 +307,35 @@ def run_locked(database: Database, command: Sequence[str]) -> int:
 
 
 def _run(command: Sequence[str]) -> int:
+    child = None
     try:
-        child = subprocess.Popen(list(command))
+        with _signals_later():
+            child = subprocess.Popen(list(command))
+        status = child.wait()
     except OSError as error:
         raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}") from error
-    with child:
-        try:
-            status = child.wait()
-        except BaseException:
+    except BaseException:
+        if child is not None:
             process.stop(child)
-            raise
+        raise
     return status if status >= 0 else SIGNALLED
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let the signals that stop us come after the `with` statement: no child is started that nobody knows of."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _is_statement(row: Row) -> bool:

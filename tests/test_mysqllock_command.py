@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import mysqllock
-from blockdiff.errors import ProcessError
+from blockdiff.errors import Interrupted, ProcessError
 from blockdiff.mysqlaccount import Account
 from tests import commands
 from tests.mariadb import MariaDB, Running, execute, wait_for
@@ -86,6 +86,30 @@ def test_a_signal_ends_the_command_and_the_lock(mariadb: MariaDB, tmp_path: Path
         mariadb.assert_free()
         with pytest.raises(OSError, match="No such device or address"):  # nobody reads any more
             os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+
+
+def test_a_signal_while_the_command_is_started_ends_it_too(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = []
+
+    def start(command: list[str]) -> "subprocess.Popen[bytes]":
+        children.append(popen(command))
+        signal.raise_signal(signal.SIGTERM)
+        return children[0]
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted
+
+    popen, before = subprocess.Popen, signal.signal(signal.SIGTERM, interrupt)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    account = Account(mariadb.user, "", socket=str(mariadb.socket))
+    try:
+        with mysqllock.connect(account) as database, pytest.raises(Interrupted):
+            mysqllock.run_locked(database, ["sleep", "1000"])
+        assert signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert children[0].returncode == -signal.SIGTERM
+    mariadb.assert_free()
 
 
 def test_a_killed_owner_leaves_no_lock(mariadb: MariaDB, tmp_path: Path) -> None:
