@@ -295,8 +295,9 @@ def connect(
 def run_locked(database: Database, command: Sequence[str]) -> int:
     """Run a command under the lock, and return its exit status, or `SIGNALLED`.
 
-    It inherits standard input, output and error. For the main thread only, which signals may interrupt. Raises `ProcessError` where it cannot be started, and `DatabaseError`
-    where the lock was not to be had, or was lost while the command ran, whatever came of the command.
+    It inherits standard input, output and error. For the main thread only: a signal ends command and lock. Raises
+    `ProcessError` where it cannot be started, and `DatabaseError` where the lock was not to be had, or was lost while
+    the command ran, whatever came of the command.
     """
     if shutil.which(command[0]) is None:
         raise ProcessError(f"cannot run {printable(command[0])}: no such command", "is it on the PATH?")
