@@ -113,6 +113,8 @@ class Agent:
                 self._take(self._link.receive())
         except BlockdiffError as error:
             self._failure = error
+        except Exception as error:  # noqa: BLE001  # the boundary: without this thread nobody notices the server's end
+            self._failure = ProtocolError("an order cannot be followed: {}: {}".format(type(error).__name__, error))
         if self._relay is not None:
             self._relay.close()
         if not self._finished:

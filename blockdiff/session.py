@@ -295,8 +295,6 @@ class Session:
         if self._tunnel is not None:
             with self._rules():
                 found, fields = self._tunnel.control()
-            if found == wire.ERROR:
-                raise from_wire(fields, self.address.login)
         else:
             frame = self._next()
             found, fields = frame.kind, {}

@@ -11,12 +11,15 @@ from blockdiff.process import STOP_TIMEOUT_S
 
 Control = tuple[int, dict[str, object]]
 
+#: Control frames that may wait to be asked for: one is on its way at most, from an agent that keeps to the protocol.
+_MAX_WAITING = 4
+
 
 class Tunnel:
     """While it is open a thread receives all frames, and hands out the control frames among them by `control`.
 
-    `explain` makes an error of what an error frame holds. `failure` is what broke the connection to the agent, if that
-    happened meanwhile: the socket is at its end then.
+    `explain` makes an error of what an error frame holds. `failure` is that error, the agent's last word, or what broke
+    the connection to it, if that happened meanwhile: the socket is at its end then.
     """
 
     def __init__(self, link: wire.Link, explain: Callable[[dict[str, object]], BlockdiffError]) -> None:
@@ -45,6 +48,7 @@ class Tunnel:
         """Return kind and content of the next control frame; raises `failure` where there is none any more."""
         found = self._controls.get()
         if found is None:
+            self._controls.put(None)  # for whoever asks again
             raise self.failure or ProtocolError("closed the tunnel in place of an answer")
         return found
 
@@ -65,7 +69,11 @@ class Tunnel:
                     self._relay.feed(self._link.read_bytes(frame, wire.MAX_PAYLOAD))
                 elif frame.kind == wire.CLOSE and not frame.length:
                     break
-                elif frame.kind in (wire.ERROR, wire.READY, wire.TAKEN):
+                elif frame.kind == wire.ERROR:
+                    raise self._explain(self._link.read_json(frame))
+                elif frame.kind in (wire.READY, wire.TAKEN):
+                    if self._controls.qsize() >= _MAX_WAITING:
+                        raise ProtocolError("sent more answers than it was asked for")
                     self._controls.put((frame.kind, self._link.read_json(frame)))
                 else:
                     raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")

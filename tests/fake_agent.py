@@ -117,6 +117,7 @@ class FakeConnection(Connection):
         self.closed = False
         self.failure: BaseException | None = None
         self._status = 0
+        self._read_lock = threading.Lock()
         ours, self._theirs = socket.socketpair()
         self._ours = ours
         self._pipe = wire.Pipe(ours.fileno(), ours.fileno())
@@ -134,7 +135,10 @@ class FakeConnection(Connection):
             self._theirs.shutdown(socket.SHUT_WR)
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
-        return self._pipe.readinto(view, timeout_s)
+        with self._read_lock:  # no descriptor is closed while a thread reads from it
+            if self.closed:
+                raise ConnectionLost("the connection is closed")
+            return self._pipe.readinto(view, timeout_s)
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         self._pipe.write(parts)
@@ -151,7 +155,8 @@ class FakeConnection(Connection):
         self._ours.shutdown(socket.SHUT_RDWR)
         self._thread.join(30)
         assert not self._thread.is_alive(), "the script did not notice that the connection is closed"
-        self._ours.close()
+        with self._read_lock:
+            self._ours.close()
         self._theirs.close()
         if self.failure is not None:
             raise self.failure

@@ -21,7 +21,7 @@ class ChildConnection(Connection):
     def __init__(self, arguments: Sequence[str], login: str) -> None:
         self.login = login
         self._program = arguments[0]
-        self._write_lock = threading.Lock()
+        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._closed = False
         try:
             self._child = subprocess.Popen(
@@ -42,7 +42,10 @@ class ChildConnection(Connection):
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
         """See `connection.Connection`."""
-        return self._pipe.readinto(view, timeout_s)
+        with self._read_lock:
+            if self._closed:
+                raise ConnectionLost("the connection is closed")
+            return self._pipe.readinto(view, timeout_s)
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         """See `connection.Connection`."""
@@ -61,14 +64,14 @@ class ChildConnection(Connection):
     def close(self) -> None:
         """See `connection.Connection`."""
         process.stop(self._child)
-        # A thread may still be writing. It fails now that the child is gone, and only then may the descriptor be
-        # closed: its number could otherwise be that of another file by the time it is used.
+        # Threads may still be writing and reading. They fail now that the child is gone, and only then may a descriptor
+        # be closed: its number could otherwise be that of another file by the time it is used.
         # A grandchild may hold the pipe's other end, and the thread with it: then the descriptor stays open.
-        if self._write_lock.acquire(timeout=process.STOP_TIMEOUT_S):
-            self._closed = True
-            self._input.close()
-            self._write_lock.release()
-        self._output.close()
+        for lock, pipe in ((self._write_lock, self._input), (self._read_lock, self._output)):
+            if lock.acquire(timeout=process.STOP_TIMEOUT_S):
+                self._closed = True
+                pipe.close()
+                lock.release()
 
     def stderr(self) -> str:
         """See `connection.Connection`."""
