@@ -29,6 +29,7 @@ OLD_TABLE_FD = 5
 NEW_TABLE_FD = 6
 
 _MD5 = digest_named("md5")
+_FLAGS = {"gzip": " --gzip", "lzop": " --lzop", "none": ""}
 
 
 class FdSink:
@@ -185,12 +186,16 @@ def dump_volume(
     say = taken.say
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
         wanted = [Wanted(os.fsencode(path))]
-        for note in session.prepare(Request(wanted, taken.snapshot_size, low_priority=prefix is None)).notes:
+        ready = session.prepare(Request(wanted, taken.snapshot_size, low_priority=prefix is None))
+        for note in ready.notes:
             say(note)
         say("creating snapshot...")
         (CommandQuiesce(taken.lock) if taken.lock else Quiesce()).around(session)
-        snapshot = _scan(session, ends, lambda device: say(f'running: ssh_blockdiff_dump "{host.login}" "{device}"'))
+        command = "ssh_blockdiff_dump" + _FLAGS[compression]
+        snapshot = _scan(session, ends, lambda device: say(f'running: {command} "{host.login}" "{device}"'))
         say(f"removing snapshot {snapshot}...")
+        for note in session.totals.notes[len(ready.notes) :] if session.totals is not None else ():
+            say(note)
         ends.finish()
 
 

@@ -3,12 +3,11 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
-import os
 import subprocess
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from blockdiff import process
-from blockdiff.errors import ProcessError, SourceError, printable
+from blockdiff.errors import BlockdiffError, ProcessError, SourceError, printable
 
 #: How long each of the two commands may take, in seconds.
 COMMAND_TIMEOUT_S = 60.0
@@ -20,8 +19,9 @@ _GUARD = 'read -r word; [ "$word" = done ] || exec /bin/sh -c "$1"'
 class Freeze:
     """Runs `before` on entry and `after` on exit, through the shell; None for either means nothing to run.
 
-    `after` runs once `before` was started, whatever happens: where the agent is killed, a small process that waits
-    beside it does so. Raises `SourceError` where a command fails or is not done in time.
+    `after` runs once `before` was started, whatever happens: no signal cuts it short, and where the agent is killed, a
+    small process that waits beside it does so. Raises `SourceError` where a command fails or is not done in time; where
+    something else has failed before, that goes on, and its hint tells of this.
     """
 
     def __init__(self, before: Optional[str], after: Optional[str]) -> None:
@@ -34,14 +34,25 @@ class Freeze:
             self._guard = _start_guard(self._after)
         try:
             if self._before is not None:
-                _run("--before", self._before)
-        except BaseException:
-            self._thaw()
+                _run("--before", self._before, self._held_open())
+        except BaseException as error:
+            self.__exit__(None, error, None)
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._thaw()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            process.undisturbed(self._thaw)
+        except SourceError as failure:
+            if not isinstance(error, BlockdiffError):
+                raise
+            error.hint = "; ".join(part for part in (error.hint, failure.message) if part)
+
+    def _held_open(self) -> Sequence[int]:
+        """Return what `before` keeps open, so that the guard waits for its end: to let go before is to let go never."""
+        if self._guard is None or self._guard.stdin is None:
+            return ()
+        return (self._guard.stdin.fileno(),)
 
     def _thaw(self) -> None:
         if self._after is None or self._guard is None:
@@ -54,9 +65,9 @@ class Freeze:
             _dismiss(guard)
 
 
-def _run(option: str, command: str) -> None:
+def _run(option: str, command: str, held_open: Sequence[int] = ()) -> None:
     try:
-        process.run(["/bin/sh", "-c", command], COMMAND_TIMEOUT_S)
+        process.run_shell(command, COMMAND_TIMEOUT_S, held_open)
     except ProcessError as error:
         raise SourceError(
             "the command of {} failed: {}".format(option, error.message), "run it by hand on the host to see why"
@@ -72,9 +83,9 @@ def _start_guard(after: str) -> "subprocess.Popen[bytes]":
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=os.setsid,
+            start_new_session=True,
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
         raise SourceError("cannot start /bin/sh: {}".format(printable(str(error)))) from error
 
 

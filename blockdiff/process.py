@@ -1,4 +1,4 @@
-"""Run and stop child processes, always with a deadline and never through a shell.
+"""Run and stop child processes, always with a deadline, and through a shell only where the user gave a line for it.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 from blockdiff.errors import ProcessError, printable
 
@@ -73,16 +73,37 @@ def run(
     without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
     with _start(arguments, env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as child:
-        try:
-            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            stop(child)
-            raise DeadlineError(arguments, timeout_s) from error
-        except BaseException:  # a signal: no child may outlive us
-            stop(child)
-            raise
+        stdout, stderr = _communicate(child, arguments, timeout_s, stop, stdin)
     completed = Completed(stdout, stderr, child.returncode)
     return checked(arguments, completed) if check else completed
+
+
+def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> Completed:
+    """Run a line for the shell like `run`, in a session of its own; what is not done in time is stopped as a whole.
+
+    `pass_fds` are descriptors that it keeps open as long as it runs.
+    """
+    arguments = ["/bin/sh", "-c", command]
+    with _start(arguments, None, start_new_session=True, pass_fds=pass_fds) as child:
+        stdout, stderr = _communicate(child, arguments, timeout_s, stop_session)
+    return checked(arguments, Completed(stdout, stderr, child.returncode))
+
+
+def _communicate(
+    child: "subprocess.Popen[bytes]",
+    arguments: Sequence[Argument],
+    timeout_s: float,
+    stop_it: "Callable[[subprocess.Popen[bytes]], None]",
+    stdin: Optional[bytes] = None,
+) -> Tuple[bytes, bytes]:
+    try:
+        return child.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        stop_it(child)
+        raise DeadlineError(arguments, timeout_s) from error
+    except BaseException:  # a signal: no child may outlive us
+        stop_it(child)
+        raise
 
 
 def checked(arguments: Sequence[Argument], completed: Completed) -> Completed:
@@ -217,6 +238,7 @@ def _start(
     stdin: int = subprocess.DEVNULL,
     start_new_session: bool = False,
     restore_signals: bool = True,
+    pass_fds: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     try:
         return subprocess.Popen(
@@ -227,6 +249,7 @@ def _start(
             env=env,
             start_new_session=start_new_session,
             restore_signals=restore_signals,
+            pass_fds=pass_fds,
         )
     except OSError as error:
         raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error
@@ -242,3 +265,23 @@ def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) ->
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+
+
+def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """End a child that has a session of its own, with all that it started, unless that has left the session.
+
+    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    number: int = signal.SIGTERM
+    while True:
+        try:
+            os.killpg(child.pid, number)
+        except OSError:  # nothing is there any more, or it is not ours
+            break
+        if number == signal.SIGKILL:
+            break
+        child.poll()  # as long as nobody has waited for it, it is there
+        time.sleep(0.01)
+        number = signal.SIGKILL if time.monotonic() > deadline else 0
+    child.wait()

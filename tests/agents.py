@@ -4,12 +4,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockdiff import bundle, wire
-from blockdiff.errors import BlockdiffError, from_wire
+from blockdiff.errors import BlockdiffError, ConnectionLost, from_wire
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import push_agent
 
@@ -78,9 +78,10 @@ class Conversation:
         scan: dict[str, object] = {"block_size": 4096, "digest": "sha256", "full": "table_blocks" not in fields}
         request.update({name: value for name, value in fields.items() if name in REQUEST_FIELDS})
         scan.update({name: value for name, value in fields.items() if name not in REQUEST_FIELDS})
-        self.link.send_json(wire.REQUEST, request)
-        self.link.send_json(wire.TAKE, {})
-        self.link.send_json(wire.SCAN, scan)
+        with suppress(ConnectionLost):  # it may have ended at the first: what it reports is still to be received
+            self.link.send_json(wire.REQUEST, request)
+            self.link.send_json(wire.TAKE, {})
+            self.link.send_json(wire.SCAN, scan)
 
     def receive(self, table: bytes = b"", digest_size: int = 32) -> Outcome:
         """Take everything from READY to END, and send the digest table as far as it is wanted."""

@@ -55,7 +55,7 @@ def cli() -> None:
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
 @click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON, with --also a list of them.")
 def backup_command(
     name: str,
     source: str,
@@ -100,6 +100,9 @@ def backup_command(
         results = backup.backup_together([(each + suffix, path) for each, path in targets], where, options, progress)
     for result in results:
         _report(result, as_json)
+    if as_json:
+        summaries = [_summary(result) for result in results]
+        click.echo(json.dumps(summaries if also else summaries[0], indent=1))
     if any(result.warnings for result in results):
         sys.exit(EXIT_WARNING)
 
@@ -111,17 +114,18 @@ def _split_also(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _summary(result: backup.Result) -> dict[str, object]:
+    notes = result.recovered + result.notes
+    return {"name": result.name, **asdict(result.manifest), "warnings": result.warnings, "notes": notes}
+
+
 def _report(result: backup.Result, as_json: bool) -> None:
     for note in result.recovered:
         say(f"note: {note}")
     if sys.stderr.isatty():
         for note in result.notes:
             say(f"note: {note}")
-    if as_json:
-        notes = result.recovered + result.notes
-        summary = {"name": result.name, "warnings": result.warnings, "notes": notes, **asdict(result.manifest)}
-        click.echo(json.dumps(summary, indent=1))
-    elif sys.stdout.isatty():
+    if sys.stdout.isatty() and not as_json:
         made = result.manifest
         kind = "full" if made.full else f"{made.changed_blocks} of {made.blocks} blocks changed"
         click.echo(f"generation {made.generation}: {kind}, {_size(made.delta.size + made.table.size)} stored")

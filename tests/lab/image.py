@@ -2,7 +2,6 @@
 
 import configparser
 import fcntl
-import gzip
 import hashlib
 import os
 import shutil
@@ -15,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.lab.initrd import initrd
+
 SUITE = "bookworm"
 PACKAGES = (
     "linux-image-cloud-amd64 systemd-sysv udev kmod iproute2 procps rsync openssh-server openssh-client"
-    " psmisc lvm2 thin-provisioning-tools e2fsprogs cron daemontools python3 perl-base mariadb-server postgresql"
+    " psmisc busybox-static lvm2 thin-provisioning-tools e2fsprogs cron daemontools python3 perl-base mariadb-server postgresql"
 )
 #: Where the server side of blockdiff finds the Python packages that it needs, in the guest.
 PYTHON_PACKAGES = "/opt/blockdiff-packages"
@@ -30,11 +31,16 @@ _HERE = Path(__file__).resolve().parent
 _ROOTFS = _HERE / "rootfs"
 _DISK_SIZE = 4 << 30
 _BUILD_TIMEOUT_S = 1800
+_KEPT_S = 24 * 3600  # an image that was used lately may be that of another checkout
+# every unit costs an emulated processor its share of a second
 _NOT_NEEDED = (
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer"
-    " mariadb.service postgresql.service rsync.service svscan.service systemd-timesyncd.service getty@tty1.service"
-    " systemd-pstore.service systemd-update-utmp.service systemd-update-utmp-runlevel.service remote-fs.target"
-    " systemd-user-sessions.service systemd-logind.service getty-static.service getty.target serial-getty@ttyS0.service"
+    " mariadb.service postgresql.service rsync.service svscan.service systemd-timesyncd.service remote-fs.target"
+    " getty.target blk-availability.service systemd-logind.service systemd-user-sessions.service systemd-pstore.service"
+    " systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-sysusers.service systemd-sysctl.service"
+    " systemd-random-seed.service systemd-modules-load.service systemd-binfmt.service systemd-remount-fs.service"
+    " proc-sys-fs-binfmt_misc.automount sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount"
+    " sys-fs-fuse-connections.mount dev-hugepages.mount dev-mqueue.mount modprobe@.service systemd-journal-flush.service"
 )
 
 
@@ -90,6 +96,7 @@ def image() -> Image:
     with _locked(_cache()):
         if not directory.exists():
             _build_into(directory)
+        os.utime(directory)
     return Image(directory)
 
 
@@ -110,7 +117,7 @@ def _requirements() -> list[str]:
 def _key() -> str:
     """Return the name of the image that would be built now: all that it is built from, hashed."""
     digest = hashlib.sha256("\n".join(_requirements()).encode())
-    for path in [Path(__file__), *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
+    for path in [Path(__file__), _HERE / "initrd.py", *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
         digest.update(f"\0{path.relative_to(_HERE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -124,7 +131,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _build_into(directory: Path) -> None:
-    """Build the image and put it in its place; older ones go, and a failed one leaves nothing."""
+    """Build the image and put it in its place; a failed one leaves nothing, and those long unused go."""
     cache = directory.parent
     for left in cache.glob("building-*"):  # the lock is ours: whoever made it is gone
         shutil.rmtree(left)
@@ -142,7 +149,7 @@ def _build_into(directory: Path) -> None:
             _make_disk(root, made, log.fileno())
         made.rename(directory)
     for old in cache.iterdir():
-        if old.is_dir() and old != directory:
+        if old.is_dir() and old.stat().st_mtime < time.time() - _KEPT_S:
             shutil.rmtree(old)
     _say(f"done in {time.monotonic() - started:.0f} s: {directory}")
 
@@ -209,6 +216,7 @@ def _configure(root: Path, made: Path, log: int) -> None:
     _run("chroot", root, "systemctl", "mask", *_NOT_NEEDED.split(), log=log)
     _run("chroot", root, "systemctl", "enable", "lab-network.service", log=log)
     _run("chroot", root, "systemctl", "set-default", "multi-user.target", log=log)
+    shutil.rmtree(root / "usr/lib/systemd/system-generators")
     _run(
         *("chroot", root, "mariadb-install-db", "--no-defaults", "--user=mysql", "--skip-test-db"),
         *("--auth-root-authentication-method=socket", "--auth-root-socket-user=root"),
@@ -218,10 +226,9 @@ def _configure(root: Path, made: Path, log: int) -> None:
 
 
 def _make_disk(root: Path, made: Path, log: int) -> None:
-    kernel, initrd = (next((root / "boot").glob(name)) for name in ("vmlinuz-*", "initrd.img-*"))
+    (kernel,) = (root / "boot").glob("vmlinuz-*")
     shutil.copy(kernel, made / "vmlinuz")
-    # unpacked here once, not at every boot by an emulated processor
-    (made / "initrd").write_bytes(gzip.decompress(initrd.read_bytes()))
+    (made / "initrd").write_bytes(initrd(root))
     disk = made / "disk"
     with disk.open("wb") as file:
         file.truncate(_DISK_SIZE)
