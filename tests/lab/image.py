@@ -18,8 +18,9 @@ from tests.lab.initrd import initrd
 
 SUITE = "bookworm"
 PACKAGES = (
-    "linux-image-cloud-amd64 systemd-sysv udev kmod iproute2 procps rsync openssh-server openssh-client"
-    " psmisc busybox-static lvm2 thin-provisioning-tools e2fsprogs cron daemontools python3 perl-base mariadb-server postgresql"
+    "linux-image-cloud-amd64 systemd-sysv udev kmod iproute2 procps psmisc busybox-static rsync"
+    " openssh-server openssh-client lvm2 thin-provisioning-tools e2fsprogs cron daemontools python3 perl-base"
+    " mariadb-server postgresql"
 )
 #: Where the server side of blockdiff finds the Python packages that it needs, in the guest.
 PYTHON_PACKAGES = "/opt/blockdiff-packages"
@@ -40,7 +41,8 @@ _NOT_NEEDED = (
     " systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-sysusers.service systemd-sysctl.service"
     " systemd-random-seed.service systemd-modules-load.service systemd-binfmt.service systemd-remount-fs.service"
     " proc-sys-fs-binfmt_misc.automount sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount"
-    " sys-fs-fuse-connections.mount dev-hugepages.mount dev-mqueue.mount modprobe@.service systemd-journal-flush.service"
+    " sys-fs-fuse-connections.mount dev-hugepages.mount dev-mqueue.mount modprobe@.service"
+    " systemd-journal-flush.service"
 )
 
 
