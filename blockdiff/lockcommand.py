@@ -5,17 +5,16 @@ lock script of the original's days will do.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from blockdiff import process
-from blockdiff.errors import ProcessError
+from blockdiff.errors import ProcessError, printable
 
 #: How long the command may take until it executes what it was given, and to end after that, in seconds.
 LOCK_TIMEOUT_S = 540.0
@@ -33,57 +32,71 @@ def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
     Raises `ProcessError` where the command fails, does not execute what it is given, or is not done in time, and what
     `take` raises; whatever was taken is worth nothing then. What the command prints goes to standard error.
     """
+    with _listening() as (listener, path), _started(command, path) as child:
+        runner = _accept(listener, child)
+        begun = time.monotonic()
+        try:
+            with runner:
+                took_s = take()
+                waited = child.poll() is None and _told(runner)
+        finally:
+            status = _ended(child)  # whatever came of it: the command is to let go of its lock
+        if status is None:
+            raise ProcessError(f"the command in LVCREATE_PREFIX did not end within {END_TIMEOUT_S:g} s of the snapshot")
+        if status != 0 or not waited:
+            raise ProcessError(
+                f"the command in LVCREATE_PREFIX {process.status_text(status)}"
+                f"{'' if waited else ' before the snapshot was made'}: "
+                "whether it held its lock while the snapshot was made is not known"
+            )
+        return took_s, time.monotonic() - begun
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[socket.socket, str]]:
+    """Yield a socket for what the command executes, and its path, which is nobody else's."""
     with tempfile.TemporaryDirectory(prefix="blockdiff-") as directory, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(directory, "go")
-        listener.bind(path)
+        try:
+            listener.bind(path)
+        except OSError as error:
+            raise ProcessError(
+                f"cannot make the socket {printable(path)} for the command in LVCREATE_PREFIX: {error}",
+                "TMPDIR in the environment names another directory",
+            ) from error
         listener.listen(1)
         listener.settimeout(_POLL_S)
-        with _started(command, path) as child:
-            with _accepted(listener, child) as runner:
-                begun = time.monotonic()
-                took_s = take()
-                runner.sendall(b"0")
-            try:
-                status = child.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired as error:
-                raise ProcessError(
-                    f"the command in LVCREATE_PREFIX did not end within {END_TIMEOUT_S:g} s of the snapshot"
-                ) from error
-            if status != 0:
-                raise ProcessError(
-                    f"the command in LVCREATE_PREFIX {process.status_text(status)}: "
-                    "whether it held its lock while the snapshot was made is not known"
-                )
-            return took_s, time.monotonic() - begun
+        yield listener, path
 
 
 @contextmanager
 def _started(command: str, path: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Yield the running command; ends it with all that it started. Its words are never shown: they may be secret."""
     runner = [sys.executable, "-I", "-S", "-c", _RUNNER, path]
-    child = subprocess.Popen(
-        ["/bin/sh", "-c", command + ' "$@"', "sh", *runner],
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        start_new_session=True,  # so that it can be ended as a whole
-    )
+    try:
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", command + ' "$@"', "sh", *runner],
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            start_new_session=True,  # so that it can be ended as a whole
+        )
+    except OSError as error:
+        raise ProcessError(f"cannot start /bin/sh for the command in LVCREATE_PREFIX: {error.strerror}") from error
     try:
         yield child
     finally:
         if child.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
-            process.stop(child)
+            process.stop_session(child)
 
 
-@contextmanager
-def _accepted(listener: socket.socket, child: "subprocess.Popen[bytes]") -> Iterator[socket.socket]:
-    """Yield the connection of what the command executes."""
+def _accept(listener: socket.socket, child: "subprocess.Popen[bytes]") -> socket.socket:
+    """Return the connection of what the command executes."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             connection, _address = listener.accept()
-            break
+            listener.close()  # once is enough
+            return connection
         except TimeoutError:
             pass
         status = child.poll()
@@ -94,6 +107,20 @@ def _accepted(listener: socket.socket, child: "subprocess.Popen[bytes]") -> Iter
             )
         if time.monotonic() > deadline:
             raise ProcessError(f"the command in LVCREATE_PREFIX was not ready after {LOCK_TIMEOUT_S:g} s")
-    listener.close()  # once is enough
-    with connection:
-        yield connection
+
+
+def _told(runner: socket.socket) -> bool:
+    """Let what the command executes end well; return whether it was still there."""
+    try:
+        runner.sendall(b"0")
+    except OSError:
+        return False
+    return True
+
+
+def _ended(child: "subprocess.Popen[bytes]") -> int | None:
+    """Wait for the end of the command; return its status, None where it does not end."""
+    try:
+        return child.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return None
