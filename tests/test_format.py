@@ -19,11 +19,12 @@ from blockdiff import codec, manifest
 from blockdiff.apply import apply
 from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
 from blockdiff.chain import DELTA_SUFFIXES, TABLE_SUFFIXES
+from blockdiff.coordinates import Channel, Coordinates
 from blockdiff.deltafile import MAX_RECORD, DeltaReader, TableReader
 from blockdiff.deltawriter import DeltaWriter
 from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, ProtocolError, StorageError
-from blockdiff.manifest import Manifest, Parent, Source, StoredFile
+from blockdiff.manifest import Manifest, Parent, Quiesced, Snapshot, Source, StoredFile
 from tests import recipe
 from tests.protocol import FORMAT as TEXT
 from tests.protocol import example
@@ -147,12 +148,19 @@ MANIFEST = Manifest(
     image_size=3,
     blocks=1,
     changed_blocks=1,
-    source=Source("web1:2222", "/dev/vg/lv", "device"),
-    consistency="live",
+    source=Source("web1:2222", "/dev/vg/lv", "device", "uuid"),
+    consistency="quiesced",
     started="2026-11-20T00:00:00+00:00",
     finished="2026-11-20T00:00:01+00:00",
     bytes_read=3,
     bytes_received=40,
+    run="0123456789abcdef",
+    snapshot=Snapshot("uuid", "thick", 0.25, 12.5, False, "changed"),
+    quiesced=Quiesced("mysql", 0.5, ["BACKUP STAGE START"], 1.0),
+    database=Coordinates(
+        "10.11.6-MariaDB", "mariadb", "binlog.1", 4, "0-1-2", (Channel("", "db1", 3306, "b", 5, None),)
+    ),
+    notes=["a note"],
     versions={"blockdiff": "1"},
 )
 
@@ -202,7 +210,8 @@ def test_a_manifest_of_another_version_or_with_unfit_fields_is_refused() -> None
     assert manifest.from_bytes(sealed({**fields, "a newer field": [1]}), "m") == MANIFEST
     with pytest.raises(DamagedError, match="has manifest version 2, this blockdiff knows 1"):
         manifest.from_bytes(sealed({**fields, "blockdiff_manifest": 2}), "m")
-    for name in set(fields) - {"blockdiff_manifest", "sha256", "parent", "image_size", "bytes_read", "bytes_received"}:
+    optional = {"image_size", "bytes_read", "bytes_received", "run", "snapshot", "quiesced", "database", "notes"}
+    for name in set(fields) - {"blockdiff_manifest", "sha256", "parent"} - optional:
         with pytest.raises(DamagedError, match="is missing or unfit"):
             manifest.from_bytes(sealed({**fields, name: None}), "m")
     for name, value in (("generation", -1), ("blocks", True), ("full", 1), ("image_size", "3"), ("parent", {"x": 1})):

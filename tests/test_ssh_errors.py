@@ -14,8 +14,10 @@ import paramiko
 import pytest
 
 from blockdiff import address, backup, bundle, wire
-from blockdiff.errors import BlockdiffError, TransportError
+from blockdiff import transport as transports
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.transport import NAMES, advice, connection
+from blockdiff.transport.paramiko_ssh import ParamikoConnection
 from tests import chains, commands, processes
 from tests.relay import CUT, SILENCE, Relay
 from tests.sshd import Sshd
@@ -183,6 +185,20 @@ def test_a_connection_that_is_cut_anywhere_fails_the_run_and_leaves_nothing(
         assert chain.files() == before, limit
         processes.wait_until_gone(sshd.mark)
     chain.assert_sound()
+
+
+def test_a_connection_that_breaks_within_a_write_of_paramiko_is_lost(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_data: bytes) -> None:
+        raise EOFError
+
+    where = address.parse(sshd.url("/nothing"))
+    with transports.connect(where, "paramiko", sshd.options) as connection:
+        assert isinstance(connection, ParamikoConnection)
+        monkeypatch.setattr(connection._channel, "sendall", breaks)
+        with pytest.raises(ConnectionLost, match="cannot write: the connection ended"):
+            connection.write([b"x"])
 
 
 def test_a_connection_that_is_cut_within_its_last_bytes_never_gives_half_a_generation(

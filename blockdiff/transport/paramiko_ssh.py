@@ -129,8 +129,8 @@ class ParamikoConnection(Connection):
         try:
             for part in parts:
                 self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
-        except OSError as error:
-            raise ConnectionLost(f"cannot write: {error}") from error
+        except (OSError, EOFError) as error:  # the latter where the connection breaks within this very call
+            raise ConnectionLost(f"cannot write: {error or 'the connection ended'}") from error
 
     def wait(self, timeout_s: float) -> int | None:
         """See `connection.Connection`."""
