@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.tablefeed import TableFeed
 from blockdiff import agent, wire
-from blockdiff.errors import ProtocolError, SourceError
+from blockdiff.errors import SourceError
 from blockdiff.transport.child import ChildConnection
 from tests import agents, loop
 from tests.conftest import require, require_program
@@ -209,36 +207,3 @@ def test_a_failure_that_nobody_thought_of_arrives_as_a_sentence() -> None:
         said = talk.child.stderr()
         assert "<blockdiff.agent>" in said  # the traceback shows the shipped source
         assert "os.open(path" in said
-
-
-def test_the_digest_feed_asks_for_more_in_time_and_takes_no_more_than_that() -> None:
-    size, count = 32, 100_000
-    table = secrets.token_bytes(size * count)
-
-    class Server(wire.Link):
-        """Sends at once what is wanted, and holds what it was asked for."""
-
-        def __init__(self) -> None:
-            self.wanted = [0]
-
-        def send(self, kind: int, *parts: wire.Buffer, offset: int = 0) -> None:
-            assert kind == wire.WANT
-            (start,) = (int.from_bytes(part, "little") for part in parts)
-            sent, self.wanted = max(self.wanted[-1], start), [*self.wanted, offset]
-            feed.feed(sent, table[sent:offset])
-
-    server = Server()
-    feed = TableFeed(server, size, count)
-    with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
-        feed.feed(0, b"?")
-
-    feed = TableFeed(server, size, count)
-    taken = b""
-    for blocks in (1, 8192, 0, 5000, *[8192] * 10, 8192):
-        taken += feed.take(blocks)
-        assert server.wanted[-1] <= len(taken) + wire.TABLE_WINDOW
-    assert taken == table[: len(taken)]
-    assert len(taken) == min(1 + 5000 + 12 * 8192, count) * size
-    assert server.wanted == sorted(set(server.wanted))
-    with pytest.raises(ProtocolError, match="the server sent more of the digest table than was asked for"):
-        feed.feed(len(table), b"?")

@@ -130,7 +130,7 @@ class ParamikoConnection(Connection):
             for part in parts:
                 self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
         except (OSError, EOFError) as error:  # the latter where the connection breaks within this very call
-            raise ConnectionLost(f"cannot write: {error or 'the connection ended'}") from error
+            raise ConnectionLost(f"cannot write: {str(error) or 'the connection ended'}") from error
 
     def wait(self, timeout_s: float) -> int | None:
         """See `connection.Connection`."""

@@ -18,19 +18,19 @@ from tests.lab.volumes import VolumeGroup
 PLACE = "/run/blockdiff-test"
 MIB = 1 << 20
 
-PRELUDE = (
-    """
+PRELUDE = """
 import json, os, random, signal, sys, threading, time
-sys.path.insert(0, "%s")
 from blockdiff import extents, lvcheck, lvm, lvs, process, thin
 from blockdiff.errors import BlockdiffError, Interrupted, SourceError
 path = sys.argv[1]
 
 def write(offset, data, path=path):
     fd = os.open(path, os.O_WRONLY)
-    os.pwrite(fd, data, offset)
-    os.fsync(fd)
-    os.close(fd)
+    try:
+        os.pwrite(fd, data, offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 def read(offset, length, path=path):
     with open(path, "rb") as file:
@@ -50,8 +50,6 @@ def wait_until(condition):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 """
-    % PLACE
-)
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +214,16 @@ def test_a_snapshot_that_fills_is_extended_while_there_is_room(package: Guest, v
         path,
         """
 lvm.WATCH_INTERVAL_S = 0.2
+def now():
+    return lvs.volumes(snapshot.origin.group, snapshot._selection)[0]
+
 with lvm.Snapshot(lvm.find(path), "8M") as snapshot:
     before = snapshot.look().size
     for i in range(12):
         write(i << 21, os.urandom(2 << 20))
-        level = (i + 1) * 200 / 8
-        name = snapshot.look
-        wait_until(lambda: lvs.volumes(snapshot.origin.group, snapshot._selection)[0].data_percent < 70 or snapshot.notes)
+        wait_until(lambda: snapshot.notes or now().data_percent < 70)
     snapshot.check()
-    after = lvs.volumes(snapshot.origin.group, snapshot._selection)[0].size
+    after = now().size
 json.dump([before, after, snapshot.level, snapshot.notes], sys.stdout)
 """,
     )
@@ -402,8 +401,8 @@ def change():
         length = random.choice((1, 3, 16, 100)) * unit
         offset = random.randrange((size - length) // unit) * unit
         if random.random() < 0.3:
-            process.run(["blkdiscard", "-o", str(offset), "-l", str(length * 10 if offset + length * 10 < size else length),
-                path], 30)
+            length = min(length * 10, size - offset)
+            process.run(["blkdiscard", "-o", str(offset), "-l", str(length), path], 30)
         else:
             write(offset, os.urandom(length) if random.random() < 0.8 else bytes(length))
             written += (length // 65536 + 2) * 65536
@@ -592,7 +591,7 @@ def test_a_metadata_snapshot_is_released_whatever_happens(package: Guest, volume
         COMPARE
         + """
 new = keep()
-fakes = "%s/fakes"
+fakes = sys.path[0] + "/fakes"
 os.makedirs(fakes, exist_ok=True)
 real = os.environ["PATH"]
 os.environ["PATH"] = fakes + ":" + real
@@ -631,8 +630,7 @@ process.run(["dmsetup", "message", pool, "0", "release_metadata_snap"], 30, env=
 answers.append(refusal(lambda: thin.mapped_extents(new)))
 answers.append(held())
 json.dump(answers, sys.stdout)
-"""
-        % PLACE,
+""",
         "1",
     )
     pool = f"{volume_group.name}-pool-tpool"
