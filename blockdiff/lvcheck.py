@@ -92,7 +92,7 @@ def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
         )
     if size:
         return []
-    what = "" if wanted == DEFAULT_SIZE else ", all that the volume group {} has".format(volume.group)
+    what = ", all that the volume group {} has".format(volume.group) if wanted == volume.group_free else ""
     return ["the snapshot of {} gets {}{}".format(volume.full_name, shown_size(wanted), what)]
 
 
@@ -139,18 +139,18 @@ def _looked_up(group: str, selection: str) -> List[Volume]:
 def size_in_bytes(text: str, origin: Volume) -> int:
     """Return the bytes that a snapshot size asks for (see `check`); raises `SourceError` for any other text."""
     if not text:
-        return min(DEFAULT_SIZE, origin.group_free)
+        return min(DEFAULT_SIZE, origin.group_free, full_size(origin))
     match = _SIZE.fullmatch(text)
     if not match or int(match.group(1)) == 0:
         raise SourceError("{} is no snapshot size".format(printable(text, 100)), "use 20%, or a number with M or G")
     number, unit = match.groups()
     wanted = origin.size * int(number) // 100 if unit == "%" else int(number) * _UNITS[unit.upper()]
-    return min(wanted, full_size(origin))
+    return wanted if wanted < origin.size else full_size(origin)
 
 
 def full_size(origin: Volume) -> int:
     """Return the bytes of a snapshot of `origin` that cannot overflow: LVM's own notes need half a percent."""
-    return origin.size + origin.size // 100 + (8 << 20)
+    return origin.size + origin.size // 100 + (1 << 20)
 
 
 def shown_size(size: int) -> str:

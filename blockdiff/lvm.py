@@ -141,10 +141,7 @@ class Snapshot:
             command += ["--addtag", tag] if tag else []
         if self.origin.is_thin:
             command += ["-k", "n", "-a", "y"]
-        elif size.endswith("%"):
-            size_in_bytes(size, self.origin)
-            command += ["-l", size + "ORIGIN"]
-        else:
+        else:  # never `-l 20%ORIGIN`: with less room than that LVM makes a smaller one
             command += ["-L", "{}b".format(size_in_bytes(size, self.origin))]
         return [*command, self.origin.full_name]
 

@@ -209,19 +209,15 @@ class Command:
                 thin_id = next(number for number in range(1, 1000) if number not in ids)
                 row.update(segtype="thin", pool_lv=origin["pool_lv"], thin_id=str(thin_id), lv_attr="Vri-a-tz--")
             else:
-                size = self.amount(int(origin["lv_size"]))
+                size = self.amount()
                 if size > state["groups"][group]:
                     raise Fail(f'  Volume group "{group}" has insufficient free space')
                 state["groups"][group] -= size
                 row.update(lv_size=str(size), data_percent="0.00", lv_attr="sri-a-s---")
             state["volumes"].append(row)
 
-    def amount(self, origin: int) -> int:
-        if self.option("-l"):
-            wanted = origin * int(self.option("-l").removesuffix("%ORIGIN")) // 100
-        else:
-            wanted = int(self.option("-L").strip("+b"))
-        return -(-wanted // EXTENT) * EXTENT
+    def amount(self) -> int:
+        return -(-int(self.option("-L").strip("+b")) // EXTENT) * EXTENT
 
     def lvremove(self) -> None:
         gone = [row["lv_uuid"] for row in self.selected()]
@@ -230,7 +226,7 @@ class Command:
 
     def lvextend(self) -> None:
         group, name = self.place()
-        more = self.amount(0)
+        more = self.amount()
         with self.fake.state() as state:
             if more > state["groups"][group]:
                 raise Fail("  Insufficient free space")

@@ -229,14 +229,12 @@ def test_our_own_snapshots_are_no_source(fake: FakeLvm) -> None:
         lvm.find("/dev/vg/bd_1")
 
 
-@pytest.mark.parametrize("text", ["", "1", "512M", "20%", "1g", "100%", "7T", "300%"])
+@pytest.mark.parametrize("text", ["", "1", "30M", "512M", "20%", "99%", "1g", "100%", "7T", "300%"])
 def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
     origin = lvm.find("/dev/vg/lv")
-    expected = {"": 200 * MIB, "1": 1, "512M": 512 * MIB, "20%": 20 * MIB, "1g": 1 << 30, "100%": 100 * MIB}
-    full = lvcheck.full_size(origin)
-    assert lvcheck.size_in_bytes(text, origin) == (
-        expected[text] if text == "" else min(expected.get(text, full), full)
-    )
+    full = 102 * MIB  # cannot overflow
+    expected = {"1": 1, "30M": 30 * MIB, "20%": 20 * MIB, "99%": 99 * MIB}
+    assert lvcheck.size_in_bytes(text, origin) == expected.get(text, full)
 
 
 @pytest.mark.parametrize("text", ["0", "0%", "-1", "1.5G", "20 %", "G", "1E", "%", "1000000000000000000", "1M\n", "٣"])
@@ -271,12 +269,17 @@ def test_a_group_without_room_is_named_with_what_is_needed_and_free(fake: FakeLv
     ],
 )
 def test_without_a_size_the_default_of_the_original_is_told(fake: FakeLvm, free: int, note: str) -> None:
+    fake.set("lv", lv_size=str(50 << 30))
     with fake.state() as state:
         state["groups"]["vg"] = free
     origin = lvm.find("/dev/vg/lv")
     assert lvm.check(origin, "") == [note]
     with lvm.Snapshot(origin, ""):
         assert ["-L", f"{min(free, 10 << 30)}b"] == fake.calls("lvcreate")[0][-3:-1]
+
+
+def test_without_a_size_a_small_volume_gets_what_cannot_overflow(fake: FakeLvm) -> None:
+    assert lvm.check(lvm.find("/dev/vg/lv"), "") == ["the snapshot of vg/lv gets 102 MiB"]
 
 
 def test_without_a_size_and_without_room_there_is_no_snapshot(fake: FakeLvm) -> None:
@@ -327,7 +330,7 @@ def test_a_thick_snapshot_is_read_only_tagged_and_removed(fake: FakeLvm) -> None
         assert snapshot.path == found.dm_path  # the other is not there
         snapshot.check()
     (call,) = fake.calls("lvcreate")
-    assert call[:5] == ["-y", "-s", "-p", "r", "-n"] and call[-3:] == ["-l", "20%ORIGIN", "vg/lv"]
+    assert call[:5] == ["-y", "-s", "-p", "r", "-n"] and call[-3:] == ["-L", f"{20 * MIB}b", "vg/lv"]
     assert fake.names() == ["lv"]
     (removal,) = fake.calls("lvremove")
     assert removal == [
@@ -471,7 +474,7 @@ def test_an_overflow_is_told_with_the_size_that_would_have_done(fake: FakeLvm) -
             SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$"
         ) as caught:
             snapshot.check()
-        assert caught.value.hint == "--snapshot-size 40M is the least to try, 109M is sure to do"
+        assert caught.value.hint == "--snapshot-size 40M is the least to try, 102M is sure to do"
     assert fake.names() == ["lv"]
 
 
