@@ -26,7 +26,7 @@ PACKAGES = (
 PYTHON_PACKAGES = "/opt/blockdiff-packages"
 #: A database directory as mariadb-install-db leaves it, in the guest: making one there takes long.
 MARIADB_TEMPLATE = "/var/lib/mysql-template"
-PROGRAMS = ("mmdebstrap", "mkfs.ext4", "qemu-system-x86_64", "setpriv", "ssh", "ssh-keygen")
+PROGRAMS = ("mmdebstrap", "unshare", "mkfs.ext4", "qemu-system-x86_64", "setpriv", "ssh", "ssh-keygen")
 
 _HERE = Path(__file__).resolve().parent
 _ROOTFS = _HERE / "rootfs"
@@ -136,11 +136,12 @@ def _build_into(directory: Path) -> None:
     """Build the image and put it in its place; a failed one leaves nothing, and those long unused go."""
     cache = directory.parent
     for left in cache.glob("building-*"):  # the lock is ours: whoever made it is gone
-        shutil.rmtree(left)
+        _remove(left)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as place:
-        made, root = Path(place, "image"), Path(place, "root")
-        made.mkdir()
+    place = Path(tempfile.mkdtemp(dir=cache, prefix="building-"))
+    made, root = place / "image", place / "root"
+    made.mkdir()
+    try:
         with (made / "log").open("wb") as log:
             _say("installing Debian (some minutes)")
             _install(root, log.fileno())
@@ -150,10 +151,21 @@ def _build_into(directory: Path) -> None:
             _configure(root, made, log.fileno())
             _make_disk(root, made, log.fileno())
         made.rename(directory)
+    finally:
+        _remove(place)
     for old in cache.iterdir():
         if old.is_dir() and old.stat().st_mtime < time.time() - _KEPT_S:
-            shutil.rmtree(old)
+            _remove(old)
     _say(f"done in {time.monotonic() - started:.0f} s: {directory}")
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, but never what is mounted in it."""
+    below = f"{directory.resolve()}/"
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    if any(path.startswith(below) for path in mounted):
+        raise BuildError(f"{directory}: something is mounted in it; unmount that, then remove the directory")
+    shutil.rmtree(directory)
 
 
 def _install(root: Path, log: int) -> None:
@@ -238,10 +250,14 @@ def _make_disk(root: Path, made: Path, log: int) -> None:
 
 
 def _run(*command: str | Path, log: int) -> None:
-    """Run one step of the build; its output goes to the log."""
+    """Run one step of the build, its output goes to the log.
+
+    What it mounts only it can see: mmdebstrap puts this machine's /dev into the tree, and whoever removes the tree of a
+    build that was killed must not find it there.
+    """
     try:
         subprocess.run(
-            command,
+            ["unshare", "--mount", "--propagation", "private", *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
