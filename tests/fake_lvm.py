@@ -7,6 +7,7 @@ alone.
 import fcntl
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -97,6 +98,19 @@ class FakeLvm:
         thin = {"segtype": "thin", "pool_lv": "pool", "thin_id": "1", "lv_attr": "Vwi-aotz--"}
         thin.update(fields)
         return self.add(group, name, **thin)
+
+    def add_file(self, group: str, name: str, content: bytes, **fields: str) -> Path:
+        """Add a volume whose device is a plain file, of which a snapshot holds what it held; return its path."""
+        path = self.directory / group / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        self.add(group, name, len(content), lv_path=str(path), **fields)
+        return path
+
+    def snapshots(self) -> list[str]:
+        """Return the names of the snapshots that are there, as volumes or as files."""
+        files = [path.name for path in self.directory.glob("*/bd_*")]
+        return sorted({*files, *(name for name in self.names() if name.startswith("bd_"))})
 
     def set(self, name: str, **fields: str) -> None:
         """Change columns of the volume `name`."""
@@ -214,14 +228,23 @@ class Command:
                     raise Fail(f'  Volume group "{group}" has insufficient free space')
                 state["groups"][group] -= size
                 row.update(lv_size=str(size), data_percent="0.00", lv_attr="sri-a-s---")
+            if Path(origin["lv_path"]).is_file():
+                row["lv_path"] = str(Path(origin["lv_path"]).with_name(row["lv_name"]))
+                shutil.copyfile(origin["lv_path"], row["lv_path"])
             state["volumes"].append(row)
 
     def amount(self) -> int:
-        return -(-int(self.option("-L").strip("+b")) // EXTENT) * EXTENT
+        wanted = int(self.option("-L").strip("+b"))
+        if wanted % 512:
+            raise Fail("  Size is not a multiple of 512.\n  Error during parsing of command line.")
+        return -(-wanted // EXTENT) * EXTENT
 
     def lvremove(self) -> None:
         gone = [row["lv_uuid"] for row in self.selected()]
         with self.fake.state() as state:
+            for row in state["volumes"]:
+                if row["lv_uuid"] in gone and Path(row["lv_path"]).is_file():
+                    Path(row["lv_path"]).unlink()
             state["volumes"] = [row for row in state["volumes"] if row["lv_uuid"] not in gone]
 
     def lvextend(self) -> None:
