@@ -81,8 +81,7 @@ def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
             "the snapshot of {} cannot be kept: it is no thin volume".format(volume.full_name),
             "run without --keep-snapshot",
         )
-    wanted = size_in_bytes(size, volume)
-    needed = max(1, -(-wanted // volume.extent_size)) * volume.extent_size
+    needed = size_in_bytes(size, volume)
     if needed > volume.group_free:
         raise SourceError(
             "no room in the volume group {}: a snapshot of {} needs {}, {} are free".format(
@@ -92,8 +91,8 @@ def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
         )
     if size:
         return []
-    what = ", all that the volume group {} has".format(volume.group) if wanted == volume.group_free else ""
-    return ["the snapshot of {} gets {}{}".format(volume.full_name, shown_size(wanted), what)]
+    what = ", all that the volume group {} has".format(volume.group) if needed == volume.group_free else ""
+    return ["the snapshot of {} gets {}{}".format(volume.full_name, shown_size(needed), what)]
 
 
 def _check_fit(volume: Volume) -> None:
@@ -137,19 +136,26 @@ def _looked_up(group: str, selection: str) -> List[Volume]:
 
 
 def size_in_bytes(text: str, origin: Volume) -> int:
-    """Return the bytes that a snapshot size asks for (see `check`); raises `SourceError` for any other text."""
+    """Return the bytes of a snapshot of the size `text` (see `check`), in whole extents.
+
+    Raises `SourceError` for any other text.
+    """
     if not text:
-        return min(DEFAULT_SIZE, origin.group_free, full_size(origin))
+        return _in_extents(min(DEFAULT_SIZE, origin.group_free, full_size(origin)), origin)
     match = _SIZE.fullmatch(text)
     if not match or int(match.group(1)) == 0:
         raise SourceError("{} is no snapshot size".format(printable(text, 100)), "use 20%, or a number with M or G")
     number, unit = match.groups()
     wanted = origin.size * int(number) // 100 if unit == "%" else int(number) * _UNITS[unit.upper()]
-    return wanted if wanted < origin.size else full_size(origin)
+    return _in_extents(wanted if wanted < origin.size else full_size(origin), origin)
+
+
+def _in_extents(size: int, origin: Volume) -> int:
+    return max(1, -(-size // origin.extent_size)) * origin.extent_size
 
 
 def full_size(origin: Volume) -> int:
-    """Return the bytes of a snapshot of `origin` that cannot overflow: LVM's own notes need half a percent."""
+    """Return the bytes of a snapshot of `origin` that cannot overflow: LVM adds half a percent."""
     return origin.size + origin.size // 100 + (1 << 20)
 
 

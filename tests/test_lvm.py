@@ -232,8 +232,8 @@ def test_our_own_snapshots_are_no_source(fake: FakeLvm) -> None:
 @pytest.mark.parametrize("text", ["", "1", "30M", "512M", "20%", "99%", "1g", "100%", "7T", "300%"])
 def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
     origin = lvm.find("/dev/vg/lv")
-    full = 102 * MIB  # cannot overflow
-    expected = {"1": 1, "30M": 30 * MIB, "20%": 20 * MIB, "99%": 99 * MIB}
+    full = 104 * MIB  # cannot overflow
+    expected = {"1": 4 * MIB, "30M": 32 * MIB, "20%": 20 * MIB, "99%": 100 * MIB}
     assert lvcheck.size_in_bytes(text, origin) == expected.get(text, full)
 
 
@@ -279,7 +279,7 @@ def test_without_a_size_the_default_of_the_original_is_told(fake: FakeLvm, free:
 
 
 def test_without_a_size_a_small_volume_gets_what_cannot_overflow(fake: FakeLvm) -> None:
-    assert lvm.check(lvm.find("/dev/vg/lv"), "") == ["the snapshot of vg/lv gets 102 MiB"]
+    assert lvm.check(lvm.find("/dev/vg/lv"), "") == ["the snapshot of vg/lv gets 104 MiB"]
 
 
 def test_without_a_size_and_without_room_there_is_no_snapshot(fake: FakeLvm) -> None:
