@@ -104,7 +104,7 @@ class FakeLvm:
         path = self.directory / group / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        self.add(group, name, len(content), lv_path=str(path), **fields)
+        self.add(group, name, lv_size=str(len(content)), lv_path=str(path), **fields)
         return path
 
     def snapshots(self) -> list[str]:
