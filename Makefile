@@ -1,9 +1,9 @@
-# The only entrances: make demo, make test, make check.
+# The only entrances: make demo, make test, make check, make lab.
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: demo test check clean
+.PHONY: demo test check lab clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
@@ -16,6 +16,9 @@ check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/test_layers.py
+
+lab: $(VENV)/installed-for-tests
+	$(PYTHON) -m tests.lab
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -36,6 +36,7 @@ class Guest:
 
     def __init__(self, image: Image, disks: Sequence[int] = ()) -> None:
         self._image = image
+        self._host_key = image.host_key
         self._sizes = disks
         self._ports: dict[int, int] = {}
         self.devices = [f"/dev/vd{chr(ord('b') + number)}" for number in range(len(disks))]
@@ -100,7 +101,7 @@ class Guest:
     def trust(self, port: int, known_hosts: Path | None = None) -> None:
         """Let `known_hosts` know the guest's key under another port of 127.0.0.1."""
         with (known_hosts or self.known_hosts).open("a") as file:
-            file.write(f"[127.0.0.1]:{port} {self._image.host_key}\n")
+            file.write(f"[127.0.0.1]:{port} {self._host_key}\n")
 
     def forward(self, guest_port: int) -> int:
         """Return the port of 127.0.0.1 on the test's machine that leads to a TCP port of the guest."""
@@ -138,21 +139,27 @@ class Guest:
     @contextmanager
     def started(self, command: str) -> "Iterator[subprocess.Popen[str]]":
         """Yield a shell command that runs meanwhile, with its pipes; it and all that it started end with it."""
-        unit = f"lab-{secrets.token_hex(4)}"
-        remote = f"systemd-run --quiet --collect --pipe --wait --unit={unit} -- bash -c {shlex.quote(command)}"
+        group = f"/sys/fs/cgroup/lab-{secrets.token_hex(4)}"
+        remote = f"echo $$ > {group}/cgroup.procs && exec bash -c {shlex.quote(command)}"
+        end = f"echo 1 > {group}/cgroup.kill; until rmdir {group}; do sleep 0.05; done"
         pipe = subprocess.PIPE
+        self.run(f"mkdir {group}")
         with subprocess.Popen(self._through(remote), stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
             try:
                 yield process
             finally:
                 process.kill()
-                self.run(f"systemctl kill --signal=KILL {unit}; systemctl stop {unit}", check=False)
+                self.run(f"if test -d {group}; then {end}; fi 2>/dev/null")  # it has gone if the guest was rebooted
 
     def reboot(self) -> None:
         """Cut the power and turn it on again; returns when the guest answers. What its disks accepted is kept."""
         self._disconnect()
         self._monitor.reset()
         self._wait_until_up()
+
+    def wait(self) -> None:
+        """Wait until qemu ends, which by itself it never does."""
+        self._process.wait()
 
     def _prepare(self) -> None:
         shutil.copy(self._image.user_key, self.user_key)

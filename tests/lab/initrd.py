@@ -1,4 +1,4 @@
-"""A small initrd for the guest: it loads what the disk needs and goes on there. Debian's own takes ten times as long."""
+"""A small initrd for the guest: it loads what the disk needs and goes on there; Debian's own takes far longer."""
 
 import stat
 from pathlib import Path
