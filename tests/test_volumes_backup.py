@@ -1,0 +1,412 @@
+"""`blockdiff backup --lvm` on a stand-in for LVM: what a run makes, and that it leaves no snapshot however it ends."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from blockdiff import backup, bundle
+from blockdiff.address import Address
+from blockdiff.backup import Options, Result, Volumes
+from blockdiff.commit import LockedChain
+from blockdiff.errors import BlockdiffError, BusyError, ChainError, SourceError, TransportError
+from blockdiff.progress import Progress
+from tests import chains, commands, processes
+from tests.chains import SmallChain
+from tests.descriptors import all_closed
+from tests.fake_lvm import FakeLvm
+
+LIMIT_S = 30.0
+MIB = 1 << 20
+#: More than what fits into the pipes between agent and server: the agent waits while the server does.
+IMAGE = random.Random(1).randbytes(6 * MIB)
+LVM = Options(volumes=Volumes())
+
+
+@pytest.fixture(autouse=True)
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """No process and no descriptor outlives the test; yields the mark by which processes are known."""
+    mark = processes.new_mark()
+    for name, value in processes.environment(mark).items():
+        monkeypatch.setenv(name, value)
+    with all_closed():
+        try:
+            yield mark
+            processes.wait_until_gone(mark)
+        finally:
+            processes.end(mark)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLvm]:
+    """A host with the group vg and 200 MiB free in it."""
+    fake = FakeLvm(tmp_path / "host")
+    fake.add_group("vg", 200 * MIB)
+    monkeypatch.setenv("PATH", f"{fake.commands}:{os.environ['PATH']}")
+    monkeypatch.setattr(commands, "PATH", f"{fake.commands}:{commands.PATH}")
+    yield fake
+    fake.go()
+
+
+@pytest.fixture
+def chain(tmp_path: Path, fake: FakeLvm) -> SmallChain:
+    """A chain of the volume vg/lv."""
+    chain = chains.new_chain(tmp_path)
+    chain.source = fake.add_file("vg", "lv", IMAGE)
+    return chain
+
+
+class At(Progress):
+    """Does something as soon as the server has heard of the first (or a later) source, before it reads of it."""
+
+    def __init__(self, do: Callable[[], object], source: int = 1) -> None:
+        self._do = do
+        self._left = source
+
+    def begin(self, total: int | None) -> None:
+        self._left -= 1
+        if not self._left:
+            self._do()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def failed(chain: SmallChain, options: Options = LVM, progress: Progress | None = None) -> BlockdiffError:
+    """Return why a run fails; the chain is as it was."""
+    before = chain.files()
+    with pytest.raises(BlockdiffError) as caught:
+        chain.add(None, options, progress)
+    assert chain.files() == before
+    return caught.value
+
+
+# --- what a run makes
+
+
+def test_a_volume_is_read_through_a_snapshot_of_its_moment(chain: SmallChain, fake: FakeLvm) -> None:
+    written = At(lambda: chain.source.write_bytes(bytes(len(IMAGE))))
+    uuid = fake.row("lv")["lv_uuid"]
+    result = backup.backup(chain.name, Address(None, str(chain.source)), LVM, written)
+    assert chain.restored(1) == IMAGE
+    made = result.manifest
+    assert (made.consistency, made.source.volume, made.source.path) == ("snapshot", uuid, str(chain.source))
+    assert made.snapshot is not None and made.quiesced is None and made.database is None and made.run is None
+    assert (made.snapshot.kind, made.snapshot.kept, made.snapshot.extents) == ("thick", False, None)
+    assert re.fullmatch(r"\w{6}(-\w{4}){5}-\w{6}", made.snapshot.uuid) and made.snapshot.uuid != uuid
+    assert 0 < made.snapshot.took_s < LIMIT_S
+    assert result.warnings == []
+    assert fake.names() == ["lv"] and fake.snapshots() == []
+
+
+def test_the_next_run_is_incremental(chain: SmallChain) -> None:
+    chain.add(None, LVM)
+    chain.add(IMAGE[:-100] + bytes(100), LVM)
+    assert chain.last() == 2
+    assert chain.file(".2.gz").stat().st_size < MIB
+    chain.assert_sound()
+
+
+def test_the_snapshot_has_the_size_that_was_asked_for(chain: SmallChain, fake: FakeLvm) -> None:
+    chain.add(None, Options(volumes=Volumes(snapshot_size="8M")))
+    (call,) = fake.calls("lvcreate")
+    assert call[call.index("-L") + 1] == f"{8 * MIB}b"
+
+
+def test_the_command_does_it_and_is_silent(chain: SmallChain, fake: FakeLvm) -> None:
+    commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm")
+    (entry,) = json.loads(commands.done("blockdiff", "list", "--json", chain.name))
+    assert entry["consistency"] == "snapshot" and entry["snapshot"]["kind"] == "thick"
+    assert chain.restored(1) == IMAGE and fake.snapshots() == []
+
+
+def test_a_volume_of_the_same_name_is_another(chain: SmallChain, fake: FakeLvm) -> None:
+    old = fake.row("lv")["lv_uuid"]
+    chain.add(None, LVM)
+    fake.set("lv", lv_uuid="new")
+    error = failed(chain)
+    assert type(error) is ChainError
+    assert f"the LV UUID {old}, this one has new" in error.message and "--full" in str(error.hint)
+    assert fake.calls("lvcreate")[1:] == []
+    made = chain.add(None, Options(volumes=Volumes(), full=True)).manifest
+    assert made.full and made.source.volume == "new"
+    chain.assert_sound()
+
+
+# --- commands around it
+
+
+def test_before_and_after_run_around_the_snapshot(chain: SmallChain, fake: FakeLvm, tmp_path: Path) -> None:
+    count = f"grep -c lvcreate '{fake.directory}/calls' >> '{tmp_path}/log'; true"
+    made = chain.add(None, Options(volumes=Volumes(before=count, after=count))).manifest
+    assert (tmp_path / "log").read_text().split() == ["0", "1"]
+    assert made.consistency == "quiesced"
+    assert made.quiesced is not None and made.snapshot is not None
+    assert (made.quiesced.by, made.quiesced.statements, made.quiesced.waited_s) == ("freeze", [], None)
+    assert made.quiesced.held_s == pytest.approx(made.snapshot.took_s, abs=0.001)
+
+
+@pytest.mark.parametrize("options", [Volumes(before="exit 3"), Volumes(after="exit 3")])
+def test_a_command_that_fails_fails_the_run(chain: SmallChain, fake: FakeLvm, options: Volumes) -> None:
+    option = "--before" if options.before else "--after"
+    assert failed(chain, Options(volumes=options)).message.startswith(f"localhost: the command of {option} failed: ")
+    assert fake.snapshots() == [] and fake.names() == ["lv"]
+
+
+@pytest.mark.parametrize("behaviour", ["fail", "fail_after"])
+def test_after_runs_where_the_snapshot_cannot_be_made(
+    chain: SmallChain, fake: FakeLvm, tmp_path: Path, behaviour: str
+) -> None:
+    fake.order("lvcreate", behaviour)
+    volumes = Volumes(before=f"echo before >> '{tmp_path}/log'", after=f"echo after >> '{tmp_path}/log'")
+    error = failed(chain, Options(volumes=volumes))
+    assert error.message.startswith(
+        "localhost: cannot make a snapshot of vg/lv: lvcreate exited with status 5: Somethin"
+    )
+    assert (tmp_path / "log").read_text().split() == ["before", "after"]
+    assert fake.snapshots() == []
+
+
+# --- failures
+
+
+def test_a_snapshot_that_cannot_be_made_is_a_failed_run(chain: SmallChain, fake: FakeLvm) -> None:
+    fake.order("lvcreate", "fail")
+    result = commands.run("blockdiff", "backup", chain.name, chain.source, "--lvm")
+    assert result.returncode == 1
+    said = "cannot make a snapshot of vg/lv: lvcreate exited with status 5: Something is wrong."
+    assert result.stderr.decode() == f"blockdiff: localhost: {said}\n"
+    assert chain.files() == {} and fake.snapshots() == []
+
+
+def test_no_room_is_told_before_anything_is_made(chain: SmallChain, fake: FakeLvm) -> None:
+    fake.add_group("vg", 0)
+    error = failed(chain, Options(volumes=Volumes(before="exit 9")))
+    assert error.message.startswith("localhost: no room in the volume group vg: ")
+    assert fake.calls("lvcreate") == []
+
+
+def test_a_source_that_is_no_volume_is_a_failed_run(tmp_path: Path, fake: FakeLvm) -> None:
+    chain = chains.new_chain(tmp_path)
+    chain.source.write_bytes(b"content")
+    assert "source is not a logical volume: lvs exited with status 5" in failed(chain).message
+
+
+def test_a_snapshot_that_cannot_be_read_to_its_end_is_a_failed_run(chain: SmallChain, fake: FakeLvm) -> None:
+    class Shrinking(Progress):
+        def update(self, offset: int, received: int) -> None:
+            (name,) = fake.snapshots()
+            os.truncate(fake.directory / "vg" / name, MIB)
+
+    chain.source.write_bytes(IMAGE * 4)  # more than the agent reads ahead
+    error = failed(chain, progress=Shrinking())
+    assert re.search(rf"^localhost: .*bd_\w+ shrank from {24 * MIB} to {MIB} bytes", error.message)
+    assert fake.snapshots() == []
+
+
+def test_a_snapshot_that_overflows_is_a_failed_run_and_its_room_is_given_back(chain: SmallChain, fake: FakeLvm) -> None:
+    chain.add(None, LVM)
+
+    def overflow() -> None:
+        fake.set(fake.snapshots()[0], lv_snapshot_invalid="snapshot invalid", data_percent="100.00")
+
+    error = failed(chain, progress=At(overflow))
+    assert type(error) is SourceError
+    assert error.message == "localhost: the snapshot of vg/lv overflowed: its 4 MiB were too little"
+    assert "--snapshot-size" in str(error.hint)
+    assert fake.snapshots() == []
+    chain.assert_sound()
+
+
+def test_a_snapshot_that_somebody_removes_is_a_failed_run(chain: SmallChain, fake: FakeLvm) -> None:
+    def remove() -> None:
+        with fake.state() as state:
+            state["volumes"] = [row for row in state["volumes"] if row["lv_name"] == "lv"]
+        for path in (fake.directory / "vg").glob("bd_*"):
+            path.unlink()
+
+    assert (
+        failed(chain, progress=At(remove)).message == "localhost: the snapshot of vg/lv was removed while it was read"
+    )
+
+
+def test_the_highest_fill_level_is_recorded(chain: SmallChain, fake: FakeLvm) -> None:
+    made = chain.add(None, LVM, At(lambda: fake.set(fake.snapshots()[0], data_percent="41.50"))).manifest
+    assert made.snapshot is not None and made.snapshot.fill_percent == 41.5
+
+
+def test_a_snapshot_that_cannot_be_removed_is_a_warning(
+    chain: SmallChain, fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bundle._source
+    short = {"lvm": ("REMOVE_TIMEOUT_S = 30.0", "REMOVE_TIMEOUT_S = 0.1")}
+    monkeypatch.setattr(bundle, "_source", lambda name: real(name).replace(*short.get(name, ("", ""))))
+    bundle._archive.cache_clear()
+    try:
+        fake.order("lvremove", "fail")
+        result = chain.add(None, LVM)
+    finally:
+        bundle._archive.cache_clear()
+    (name,) = fake.snapshots()
+    (warning,) = result.warnings
+    assert f"a snapshot of {chain.source} is left on the host: cannot remove the snapshot vg/{name}: " in warning
+    assert f"lvremove -y vg/{name}" in warning
+    assert chain.restored(1) == IMAGE
+    fake.order("lvremove", "", 0)
+    assert chain.add(None, LVM).manifest.notes == [f"removed the snapshot vg/{name}, which a run before this one left"]
+    assert fake.snapshots() == []
+
+
+# --- ends from outside
+
+
+def started(chain: SmallChain, *more: str) -> "AbstractContextManager[subprocess.Popen[bytes]]":
+    return commands.started("blockdiff", "backup", chain.name, chain.source, "--lvm", *more)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stage", ["late", "late_after"])
+def test_a_server_that_ends_while_the_snapshot_is_made_leaves_none(
+    chain: SmallChain, fake: FakeLvm, number: signal.Signals, stage: str, mark: str, tmp_path: Path
+) -> None:
+    """`lvcreate` is never killed; what it makes all the same is removed."""
+    fake.order("lvcreate", stage)
+    with started(chain, "--after", f"echo after >> '{tmp_path}/log'") as child:
+        wait_until((fake.directory / "waiting").exists)
+        child.send_signal(number)
+        fake.go()
+        child.wait(LIMIT_S)
+        processes.wait_until_gone(mark)
+    assert fake.snapshots() == [] and len(fake.calls("lvcreate")) == 1
+    assert (tmp_path / "log").read_text() == "after\n"
+    assert "disk.1.json" not in chain.files()
+    chain.add(None, LVM)
+    chain.assert_sound()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_ends_while_it_reads_leaves_no_snapshot(
+    chain: SmallChain, fake: FakeLvm, number: signal.Signals, mark: str
+) -> None:
+    with started(chain, "--bwlimit", "100K") as child:
+        wait_until((chain.directory / ".disk.1.gz.tmp").exists)
+        assert len(fake.snapshots()) == 1
+        child.send_signal(number)
+        child.wait(LIMIT_S)
+        processes.wait_until_gone(mark)
+    assert fake.snapshots() == []
+    chain.add(None, LVM)
+    chain.assert_sound()
+
+
+def test_what_a_killed_agent_left_is_removed_by_the_next_run(chain: SmallChain, fake: FakeLvm, mark: str) -> None:
+    def kill() -> None:
+        (agent,) = [pid for pid, command in processes.marked(mark).items() if "blockdiff-agent" in command]
+        os.kill(agent, signal.SIGKILL)
+
+    fake.add("vg", "bd_foreign", origin="lv", lv_tags="somebody")
+    assert type(failed(chain, progress=At(kill))) is TransportError
+    (left,) = [name for name in fake.snapshots() if name != "bd_foreign"]
+    made = chain.add(None, LVM).manifest
+    assert made.notes == [f"removed the snapshot vg/{left}, which a run before this one left"]
+    assert fake.snapshots() == ["bd_foreign"]
+    chain.assert_sound()
+
+
+# --- several volumes at one moment
+
+
+@pytest.fixture
+def second(tmp_path: Path, fake: FakeLvm, chain: SmallChain) -> SmallChain:
+    """A chain of another volume of the host, beside the first."""
+    return SmallChain(chain.directory, fake.add_file("vg", "log", IMAGE[::-1]), "log")
+
+
+def together(*chains_: SmallChain, options: Options = LVM, progress: Progress | None = None) -> list[Result]:
+    targets = [(each.name, str(each.source)) for each in chains_]
+    results = backup.backup_together(targets, Address(None, str(chains_[0].source)), options, progress)
+    for each, result in zip(chains_, results):
+        each.images[result.manifest.generation] = each.source.read_bytes()
+    return results
+
+
+def test_several_volumes_are_of_one_moment(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
+    def change_both() -> None:
+        for each in (chain, second):
+            each.source.write_bytes(bytes(len(IMAGE)))
+
+    made = [result.manifest for result in together(chain, second, progress=At(change_both))]
+    assert (chain.restored(1), second.restored(1)) == (IMAGE, IMAGE[::-1])
+    assert made[0].run == made[1].run and re.fullmatch("[0-9a-f]{16}", str(made[0].run))
+    assert [each.source.path for each in made] == [str(chain.source), str(second.source)]
+    snapshots = [each.snapshot for each in made if each.snapshot is not None]
+    assert len({each.uuid for each in snapshots}) == 2 and snapshots[0].took_s == snapshots[1].took_s
+    assert fake.snapshots() == []
+    calls = [call[0] for call in fake.calls() if call[0] in ("lvcreate", "lvremove")]
+    assert calls == ["lvcreate", "lvcreate", "lvremove", "lvremove"]
+
+
+def test_each_of_several_is_incremental(chain: SmallChain, second: SmallChain) -> None:
+    together(chain, second)
+    chain.source.write_bytes(IMAGE[:-1] + b"x")
+    made = [result.manifest for result in together(chain, second)]
+    assert [(each.full, each.changed_blocks) for each in made] == [(False, 1), (False, 0)]
+    for each in (chain, second):
+        each.assert_sound()
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_of_several_all_are_committed_or_none(
+    chain: SmallChain, second: SmallChain, fake: FakeLvm, victim: int
+) -> None:
+    together(chain, second)
+    before = chain.files()
+
+    def overflow() -> None:
+        (name,) = [name for name in fake.snapshots() if fake.row(name)["origin"] == ("lv", "log")[victim - 1]]
+        fake.set(name, lv_snapshot_invalid="snapshot invalid")
+
+    for each in (chain, second):
+        each.source.write_bytes(each.source.read_bytes()[::-1])
+    with pytest.raises(SourceError, match="overflowed"):
+        together(chain, second, progress=At(overflow, victim))
+    assert chain.files() == before
+    assert fake.snapshots() == []
+    together(chain, second)
+    for each in (chain, second):
+        each.assert_sound()
+
+
+def test_of_several_snapshots_all_are_made_or_none(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
+    fake.set("log", lv_size=str(4096 * MIB))  # there is no room for both
+    with pytest.raises(SourceError, match=r"log"):
+        together(chain, second)
+    assert chain.files() == {} and fake.snapshots() == []
+
+
+def test_the_command_takes_several(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
+    also = f"{second.name}={second.source}"
+    commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also)
+    assert (chain.restored(1), second.restored(1)) == (IMAGE, IMAGE[::-1])
+    result = commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also, "--chain=monthly")
+    assert result == b""
+    names = {path.name for path in chain.directory.glob("*-2*.1.json")}
+    assert len(names) == 2 and {name.split("-")[0] for name in names} == {"disk", "log"}
+
+
+def test_a_chain_that_is_busy_stops_all(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
+    with LockedChain(second.name), pytest.raises(BusyError):
+        together(chain, second)
+    assert fake.calls() == []
