@@ -142,7 +142,7 @@ def list_command(name: str, as_json: bool, replica_statement: bool) -> None:
     chain_name, number = split_name(name)
     with Chain(chain_name) as chain:
         if replica_statement:
-            click.echo(_replica_statement(chain.generation(number)))
+            click.echo(_replica_statement(chain.generation(number)), nl=False)
             return
         found = listing.entries(chain)
         if not found or number is not None:

@@ -13,13 +13,19 @@ from blockdiff.transport.connection import LOST_HINT, Connection, Tail
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
+#: How long an agent on this machine may take to put everything away once it is told to end, in seconds: LVM is slow.
+UNWIND_TIMEOUT_S = 60.0
 
 
 class ChildConnection(Connection):
-    """A command that runs as our child and speaks on its standard input and output."""
+    """A command that runs as our child and speaks on its standard input and output.
 
-    def __init__(self, arguments: Sequence[str], login: str) -> None:
+    `stop_timeout_s` is how long it may take to end when it is told to, before it is killed.
+    """
+
+    def __init__(self, arguments: Sequence[str], login: str, stop_timeout_s: float = process.STOP_TIMEOUT_S) -> None:
         self.login = login
+        self._stop_timeout_s = stop_timeout_s
         self._program = arguments[0]
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._closed = False
@@ -63,7 +69,7 @@ class ChildConnection(Connection):
 
     def close(self) -> None:
         """See `connection.Connection`."""
-        process.stop(self._child)
+        process.stop(self._child, self._stop_timeout_s)
         # Threads may still be writing and reading. They fail now that the child is gone, and only then may a descriptor
         # be closed: its number could otherwise be that of another file by the time it is used.
         # A grandchild may hold the pipe's other end, and the thread with it: then the descriptor stays open.
@@ -89,7 +95,7 @@ class ChildConnection(Connection):
 
 def local() -> ChildConnection:
     """Start the agent on this machine."""
-    return ChildConnection(bundle.local_command(), "localhost")
+    return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S)
 
 
 def _enlarge(fd: int) -> None:
