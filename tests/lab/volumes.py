@@ -2,6 +2,8 @@
 
 import secrets
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tests.lab.guest import Guest, GuestError
 
@@ -80,6 +82,15 @@ class VolumeGroup:
         """Return the attributes (``lv_attr``) of every visible volume by its name."""
         shown = self.guest.output(f"lvs --noheadings -o lv_name,lv_attr {shlex.quote(self.name)}")
         return dict(line.split()[:2] for line in shown.splitlines())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the group's lock, as an LVM command does while it works."""
+        command = f"exec flock -x /run/lock/lvm/V_{self.name} sh -c 'echo locked; exec sleep 600'"
+        with self.guest.started(command) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            yield
 
     def _remove(self) -> None:
         self.guest.run(_REMOVE.format(vg=shlex.quote(self.name), device=self.device), timeout_s=120)
