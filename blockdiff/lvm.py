@@ -130,7 +130,6 @@ class Snapshot:
         self._command = self._lvcreate(size, extra_tag)
         self._may_exist = False
         self._kept = False
-        self._last: "Optional[Volume]" = None
         self._stopped = threading.Event()
         self._watcher: "Optional[threading.Thread]" = None
         self._can_grow = True
@@ -191,7 +190,7 @@ class Snapshot:
 
     def _stop_watching(self) -> None:
         self._stopped.set()
-        if self._watcher is not None:
+        if self._watcher is not None and self._watcher.is_alive():
             self._watcher.join(lvs.COMMAND_TIMEOUT_S + 3 * process.GENTLE_TIMEOUT_S)
 
     def _find(self) -> Optional[Volume]:
@@ -214,7 +213,6 @@ class Snapshot:
                 )
             )
         self.path = found.path if os.path.exists(found.path) else found.dm_path
-        self._last = found
         if not self.origin.is_thin:
             self._note_level(found)
             self._watcher = threading.Thread(target=self._watch, name="snapshot", daemon=True)
@@ -240,7 +238,7 @@ class Snapshot:
                 "the snapshot of {} was removed while it was read".format(self.origin.full_name),
                 "lvremove by hand, or another tool: run again",
             )
-        if found.invalid or (not self.origin.is_thin and found.state != "a"):
+        if found.invalid:
             least = min(full_size(self.origin), 2 * found.size)
             raise SourceError(
                 "the snapshot of {} overflowed: its {} were too little".format(

@@ -463,6 +463,17 @@ def test_an_exit_in_any_state_is_fine(fake: FakeLvm) -> None:
     assert fake.names() == ["lv"]
 
 
+def test_a_signal_before_the_watcher_runs_leaves_no_snapshot(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_thread: threading.Thread) -> None:
+        raise Interrupted("told to stop")
+
+    snapshot = lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%")
+    with pytest.raises(Interrupted), snapshot:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        snapshot.look()
+    assert fake.names() == ["lv"]
+
+
 # overflow, and the level
 
 
