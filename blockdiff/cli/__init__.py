@@ -17,6 +17,9 @@ import click
 from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable
 from blockdiff.progress import Progress
 
+#: How long the user lets something take.
+SECONDS = click.FloatRange(min=1, max=86400)
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE)
 

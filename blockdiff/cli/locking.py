@@ -5,11 +5,9 @@ import sys
 import click
 
 from blockdiff import __version__, mysqlaccount, mysqllock
-from blockdiff.cli import run
+from blockdiff.cli import SECONDS, run
 from blockdiff.mysqlaccount import Given
 from blockdiff.mysqllock import Limits, Statements
-
-_SECONDS = click.FloatRange(min=1, max=86400)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False})
@@ -22,11 +20,11 @@ _SECONDS = click.FloatRange(min=1, max=86400)
 @click.option("--defaults-file", metavar="PATH", help="Options of the groups [client] and [mysqllock], in mode 0600.")
 @click.option("--before", metavar="STMT", multiple=True, help="What locks. Default: what the server does best.")
 @click.option("--after", metavar="STMT", multiple=True, help="What unlocks.")
-@click.option("--lock-wait", type=_SECONDS, default=30.0, show_default=True, help="Seconds until the lock is there.")
+@click.option("--lock-wait", type=SECONDS, default=30.0, show_default=True, help="Seconds until the lock is there.")
 @click.option(
-    "--long-query", type=_SECONDS, default=60.0, show_default=True, help="Wait for statements older than this."
+    "--long-query", type=SECONDS, default=60.0, show_default=True, help="Wait for statements older than this."
 )
-@click.option("--max-hold", type=_SECONDS, default=60.0, show_default=True, help="Seconds; the server sees to it.")
+@click.option("--max-hold", type=SECONDS, default=60.0, show_default=True, help="Seconds; the server sees to it.")
 @click.version_option(__version__, message="%(version)s")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def _mysqllock(

@@ -12,7 +12,7 @@ import click
 from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, target, transport, verify
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import ByteSize, agent_prefix, run, say, say_error, watched
+from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, say_error, watched
 from blockdiff.cli.volumes import volume_options
 from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, TargetError, UsageError, printable
 
@@ -47,9 +47,9 @@ def cli() -> None:
 @click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
 @click.option("--snapshot-size", metavar="SIZE", help="Of a thick snapshot: bytes, or % of the volume. Default 20%.")
 @click.option("--mysql", metavar="URL", help="Lock this database meanwhile: mysql://USER@HOST/, or ssh.")
-@click.option("--lock-wait", type=float, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
-@click.option("--long-query", type=float, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
-@click.option("--max-hold", type=float, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
+@click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
+@click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
+@click.option("--max-hold", type=SECONDS, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
 @click.option("--before", metavar="COMMAND", help="Run on the host before the snapshots are made.")
 @click.option("--after", metavar="COMMAND", help="Run on the host after that, whatever happens.")
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")

@@ -13,7 +13,7 @@ def volume_options(given: Mapping[str, object]) -> Volumes | None:
 
     Raises `UsageError` for options that mean nothing without others.
     """
-    asked = {name: value for name, value in given.items() if value not in (None, False)}
+    asked = {name: value for name, value in given.items() if value is not None and value is not False}
     if not asked.pop("lvm", False):
         _need("--lvm", asked)
         return None

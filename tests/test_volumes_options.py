@@ -1,0 +1,124 @@
+"""The options about volumes and databases: what they mean together, and what is refused because it means nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from blockdiff.backup import Volumes
+from blockdiff.cli.volumes import volume_options
+from blockdiff.errors import UsageError
+from blockdiff.mysqlaccount import Account
+from blockdiff.mysqllock import Limits
+from tests import commands
+
+#: What click passes where nothing is given.
+NOTHING: dict[str, object] = {
+    "lvm": False,
+    "snapshot_size": None,
+    "mysql": None,
+    "lock_wait": None,
+    "long_query": None,
+    "max_hold": None,
+    "before": None,
+    "after": None,
+    "keep_snapshot": False,
+    "audit": False,
+}
+MYSQL = ("--mysql", "mysql://u:p@127.0.0.1/")
+
+
+def parsed(**given: object) -> Volumes | None:
+    return volume_options({**NOTHING, **given})
+
+
+def test_without_lvm_there_are_none() -> None:
+    assert parsed() is None
+
+
+def test_defaults() -> None:
+    found = parsed(lvm=True)
+    assert found == Volumes("20%", None, Limits(30, 60, 60), None, None, False, False)
+
+
+def test_each_option_arrives() -> None:
+    found = parsed(
+        lvm=True,
+        snapshot_size="5G",
+        mysql="mysql://u:p@db00:33/",
+        lock_wait=1.5,
+        long_query=2.0,
+        max_hold=3.0,
+        before="freeze",
+        after="thaw",
+        keep_snapshot=True,
+        audit=True,
+    )
+    account = Account("u", "p", "db00", 33)
+    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), "freeze", "thaw", True, True)
+
+
+def test_the_word_ssh_leaves_the_user_to_the_host() -> None:
+    found = parsed(lvm=True, mysql="ssh")
+    assert found is not None and found.database == Account("", "", through_ssh=True)
+
+
+@pytest.mark.parametrize("option", ["before", "after"])
+def test_a_command_that_is_empty_is_a_command(option: str) -> None:
+    found = parsed(lvm=True, **{option: ""})
+    assert found is not None and getattr(found, option) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"snapshot_size": "20%"}, "--snapshot-size means nothing without --lvm"),
+        ({"mysql": "ssh"}, "--mysql means nothing without --lvm"),
+        ({"lock_wait": 5.0}, "--lock-wait means nothing without --lvm"),
+        ({"before": "x"}, "--before means nothing without --lvm"),
+        ({"after": ""}, "--after means nothing without --lvm"),
+        ({"keep_snapshot": True}, "--keep-snapshot means nothing without --lvm"),
+        ({"audit": True}, "--audit means nothing without --lvm"),
+        ({"lvm": True, "audit": True}, "--audit means nothing without --keep-snapshot"),
+        ({"lvm": True, "lock_wait": 5.0}, "--lock-wait means nothing without --mysql"),
+        ({"lvm": True, "long_query": 0.0}, "--long-query means nothing without --mysql"),
+        ({"lvm": True, "max_hold": 5.0}, "--max-hold means nothing without --mysql"),
+    ],
+)
+def test_what_means_nothing_is_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parsed(**given)
+    assert caught.value.message == words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--mysql", "ssh"), "--mysql means nothing without --lvm"),
+        (("--lvm", "--audit"), "--audit means nothing without --keep-snapshot"),
+        (("--also", "other=/dev/vg/other"), "--also needs --lvm: without snapshots there is no one moment"),
+        (("--lvm", "--also", "/dev/vg/other"), "--also /dev/vg/other is not NAME=/PATH"),
+        (("--lvm", "--also", "=/dev/vg/other"), "--also =/dev/vg/other is not NAME=/PATH"),
+        (("--lvm", "--also", "other="), "--also other= is not NAME=/PATH"),
+        (("--lvm", "--also", "other=vg/other"), "--also other=vg/other is not NAME=/PATH"),
+        (("--lvm", "--also", "other=host:/dev/vg/other"), "--also other=host:/dev/vg/other is not NAME=/PATH"),
+        (("--lvm", "--also", "{name}=/dev/vg/x"), "two sources of one run cannot go to the same chain"),
+        (("--lvm", "--also", "{name}/../disk=/dev/vg/x"), "two sources of one run cannot go to the same chain"),
+        (("--lvm", "--mysql", "postgres://u@h/"), "the database is neither mysql://USER@HOST/"),
+        (("--lvm", "--mysql", ""), "the database is neither mysql://USER@HOST/"),
+        (("--lvm", "--mysql", "mysql://u:hush@h:x/"), "the URL of the database is not valid"),
+        (("--lvm", *MYSQL, "--lock-wait", "0"), "0.0 is not in the range 1<=x<=86400"),
+        (("--lvm", *MYSQL, "--long-query", "-1"), "-1.0 is not in the range 1<=x<=86400"),
+        (("--lvm", *MYSQL, "--max-hold", "1e9"), "1000000000.0 is not in the range 1<=x<=86400"),
+        (("--lvm", *MYSQL, "--max-hold", "a while"), "'a while' is not a valid float"),
+        (("--lvm", "--keep-snapshot=yes"), "--keep-snapshot"),
+    ],
+)
+def test_the_command_refuses_it_before_it_does_anything(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    name = tmp_path / "backup" / "disk"
+    name.parent.mkdir()
+    more = [argument.format(name=name) for argument in arguments]
+    result = commands.run("blockdiff", "backup", name, "/dev/vg/disk", *more)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert words in " ".join(result.stderr.decode().split())
+    assert b"hush" not in result.stderr and b"Traceback" not in result.stderr
+    assert list(name.parent.iterdir()) == []
