@@ -15,6 +15,9 @@ from blockdiff import dump, lvcheck, lvm, lvs, thin
 from blockdiff.errors import ProcessError, SourceError
 from blockdiff.extents import Extent
 
+#: What a device is made of, by its number, as the kernel shows it.
+_SLAVES = "/sys/dev/block/{}/slaves"
+
 
 class Wish(NamedTuple):
     """How a thin volume is to be read; others are read from end to end whatever is wished.
@@ -218,7 +221,7 @@ def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
 def _beneath(number: str) -> List[str]:
     """Return a device number and those of all devices that it is made of, as the kernel tells."""
     found = [number]
-    slaves = "/sys/dev/block/{}/slaves".format(number)
+    slaves = _SLAVES.format(number)
     for name in sorted(os.listdir(slaves)) if os.path.isdir(slaves) else []:
         try:
             with open(os.path.join(slaves, name, "dev")) as file:

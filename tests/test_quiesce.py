@@ -1,0 +1,198 @@
+"""Where a database lies, and whether that is on the volumes of the run; and how a moment is told."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from blockdiff import lockcommand, sources
+from blockdiff.address import Address
+from blockdiff.coordinates import Version
+from blockdiff.errors import ProcessError, SourceError
+from blockdiff.manifest import Quiesced
+from blockdiff.mysqlaccount import Account
+from blockdiff.mysqllock import Server, connect
+from blockdiff.quiesce import CommandQuiesce, DatabaseQuiesce, Moment, Quiesce
+from blockdiff.rules import Ready
+from blockdiff.session import Session
+from tests import loop, mounts
+from tests.conftest import require_program
+from tests.mariadb import MariaDB
+
+HERE = "db00"
+#: The number of a device that is there on every machine.
+NULL = os.stat("/dev/null").st_rdev
+
+
+class Host(Session):
+    """Stands in for a session: the machine it is with, and a moment that is taken at once."""
+
+    def __init__(self, hostname: str = HERE) -> None:
+        super().__init__(Address(hostname, "/"))
+        self.host = {"hostname": hostname, "python": "3.11", "user": "root"}
+        self.taken = 0
+
+    def begin_take(self) -> None:
+        self.taken += 1
+
+    def end_take(self) -> float:
+        return 1.5
+
+
+@pytest.fixture
+def database(mariadb: MariaDB) -> Iterator[Callable[..., DatabaseQuiesce]]:
+    """Makes what checks the places of these directories, for a database on the machine called `hostname`."""
+    with connect(Account(mariadb.user, "", socket=str(mariadb.socket))) as found:
+
+        def make(*directories: str, freezes: bool = False, hostname: str = HERE) -> DatabaseQuiesce:
+            return DatabaseQuiesce(found, Server(Version.parse("11.4.2-MariaDB"), hostname, directories), freezes)
+
+        yield make
+
+
+def ready(*places: tuple[str, int | None]) -> Ready:
+    return Ready([], list(places), ())
+
+
+Make = Callable[..., DatabaseQuiesce]
+
+
+def test_a_database_on_a_volume_of_the_run_is_fine(database: Make) -> None:
+    database("/data").check(ready(("254:3", 0)), Host())
+    database("/data", "/data/log").check(ready(("254:3", 1), ("254:3", 1)), Host())
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_directory_on_another_device_is_refused(database: Make, freezes: bool) -> None:
+    with pytest.raises(SourceError) as caught:
+        database("/data", "/re\ndo", freezes=freezes).check(ready(("254:3", 0), ("8:1", None)), Host())
+    assert caught.value.message == (r"the database keeps /re\ndo on another device (8:1), which is not in this run")
+    assert caught.value.hint == "name its volume as well, with --also NAME=PATH"
+
+
+def test_several_volumes_need_a_freeze(database: Make) -> None:
+    """Their snapshots are not made at the same instant, and the lock does not stop all that the database writes."""
+    places = ready(("254:3", 0), ("254:4", 1))
+    with pytest.raises(SourceError) as caught:
+        database("/data", "/redo").check(places, Host())
+    assert caught.value.message == (
+        "the database keeps its files on several volumes, whose snapshots are not made at once"
+    )
+    assert "--before 'fsfreeze -f" in str(caught.value.hint) and "--after 'fsfreeze -u" in str(caught.value.hint)
+    database("/data", "/redo", freezes=True).check(places, Host())
+
+
+@pytest.mark.parametrize("place", [("0:45", None), ("", None)])
+def test_what_the_kernel_does_not_tell_is_no_reason_to_refuse(database: Make, place: tuple[str, int | None]) -> None:
+    """Of btrfs, ZFS or overlays the number tells no device; and there may be no such directory."""
+    database("/data").check(ready(place), Host())
+    database("/data", "/redo").check(ready(place, ("254:3", 0)), Host())
+
+
+def test_of_a_database_on_another_machine_nothing_is_known(database: Make) -> None:
+    """In a guest, or a container, of the host: its paths mean nothing there."""
+    database("/data", hostname="guest").check(ready(("8:1", None)), Host())
+
+
+def test_without_a_database_there_is_nothing_to_check() -> None:
+    assert Quiesce().directories == ()
+    Quiesce().check(ready(), Host())
+
+
+# --- the moment
+
+
+@pytest.mark.parametrize(("freezes", "quiesced"), [(False, None), (True, Quiesced("freeze", 1.5))])
+def test_the_moment_of_commands_alone(freezes: bool, quiesced: Quiesced | None) -> None:
+    host = Host()
+    assert Quiesce(freezes).around(host) == Moment(1.5, quiesced)
+    assert host.taken == 1
+
+
+def test_the_moment_of_a_lock_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host()
+    monkeypatch.setattr(lockcommand, "around", lambda command, take: (take(), 2.5) if command == "lock it" else None)
+    assert CommandQuiesce("lock it").around(host) == Moment(1.5, Quiesced("command", 2.5))
+    assert host.taken == 1
+
+
+def test_a_lock_command_that_fails_takes_nothing() -> None:
+    host = Host()
+    with pytest.raises(ProcessError, match="without executing what it was given"):
+        CommandQuiesce("true").around(host)
+    assert host.taken == 0
+
+
+def test_the_moment_of_a_database(database: Make, mariadb: MariaDB) -> None:
+    host = Host()
+    moment = database("/data").around(host)
+    assert host.taken == 1 and moment.took_s == 1.5
+    assert moment.database is not None and moment.database.flavour == "mariadb"
+    assert moment.quiesced is not None and moment.quiesced.by == "mysql"
+    assert moment.quiesced.statements == ["BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"]
+    mariadb.run("SET SESSION lock_wait_timeout=5", "INSERT INTO shop.innodb VALUES (0)")
+
+
+# --- where a directory lies, on this machine
+
+
+def test_a_directory_that_is_not_there_is_nowhere(tmp_path: Path) -> None:
+    assert sources.locate(str(tmp_path / "none"), []) == ("", None)
+
+
+def test_a_directory_is_on_none_of_no_devices(tmp_path: Path) -> None:
+    number = tmp_path.stat().st_dev
+    assert sources.locate(str(tmp_path), []) == (f"{os.major(number)}:{os.minor(number)}", None)
+
+
+def test_a_directory_in_memory_is_on_no_device(tmp_path: Path) -> None:
+    with mounts.tmpfs(tmp_path / "memory") as path:
+        device, index = sources.locate(str(path), ["/dev/null"])
+        assert device.startswith("0:") and index is None
+
+
+@contextmanager
+def mounted(backing: Path, where: Path) -> Iterator[Path]:
+    """Yield a loop device whose file system is mounted at `where`."""
+    backing.write_bytes(b"")
+    os.truncate(backing, 4 << 20)
+    subprocess.run([require_program("mkfs.ext4"), "-q", backing], check=True, timeout=60)
+    with loop.device(backing) as device:
+        where.mkdir()
+        subprocess.run(["mount", device, where], check=True, timeout=60)
+        try:
+            yield device
+        finally:
+            subprocess.run(["umount", where], check=True, timeout=60)
+
+
+def test_a_directory_is_on_the_device_that_is_mounted_there(tmp_path: Path) -> None:
+    with mounted(tmp_path / "a.img", tmp_path / "a") as first, mounted(tmp_path / "b.img", tmp_path / "b") as second:
+        (tmp_path / "b" / "data").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "b" / "data")
+        (tmp_path / "device").symlink_to(second)
+        number = second.stat().st_rdev
+        shown = f"{os.major(number)}:{os.minor(number)}"
+        both = [str(first), str(second)]
+        assert sources.locate(f"{tmp_path}/b/data", both) == (shown, 1)
+        assert sources.locate(f"{tmp_path}/link", both[::-1]) == (shown, 0)
+        assert sources.locate(f"{tmp_path}/b", [str(first)]) == (shown, None)
+        assert sources.locate(f"{tmp_path}/b", [str(first), f"{tmp_path}/device"]) == (shown, 1)
+
+
+def test_a_device_that_is_made_of_others_is_on_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system in an encrypted volume lies on the volume: the kernel lists what each device is made of."""
+    with mounted(tmp_path / "image", tmp_path / "data") as device:
+        number = device.stat().st_rdev
+        shown = f"{os.major(number)}:{os.minor(number)}"
+        for upper, lower in ((shown, "254:7"), (shown, "254:8"), ("254:8", f"{os.major(NULL)}:{os.minor(NULL)}")):
+            directory = tmp_path / "sys" / upper / lower
+            directory.mkdir(parents=True)
+            (directory / "dev").write_text(f"{lower}\n")
+        (tmp_path / "sys" / shown / "gone").mkdir()  # it was taken away just now
+        monkeypatch.setattr(sources, "_SLAVES", f"{tmp_path}/sys/{{}}")
+        assert sources.locate(f"{tmp_path}/data", ["/dev/zero", "/dev/null"]) == (shown, 1)
+        assert sources.locate(f"{tmp_path}/data", ["/dev/zero"]) == (shown, None)
