@@ -15,8 +15,9 @@ from tests.lab.volumes import VolumeGroup
 from tests.mariadb import execute, wait_for
 from tests.relay import Relay
 
-#: How long a run may hold the lock, in seconds.
+#: How long a run may hold the lock, and wait for it, in seconds.
 MAX_HOLD_S = 8
+LOCK_WAIT_S = 12
 #: How long whatever should take a moment may take, in seconds: the guest is slow, and the machine may be busy.
 PATIENCE_S = 60.0
 
@@ -39,9 +40,14 @@ dd if=/dev/urandom of={mount}/later bs=1M count=4 status=none; sync
 """
 _SHOW_FOREIGN = """
 for name in nightly bd_x bd_0123456789abcdef; do
-    echo $name $(lvs --noheadings -o lv_uuid,lv_tags,lv_attr {vg}/$name) $(md5sum </dev/{vg}/$name)
+    echo $name $(lvs --noheadings -o lv_uuid,lv_tags,lv_attr {vg}/$name) $(head -c 8M /dev/{vg}/$name | md5sum)
 done
 """
+
+
+def agents(guest: Guest) -> list[int]:
+    """Return the pids of the agents that run in the guest."""
+    return [int(pid) for pid in guest.run("pgrep -f '[b]lockdiff-agent'", check=False).stdout.split()]
 
 
 class Victim:
@@ -122,13 +128,17 @@ class Scene:
         ).split()
         return [name for name in names if name not in ("nightly", "bd_x")]
 
-    def words(self, how: str, *more: str, database_port: int = 0) -> list[str]:
-        """Return the words of a run through the relay that locks the database over ``ssh`` or ``tcp``."""
-        url = "ssh" if how == "ssh" else f"mysql://backup@127.0.0.1:{database_port or self.database.port}/"
+    def words(self, how: str, *more: str, ports: "tuple[int, int] | None" = None) -> list[str]:
+        """Return the words of a run that locks the database over ``ssh`` or ``tcp``.
+
+        `ports` lead to sshd and to the database; the former through the relay, and the latter straight, unless given.
+        """
+        port, database_port = ports or (self.relay.port, self.database.port)
+        url = "ssh" if how == "ssh" else f"mysql://backup@127.0.0.1:{database_port}/"
         return [
-            *("backup", self.chain.name, self.guest.url(self.path, self.relay.port), *self.guest.arguments),
-            *("--lvm", "--mysql", url, "--max-hold", str(MAX_HOLD_S), "--before", _BEFORE, "--after", _AFTER),
-            *("--digest", "md5", *more),
+            *("backup", self.chain.name, self.guest.url(self.path, port), *self.guest.arguments),
+            *("--lvm", "--mysql", url, "--max-hold", str(MAX_HOLD_S), "--lock-wait", str(LOCK_WAIT_S)),
+            *("--before", _BEFORE, "--after", _AFTER, "--digest", "md5", *more),
         ]
 
     @contextmanager
@@ -178,10 +188,6 @@ class Scene:
         """Return which of --before and --after have been started."""
         return self.guest.run(f"cat {_LOG}", check=False).stdout.split()
 
-    def agents(self) -> list[int]:
-        """Return the pids of agents."""
-        return [int(pid) for pid in self.guest.run("pgrep -f '[b]lockdiff-agent'", check=False).stdout.split()]
-
     def is_running(self, program: str) -> bool:
         """Return whether a program of this name runs in the guest."""
         return self.guest.run(f"pgrep -x {program}", check=False).returncode == 0
@@ -214,6 +220,6 @@ class Scene:
 
     def wait_until_ended(self) -> None:
         """Wait until no agent is left, and --after has run where --before was started."""
-        wait_for(lambda: not self.agents(), "the end of the agent", PATIENCE_S)
+        wait_for(lambda: not agents(self.guest), "the end of the agent", PATIENCE_S)
         wait_for(lambda: len(self.log()) in (0, 2), "--after", PATIENCE_S)
         assert self.log() in ([], ["before", "after"])
