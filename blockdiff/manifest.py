@@ -6,6 +6,7 @@ that every byte of it is covered.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
@@ -158,7 +159,7 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
 
     def seconds(holder: object, name: str) -> float:
         value = holder.get(name) if isinstance(holder, dict) else None
-        return value if isinstance(value, float) else float(get(holder, name, int))
+        return value if isinstance(value, float) and 0 <= value < math.inf else float(get(holder, name, int))
 
     def snapshot() -> Snapshot | None:
         holder = optional(fields, "snapshot", dict)
@@ -193,7 +194,7 @@ def _from_fields(fields: dict[str, object], path: str) -> Manifest:
         try:
             return None if holder is None else coordinates.from_fields(holder)
         except ValueError as error:
-            raise DamagedError(f"{path} is damaged: {error}") from error
+            raise DamagedError(f"{path} is damaged: {error} is missing or unfit") from error
 
     parent = fields.get("parent")
     source = fields.get("source")

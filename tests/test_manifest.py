@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import manifest
+from blockdiff.coordinates import Channel, Coordinates
 from blockdiff.errors import DamagedError
 from tests import chains
 from tests.chains import DAYS
@@ -37,10 +38,30 @@ EXAMPLE = manifest.Manifest(
 )
 
 
+CHANNEL = Channel("", "db99", 3306, "binlog.000009", 4, None)
+SNAPSHOT = dataclasses.replace(
+    EXAMPLE,
+    source=manifest.Source("web1", "/dev/vg/root", "device", "AbCdEf-0000"),
+    consistency="quiesced",
+    run="0123456789abcdef",
+    snapshot=manifest.Snapshot("GhIjKl-1111", "thick", 0.25, 41.5, False, None),
+    quiesced=manifest.Quiesced("mysql", 0.5, ["BACKUP STAGE START"], 1.25),
+    database=Coordinates("10.11.2-MariaDB", "mariadb", "binlog.000001", 930, "0-1-4", (CHANNEL,)),
+    notes=["something \u2028 else"],
+)
+
+
 @pytest.mark.parametrize(
     "example",
     [
         EXAMPLE,
+        SNAPSHOT,
+        dataclasses.replace(
+            SNAPSHOT,
+            snapshot=manifest.Snapshot("GhIjKl-1111", "thin", 2.0, None, True, "changed"),
+            quiesced=manifest.Quiesced("freeze", 3.0),
+            database=Coordinates("8.4.3", "mysql", None, None, None, ()),
+        ),
         dataclasses.replace(EXAMPLE, parent=None, image_size=None, bytes_read=None, bytes_received=None, versions={}),
         dataclasses.replace(EXAMPLE, parent=manifest.Parent(1, None), source=manifest.Source(None, "/x", "file")),
     ],
@@ -56,9 +77,9 @@ def test_the_file_is_ascii_that_covers_itself() -> None:
     assert hashlib.sha256(content.replace(claimed.encode(), b"0" * 64, 1)).hexdigest() == claimed
 
 
-def _signed(change: Callable[[dict[str, object]], object]) -> bytes:
+def _signed(change: Callable[[dict[str, object]], object], example: manifest.Manifest = EXAMPLE) -> bytes:
     """Return a manifest that is changed and has the right checksum: what only a writer gone wrong would make."""
-    fields = json.loads(EXAMPLE.to_bytes())
+    fields = json.loads(example.to_bytes())
     change(fields)
     fields["sha256"] = "0" * 64
     blank = json.dumps(fields).encode()
@@ -84,6 +105,51 @@ def test_a_field_that_is_missing_or_of_another_kind_is_refused(name: str, value:
         manifest.from_bytes(_signed(change), "x")
     with pytest.raises(DamagedError, match=r"x is damaged: .* is missing or unfit"):
         manifest.from_bytes(_signed(lambda fields: fields.pop(name)), "x")
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "values"),
+    [
+        ("source", "volume", [7, [], True]),
+        ("snapshot", "uuid", [None, 7]),
+        ("snapshot", "kind", [None, []]),
+        ("snapshot", "took_s", [None, "1", -1, -0.5, True, float("inf"), float("nan")]),
+        ("snapshot", "fill_percent", ["1", -1, -0.5, True]),
+        ("snapshot", "kept", [None, 1, "yes"]),
+        ("snapshot", "extents", [1, []]),
+        ("quiesced", "by", [None, 1]),
+        ("quiesced", "held_s", [None, "1", -0.5]),
+        ("quiesced", "statements", [None, "BACKUP STAGE START", {}]),
+        ("quiesced", "waited_s", ["1", -0.5]),
+        ("database", "server_version", [None, 1]),
+        ("database", "flavour", [None, "oracle"]),
+        ("database", "binlog_position", [None, -1, "4"]),
+        ("database", "replica_channels", [None, {}, [1]]),
+        ("database", "gtid", [5]),
+        ("", "snapshot", [[], 1, "x", True]),
+        ("", "quiesced", [[], 1, "x"]),
+        ("", "database", [[], 1, "x"]),
+        ("", "run", [1, []]),
+        ("", "notes", [1, "x", {}]),
+    ],
+)
+def test_what_is_told_of_snapshot_and_lock_is_whole_or_refused(holder: str, name: str, values: list[object]) -> None:
+    for value in values:
+
+        def change(fields: dict[str, object], value: object = value) -> None:
+            place = fields[holder] if holder else fields
+            assert isinstance(place, dict)
+            assert name in place
+            place[name] = value
+
+        with pytest.raises(DamagedError, match=r"^x is damaged: .* is missing or unfit$"):
+            manifest.from_bytes(_signed(change, SNAPSHOT), "x")
+
+
+@pytest.mark.parametrize("name", ["run", "snapshot", "quiesced", "database", "notes"])
+def test_what_older_manifests_do_not_tell_is_not_known(name: str) -> None:
+    expected: object = [] if name == "notes" else None
+    assert getattr(manifest.from_bytes(_signed(lambda fields: fields.pop(name), SNAPSHOT), "x"), name) == expected
 
 
 def test_another_version_is_refused_in_words_that_help() -> None:
