@@ -34,6 +34,8 @@ _CRC = struct.Struct("<I")
 MAX_PAYLOAD = 4 << 20
 #: Largest JSON payload.
 MAX_CONTROL = 1 << 20
+#: Largest number in one: more than anything there is to count.
+MAX_INTEGER = (1 << 63) - 1
 
 # Frame kinds. These may come from both sides:
 ALIVE = 1  # nothing: the sender is still there
@@ -273,11 +275,11 @@ class Heartbeat:
 
 
 def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
-    """Return the fields `names`, which must be integers of 0 or more; raises `ProtocolError`."""
+    """Return the fields `names`, which must be integers from 0 to `MAX_INTEGER`; raises `ProtocolError`."""
     found: List[int] = []
     for name in names:
         value = fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
             raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
         found.append(value)
     return tuple(found)
