@@ -1,0 +1,104 @@
+"""Snapshots that fill: extended while there is room, and never taken for good where they overflowed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.lab.backups import VolumeChain, device_digest, part, wait_until
+from tests.lab.guest import Guest
+from tests.lab.volumes import VolumeGroup
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def chain(guest: Guest, volume_group: VolumeGroup, tmp_path: Path) -> VolumeChain:
+    """A chain of a volume of 64 MiB of random bytes, with its first generation."""
+    path = volume_group.volume("data", "64M")
+    guest.run(f"dd if=/dev/urandom of={path} bs=1M count=64 oflag=direct status=none")
+    (tmp_path / "backup").mkdir()
+    chain = VolumeChain(guest, tmp_path / "backup" / "data", path)
+    chain.backup()
+    return chain
+
+
+def snapshot_of(group: VolumeGroup) -> str:
+    (name,) = (name for name in group.volumes() if name.startswith("bd_"))
+    return name
+
+
+def overwrite(guest: Guest, path: str, count_mib: int) -> None:
+    guest.run(f"dd if=/dev/urandom of={path} bs=1M count={count_mib} oflag=direct conv=notrunc status=none")
+
+
+def assert_overflowed(chain: VolumeChain, group: VolumeGroup, ended: tuple[int, str, str], size: str) -> None:
+    status, out, err = ended
+    name = f"{group.name}/data"
+    assert (status, out) == (1, "")
+    assert err.startswith(f"blockdiff: root@127.0.0.1: the snapshot of {name} overflowed: its {size} were too little\n")
+    assert "is the least to try" in err and "is sure to do" in err
+    assert list(group.volumes()) == ["data"]
+    assert sorted(chain.files()) == ["data.1.gz", "data.1.json", "data.1.sha256", "data.ver"]
+    chain.verify()
+
+
+def test_an_overflow_while_reading_fails_the_run(chain: VolumeChain, volume_group: VolumeGroup) -> None:
+    before = chain.files()
+    # --full, so that the run stands still for certain before it has read all of it
+    with chain.slowly(MIB, "--full", "--snapshot-size", "8M") as (_hold, end):
+        overwrite(chain.guest, chain.path, 64)
+        assert volume_group.volumes()[snapshot_of(volume_group)][4] == "I"
+        assert_overflowed(chain, volume_group, end(), "8 MiB")
+    assert chain.files() == before
+
+
+def test_the_size_that_is_said_to_do_does(chain: VolumeChain, volume_group: VolumeGroup) -> None:
+    digest = device_digest(chain.guest, chain.path)
+    with chain.slowly(MIB, "--full", "--snapshot-size", "8M") as (_hold, end):
+        overwrite(chain.guest, chain.path, 64)
+        said = end()[2]
+    (size,) = (word for word in said.split() if word.endswith("M") and f"{word} is sure to do" in said)
+    digest = device_digest(chain.guest, chain.path)
+    with chain.slowly(MIB, "--full", "--snapshot-size", size) as (_hold, end):
+        overwrite(chain.guest, chain.path, 64)
+        status, _out, err = end()
+    assert (status, err) == (0, "")
+    assert chain.digest(2) == digest
+
+
+def test_an_overflow_after_the_last_byte_was_read_fails_the_run(
+    guest: Guest, volume_group: VolumeGroup, tmp_path: Path
+) -> None:
+    """All of a small volume is read at once; what is sent of it takes long. Only the check in the end can tell."""
+    path = volume_group.volume("data", "8M")
+    overwrite(guest, path, 8)
+    (tmp_path / "backup").mkdir()
+    chain = VolumeChain(guest, tmp_path / "backup" / "data", path)
+    chain.backup()
+    with chain.slowly(64 << 10, "--full", "--snapshot-size", "4M", "--bwlimit", "200K") as (hold, end):
+        hold.go()
+        snapshot = snapshot_of(volume_group)
+        number = guest.output(f"basename $(readlink -f {volume_group.path(snapshot)})")
+        wait_until(lambda: 512 * int(guest.output(f"cat /sys/block/{number}/stat").split()[2]) >= 8 * MIB)
+        overwrite(guest, path, 8)
+        assert volume_group.volumes()[snapshot][4] == "I"
+        assert_overflowed(chain, volume_group, end(), "4 MiB")
+
+
+def test_a_snapshot_that_fills_is_extended_while_the_group_has_room(
+    chain: VolumeChain, volume_group: VolumeGroup
+) -> None:
+    digest = device_digest(chain.guest, chain.path)
+    with chain.slowly(MIB, "--full", "--snapshot-size", "16M") as (_hold, end):
+        snapshot = snapshot_of(volume_group)
+        overwrite(chain.guest, chain.path, 13)
+        size = f"lvs --noheadings --units m --nosuffix -o lv_size {volume_group.name}/{snapshot}"
+        wait_until(lambda: float(chain.guest.output(size)) > 16)
+        overwrite(chain.guest, chain.path, 20)
+        status, out, err = end()
+    assert (status, err) == (0, "")
+    assert chain.digest(2) == digest
+    fill = part(json.loads(out), "snapshot")["fill_percent"]
+    assert isinstance(fill, float) and 70 <= fill < 100
+    assert list(volume_group.volumes()) == ["data"]
