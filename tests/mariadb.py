@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +24,41 @@ def _daemon() -> str | None:
     return shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/local/sbin")
 
 
-class MariaDB:
+class Server(ABC):
+    """A MariaDB server to which the tests can log in as its superuser."""
+
+    @abstractmethod
+    def connect(self, user: str | None = None, password: str = "") -> "pymysql.Connection[pymysql.cursors.DictCursor]":
+        """Return a new session; by default the superuser's. The caller closes it."""
+
+    def run(self, *statements: str) -> Sequence[dict[str, object]]:
+        """Execute statements in a session of their own as the superuser; return the rows of the last one."""
+        with closing(self.connect()) as connection:
+            return execute(connection, *statements)
+
+    def sessions(self) -> int:
+        """Return the number of sessions, the asking one left out."""
+        return len([row for row in self.run("SHOW PROCESSLIST") if row["Info"] != "SHOW PROCESSLIST"])
+
+    def kill_others(self) -> None:
+        """End every session but the one that does this."""
+        with closing(self.connect()) as connection:
+            number = own_id(connection)
+            for row in execute(connection, "SHOW PROCESSLIST"):
+                if row["Id"] != number:
+                    execute(connection, f"KILL {row['Id']}")
+
+    def make_tables(self) -> None:
+        """Create the database `shop` with a table of one number for each engine, of the engine's name."""
+        self.run("CREATE DATABASE shop", *(f"CREATE TABLE shop.{name} (n INT) ENGINE={name}" for name in ENGINES))
+
+    def assert_free(self) -> None:
+        """Writers of every engine are let through at once, and every session has ended or is about to."""
+        self.run("SET SESSION lock_wait_timeout=5", *(f"INSERT INTO shop.{engine} VALUES (0)" for engine in ENGINES))
+        wait_for(lambda: self.sessions() == 0, "the end of every session")
+
+
+class MariaDB(Server):
     """Starts with the `with` statement, and stops at its end. The user who runs the tests is its superuser."""
 
     def __init__(self, directory: Path, *options: str) -> None:
@@ -114,32 +149,6 @@ class MariaDB:
             raise
         return connection
 
-    def run(self, *statements: str) -> Sequence[dict[str, object]]:
-        """Execute statements in a session of their own as the superuser; return the rows of the last one."""
-        with closing(self.connect()) as connection:
-            return execute(connection, *statements)
-
-    def sessions(self) -> int:
-        """Return the number of sessions, the asking one left out."""
-        return len([row for row in self.run("SHOW PROCESSLIST") if row["Info"] != "SHOW PROCESSLIST"])
-
-    def kill_others(self) -> None:
-        """End every session but the one that does this."""
-        with closing(self.connect()) as connection:
-            number = own_id(connection)
-            for row in execute(connection, "SHOW PROCESSLIST"):
-                if row["Id"] != number:
-                    execute(connection, f"KILL {row['Id']}")
-
-    def make_tables(self) -> None:
-        """Create the database `shop` with a table of one number for each engine, of the engine's name."""
-        self.run("CREATE DATABASE shop", *(f"CREATE TABLE shop.{name} (n INT) ENGINE={name}" for name in ENGINES))
-
-    def assert_free(self) -> None:
-        """Writers of every engine are let through at once, and every session has ended or is about to."""
-        self.run("SET SESSION lock_wait_timeout=5", *(f"INSERT INTO shop.{engine} VALUES (0)" for engine in ENGINES))
-        wait_for(lambda: self.sessions() == 0, "the end of every session")
-
 
 def execute(
     connection: "pymysql.Connection[pymysql.cursors.DictCursor]", *statements: str
@@ -167,7 +176,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) 
 class Running:
     """A statement that runs in a session and a thread of its own; `done` tells whether it has come to its end."""
 
-    def __init__(self, server: MariaDB, *statements: str) -> None:
+    def __init__(self, server: Server, *statements: str) -> None:
         self._connection = server.connect()
         self.id = own_id(self._connection)
         self._server = server

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import require
-from tests.lab import image
+from tests.lab import image, shop
 from tests.lab.guest import Guest
+from tests.lab.shop import Shop
 from tests.lab.volumes import VolumeGroup
 
 DISKS = (4 << 30,) * 3
@@ -43,3 +44,10 @@ def volume_group(guest: Guest) -> Iterator[VolumeGroup]:
     """A volume group on the guest's first data disk; gone after the test, with all that is in it."""
     with VolumeGroup(guest, guest.devices[0]) as group:
         yield group
+
+
+@pytest.fixture(scope="module")
+def open_shop(guest: Guest) -> Iterator[Shop]:
+    """A database on a volume of the second data disk, the same for every test of a file."""
+    with shop.opened(guest, guest.devices[1]) as opened:
+        yield opened
