@@ -16,7 +16,7 @@ from tests.mariadb import execute, wait_for
 from tests.relay import Relay
 
 #: How long a run may hold the lock, and wait for it, in seconds.
-MAX_HOLD_S = 8
+MAX_HOLD_S = 10
 LOCK_WAIT_S = 12
 #: How long whatever should take a moment may take, in seconds: the guest is slow, and the machine may be busy.
 PATIENCE_S = 60.0
@@ -54,29 +54,29 @@ class Victim:
     """A run in a process of its own that is to be stopped, with all that it starts on this machine."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._mark = processes.new_mark()
+        self.mark = processes.new_mark()
+        # whoever runs the tests may ignore signals, and hand that down
         self.process = subprocess.Popen(
-            [sys.executable, str(commands.BIN / "blockdiff"), *words],
+            ["env", "--default-signal=HUP,INT", sys.executable, str(commands.BIN / "blockdiff"), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "MYSQL_PWD": _PASSWORD, **processes.environment(self._mark)},
+            env={**os.environ, "MYSQL_PWD": _PASSWORD, **processes.environment(self.mark)},
         )
 
     def assert_runs(self) -> None:
         assert self.process.poll() is None, self.process.communicate()
 
     def ended(self) -> int:
-        """Wait for the end of all of it; return the exit status, negative for a signal."""
+        """Wait for its end; return the exit status, negative for a signal."""
         said = self.process.communicate(timeout=PATIENCE_S)[1]
         assert "Traceback" not in said, said
-        processes.wait_until_gone(self._mark)
         return self.process.returncode
 
     def kill(self) -> None:
         """End whatever is left of it."""
-        processes.end(self._mark)
+        processes.end(self.mark)
         self.process.communicate()
 
 
@@ -137,8 +137,7 @@ class Scene:
         url = "ssh" if how == "ssh" else f"mysql://backup@127.0.0.1:{database_port}/"
         return [
             *("backup", self.chain.name, self.guest.url(self.path, port), *self.guest.arguments),
-            *("--lvm", "--mysql", url, "--max-hold", str(MAX_HOLD_S), "--lock-wait", str(LOCK_WAIT_S)),
-            *("--before", _BEFORE, "--after", _AFTER, "--digest", "md5", *more),
+            *("--lvm", "--mysql", url, "--before", _BEFORE, "--after", _AFTER, "--digest", "md5", *more),
         ]
 
     @contextmanager
@@ -146,7 +145,7 @@ class Scene:
         """Yield a run; whatever is left of it and of the hindrances is ended."""
         self.relay.reset()
         self.guest.run(f"rm -f {_LOG}")
-        victim = Victim(words)
+        victim = Victim([*words, "--max-hold", str(MAX_HOLD_S), "--lock-wait", str(LOCK_WAIT_S)])
         try:
             yield victim
         finally:
@@ -218,8 +217,9 @@ class Scene:
         ]
         return told
 
-    def wait_until_ended(self) -> None:
-        """Wait until no agent is left, and --after has run where --before was started."""
+    def wait_until_ended(self, victim: Victim) -> None:
+        """Wait until nothing is left of a run at either end, and --after has run where --before was started."""
+        processes.wait_until_gone(victim.mark, PATIENCE_S)
         wait_for(lambda: not agents(self.guest), "the end of the agent", PATIENCE_S)
         wait_for(lambda: len(self.log()) in (0, 2), "--after", PATIENCE_S)
         assert self.log() in ([], ["before", "after"])
