@@ -419,7 +419,7 @@ def device(volume):
 """
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_changed_extents_are_what_reading_finds(package: Guest, volume_group: VolumeGroup, seed: int) -> None:
     volume_group.pool("pool", "512M")
     path = volume_group.thin("lv", "100M", "pool")
@@ -431,7 +431,7 @@ def test_changed_extents_are_what_reading_finds(package: Guest, volume_group: Vo
 change()
 old = keep()
 faults, sizes = [], []
-for _ in range(3):
+for _ in range(2):
     written = change()
     new = keep()
     kept = thin.kept(lvm.find(path), old.uuid)
@@ -574,7 +574,7 @@ def test_an_external_origin_is_no_hint(package: Guest, volume_group: VolumeGroup
     base = volume_group.volume("base", "32M")
     name = volume_group.name
     package.run(f"lvchange -q -a n {base}; lvchange -q -p r {base}; lvchange -q -a y {base}")
-    package.run(f"lvcreate -q -y --type thin -s {base} --thinpool {name}/pool -n lv")
+    package.run(f"lvcreate -q -y -s -n lv --thinpool {name}/pool {name}/base")
     script = COMPARE + "new = keep(); json.dump(refusal(lambda: thin.mapped_extents(new)), sys.stdout)"
     message = str(done(package, volume_group.path("lv"), script, "1"))
     assert message.startswith("HintError: ") and message.endswith(
