@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockdiff import coordinates, process
+from blockdiff import coordinates, process, redolog
 from blockdiff.coordinates import Coordinates, Row, Version
 from blockdiff.errors import DatabaseError, ProcessError, printable
 from blockdiff.mysqlaccount import Account
@@ -225,9 +225,12 @@ class Database:
         self._wait_for_long_statements(started + self._limits.lock_wait_s)
         before, after = self._statements.chosen(self.version)
         held = Held(self._session, before, after, self._say)
+        log_is_late = redolog.is_late(self._session.rows)
         try:
             held.acquire(self._limits, started, self._bound)
             self._unbound()
+            if log_is_late:
+                redolog.wait(self._session.rows)
             yield held
         except BaseException:
             held.abandon()

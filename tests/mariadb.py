@@ -96,7 +96,7 @@ class MariaDB(Server):
         with (self.directory / "log").open("ab") as log:
             command = [daemon, "--no-defaults", f"--user={self.user}", f"--datadir={self.data}"]
             command += [f"--socket={self.socket}", f"--port={self.port}", "--bind-address=127.0.0.1"]
-            command += [f"--pid-file={self.directory / 'pid'}", "--innodb-flush-log-at-trx-commit=0", _SMALL_LOG]
+            command += [f"--pid-file={self.directory / 'pid'}", "--innodb-flush-log-at-trx-commit=2", _SMALL_LOG]
             command += ["--innodb-buffer-pool-size=16M", "--key-buffer-size=1M", "--aria-pagecache-buffer-size=8M"]
             self._process = subprocess.Popen(
                 [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -36,7 +36,7 @@ ORDER = """
     lzop
     codec
     mysqloptions  coordinates
-    mysqlaccount
+    mysqlaccount  redolog
     mysqlsession
     mysqllock
     deltafile  manifest  lockcommand
