@@ -207,7 +207,7 @@ class Guest:
     def _answers(self) -> bool:
         """Return whether sshd greets; qemu itself takes the connection long before."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+            with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
                 return sock.recv(4) == b"SSH-"
         except OSError:
             return False
