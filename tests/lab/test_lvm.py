@@ -573,7 +573,7 @@ def test_an_external_origin_is_no_hint(package: Guest, volume_group: VolumeGroup
     volume_group.pool("pool", "64M")
     base = volume_group.volume("base", "32M")
     name = volume_group.name
-    package.run(f"lvchange -q -a n {base}; lvchange -q -p r {base}; lvchange -q -a y {base}")
+    package.run(f"lvchange -q -a n {base} && lvchange -q -p r {base}")
     package.run(f"lvcreate -q -y -s -n lv --thinpool {name}/pool {name}/base")
     script = COMPARE + "new = keep(); json.dump(refusal(lambda: thin.mapped_extents(new)), sys.stdout)"
     message = str(done(package, volume_group.path("lv"), script, "1"))
