@@ -1,7 +1,6 @@
 """Runs on thin volumes: what they keep, what they read, and when they trust what thin_delta says."""
 
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from blockdiff.chain import Chain
 from tests import commands
 from tests.lab.backups import PATIENCE_S, VolumeChain, device_digest, part, wait_until
 from tests.lab.volumes import VolumeGroup
+
+pytestmark = pytest.mark.timeout(900)  # less than a minute for each on a machine that has nothing else to do
 
 MIB = 1 << 20
 #: Bytes of a block, of the pool and of the chains alike.
@@ -180,38 +181,34 @@ def test_a_thin_snapshot_is_read_only_and_stays_only_as_long_as_it_is_asked_for(
     assert thin.kept() == name
 
 
+def table(chain: VolumeChain, generation: int) -> bytes:
+    """Return the digest table of a generation."""
+    return chain.files()[f"{chain.name.name}.{generation}.sha256"]
+
+
 def test_hinted_runs_equal_full_scans_and_the_tenth_is_audited(volume_group: VolumeGroup, tmp_path: Path) -> None:
-    seed = secrets.randbelow(1 << 32)
-    print(f"seed: {seed}")
     with Thin(volume_group, tmp_path, "24M") as thin:
         scanned = thin.another("scanned", tmp_path)
         place = volume_group.mounted(thin.path)
         thin.guest.put("/run/change.py", _CHANGE.encode())
-        hinted_deltas, scanned_deltas = [], []
         for generation in range(1, 12):
-            fstrim = f"fstrim {place};" if generation % 2 else ""
-            change = f"python3 /run/change.py {place} {seed + generation}; sync; {fstrim}"
-            thin.guest.run(f"mountpoint -q {place} || mount {thin.path} {place}; {change} umount {place}")
+            if generation <= 5 or generation == 11:
+                fstrim = f"fstrim {place};" if generation % 2 else ""
+                change = f"python3 /run/change.py {place} {generation}; sync; {fstrim}"
+                thin.guest.run(f"mountpoint -q {place} || mount {thin.path} {place}; {change} umount {place}")
             told = thin.chain.backup(KEEP)
             assert told["notes"] == []
             assert extents(told) == {1: "mapped", 11: "audited"}.get(generation, "changed")
             assert (number(told, "bytes_read") < 24 * MIB) == (generation < 11)
-            assert (
-                thin.chain.digest(generation)
-                == thin.digest()
-                == device_digest(thin.guest, volume_group.path(thin.kept()))
-            )
-            if generation in (3, 4, 5):  # with fstrim and without
-                assert extents(scanned.backup()) == ("mapped" if generation == 3 else None)
-                hinted_deltas.append((delta(thin.chain, generation), tables(thin.chain, generation)))
-                scanned_deltas.append((delta(scanned, generation - 2), tables(scanned, generation - 2)))
-        assert hinted_deltas[1:] == scanned_deltas[1:]
-        assert hinted_deltas[0][1] == scanned_deltas[0][1]
+            if generation <= 5 or generation == 11:
+                assert thin.chain.digest(generation) == thin.digest()
+            if 3 <= generation <= 5:  # with fstrim and without
+                known = extents(scanned.backup())
+                assert known == ("mapped" if generation == 3 else None)
+                assert table(scanned, generation - 2) == table(thin.chain, generation)
+                assert known == "mapped" or delta(scanned, generation - 2) == delta(thin.chain, generation)
+        thin.kept()
         thin.chain.verify()
-
-
-def tables(chain: VolumeChain, generation: int) -> bytes:
-    return chain.files()[f"{chain.name.name}.{generation}.sha256"]
 
 
 def test_whatever_does_not_fit_means_that_everything_is_read_and_why(thin: Thin) -> None:
@@ -230,6 +227,17 @@ def test_whatever_does_not_fit_means_that_everything_is_read_and_why(thin: Thin)
         assert thin.chain.digest(generation) == thin.digest()
         assert notes == json.loads(thin.chain.files()[f"data.{generation}.json"])["notes"]
 
+    # its thin id is used again by what took its place: a hint from that would be of another moment
+    old = thin.kept()
+    thin_id = f"lvs --noheadings -o thin_id {name}/{old}"
+    before = thin.guest.output(thin_id)
+    thin.write(20 * MIB)
+    thin.guest.run(f"lvremove -q -y {name}/{old} && lvcreate -q -y -s -kn -ay -pr -n {old} {thin.path}")
+    assert thin.guest.output(thin_id) == before
+    falls_back(_NOT_THERE)
+    assert old in thin.ours() and len(thin.ours()) == 2
+    thin.guest.run(f"lvremove -q -y {name}/{old}")
+
     program = thin.guest.output("command -v thin_delta")
     thin.guest.run(f"mv {program} {program}.away")
     try:
@@ -244,17 +252,6 @@ def test_whatever_does_not_fit_means_that_everything_is_read_and_why(thin: Thin)
     assert thin.held() == held != "-"
     thin.message("release_metadata_snap")
     thin.kept()
-
-    # its thin id is used again by what took its place: a hint from that would be of another moment
-    old = thin.kept()
-    thin_id = f"lvs --noheadings -o thin_id {name}/{old}"
-    before = thin.guest.output(thin_id)
-    thin.write(20 * MIB)
-    thin.guest.run(f"lvremove -q -y {name}/{old} && lvcreate -q -y -s -kn -ay -pr -n {old} {thin.path}")
-    assert thin.guest.output(thin_id) == before
-    falls_back(_NOT_THERE)
-    assert old in thin.ours() and len(thin.ours()) == 2
-    thin.guest.run(f"lvremove -q -y {name}/{old}")
 
     thin.guest.run(f"lvextend -q -L +4M {thin.path}")
     falls_back(f"{_SCAN}the volume was resized from {32 * MIB} to {36 * MIB} bytes")
