@@ -143,91 +143,117 @@ def from_bytes(content: bytes, path: str) -> Manifest:
     return _from_fields(fields, path)
 
 
-def _from_fields(fields: dict[str, object], path: str) -> Manifest:
-    def get(holder: object, name: str, kind: type[Value]) -> Value:
-        value = holder.get(name) if isinstance(holder, dict) else None
+class _Fields:
+    """An object of a manifest, whatever the file holds in its place; `path` is for messages.
+
+    All of it raises `DamagedError` for what is missing or of another type.
+    """
+
+    def __init__(self, holder: object, path: str) -> None:
+        self._holder = holder if isinstance(holder, dict) else {}
+        self._path = path
+
+    def get(self, name: str, kind: type[Value]) -> Value:
+        """Return a field; a number is whole and not negative."""
+        value = self._holder.get(name)
         if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or int(str(value)) < 0)):
-            raise DamagedError(f"{path} is damaged: {name} is missing or unfit")
+            raise DamagedError(f"{self._path} is damaged: {name} is missing or unfit")
         return value
 
-    def optional(holder: object, name: str, kind: type[Value]) -> Value | None:
-        return None if not isinstance(holder, dict) or holder.get(name) is None else get(holder, name, kind)
+    def optional(self, name: str, kind: type[Value]) -> Value | None:
+        """Return a field that may be ``null`` or missing."""
+        return None if self._holder.get(name) is None else self.get(name, kind)
 
-    def stored(name: str) -> StoredFile:
-        holder = fields.get(name)
-        return StoredFile(get(holder, "suffix", str), get(holder, "size", int), get(holder, "sha256", str))
+    def number(self, name: str) -> float:
+        """Return a number that need not be whole."""
+        value = self._holder.get(name)
+        return value if isinstance(value, float) and 0 <= value < math.inf else float(self.get(name, int))
 
-    def seconds(holder: object, name: str) -> float:
-        value = holder.get(name) if isinstance(holder, dict) else None
-        return value if isinstance(value, float) and 0 <= value < math.inf else float(get(holder, name, int))
+    def optional_number(self, name: str) -> float | None:
+        """Return a number that need not be whole, and may be ``null`` or missing."""
+        return None if self._holder.get(name) is None else self.number(name)
 
-    def snapshot() -> Snapshot | None:
-        holder = optional(fields, "snapshot", dict)
-        return (
-            None
-            if holder is None
-            else Snapshot(
-                get(holder, "uuid", str),
-                get(holder, "kind", str),
-                seconds(holder, "took_s"),
-                seconds(holder, "fill_percent") if holder.get("fill_percent") is not None else None,
-                get(holder, "kept", bool),
-                optional(holder, "extents", str),
-            )
-        )
+    def part(self, name: str) -> "_Fields":
+        """Return an object in this one."""
+        return _Fields(self._holder.get(name), self._path)
 
-    def quiesced() -> Quiesced | None:
-        holder = optional(fields, "quiesced", dict)
-        return (
-            None
-            if holder is None
-            else Quiesced(
-                get(holder, "by", str),
-                seconds(holder, "held_s"),
-                [str(statement) for statement in get(holder, "statements", list)],
-                seconds(holder, "waited_s") if holder.get("waited_s") is not None else None,
-            )
-        )
+    def optional_part(self, name: str) -> "_Fields | None":
+        """Return an object in this one that may be ``null`` or missing."""
+        return None if self.optional(name, dict) is None else self.part(name)
 
-    def database() -> Coordinates | None:
-        holder = optional(fields, "database", dict)
+    def coordinates(self, name: str) -> Coordinates | None:
+        """Return a database's place, which may be ``null`` or missing."""
+        holder = self.optional(name, dict)
         try:
             return None if holder is None else coordinates.from_fields(holder)
         except ValueError as error:
-            raise DamagedError(f"{path} is damaged: {error} is missing or unfit") from error
+            raise DamagedError(f"{self._path} is damaged: {error} is missing or unfit") from error
 
-    parent = fields.get("parent")
-    source = fields.get("source")
+
+def _from_fields(found: dict[str, object], path: str) -> Manifest:
+    fields = _Fields(found, path)
     return Manifest(
-        chain=get(fields, "chain", str),
-        generation=get(fields, "generation", int),
-        parent=Parent(get(parent, "generation", int), optional(parent, "manifest_sha256", str)) if parent else None,
-        full=get(fields, "full", bool),
-        delta_format=get(fields, "delta_format", int),
-        delta=stored("delta"),
-        table=stored("table"),
-        digest=get(fields, "digest", str),
-        block_size=get(fields, "block_size", int),
-        image_size=optional(fields, "image_size", int),
-        blocks=get(fields, "blocks", int),
-        changed_blocks=get(fields, "changed_blocks", int),
-        source=Source(
-            optional(source, "host", str),
-            get(source, "path", str),
-            get(source, "kind", str),
-            optional(source, "volume", str),
-        ),
-        consistency=get(fields, "consistency", str),
-        started=get(fields, "started", str),
-        finished=get(fields, "finished", str),
-        bytes_read=optional(fields, "bytes_read", int),
-        bytes_received=optional(fields, "bytes_received", int),
-        run=optional(fields, "run", str),
-        snapshot=snapshot(),
-        quiesced=quiesced(),
-        database=database(),
-        notes=[str(note) for note in optional(fields, "notes", list) or []],
-        versions={str(k): str(v) for k, v in get(fields, "versions", dict).items()},
+        chain=fields.get("chain", str),
+        generation=fields.get("generation", int),
+        parent=_parent(fields.optional_part("parent")),
+        full=fields.get("full", bool),
+        delta_format=fields.get("delta_format", int),
+        delta=_stored(fields.part("delta")),
+        table=_stored(fields.part("table")),
+        digest=fields.get("digest", str),
+        block_size=fields.get("block_size", int),
+        image_size=fields.optional("image_size", int),
+        blocks=fields.get("blocks", int),
+        changed_blocks=fields.get("changed_blocks", int),
+        source=_source(fields.part("source")),
+        consistency=fields.get("consistency", str),
+        started=fields.get("started", str),
+        finished=fields.get("finished", str),
+        bytes_read=fields.optional("bytes_read", int),
+        bytes_received=fields.optional("bytes_received", int),
+        run=fields.optional("run", str),
+        snapshot=_snapshot(fields.optional_part("snapshot")),
+        quiesced=_quiesced(fields.optional_part("quiesced")),
+        database=fields.coordinates("database"),
+        notes=[str(note) for note in fields.optional("notes", list) or []],
+        versions={str(k): str(v) for k, v in fields.get("versions", dict).items()},
+    )
+
+
+def _parent(fields: _Fields | None) -> Parent | None:
+    return None if fields is None else Parent(fields.get("generation", int), fields.optional("manifest_sha256", str))
+
+
+def _stored(fields: _Fields) -> StoredFile:
+    return StoredFile(fields.get("suffix", str), fields.get("size", int), fields.get("sha256", str))
+
+
+def _source(fields: _Fields) -> Source:
+    host, volume = fields.optional("host", str), fields.optional("volume", str)
+    return Source(host, fields.get("path", str), fields.get("kind", str), volume)
+
+
+def _snapshot(fields: _Fields | None) -> Snapshot | None:
+    if fields is None:
+        return None
+    return Snapshot(
+        fields.get("uuid", str),
+        fields.get("kind", str),
+        fields.number("took_s"),
+        fields.optional_number("fill_percent"),
+        fields.get("kept", bool),
+        fields.optional("extents", str),
+    )
+
+
+def _quiesced(fields: _Fields | None) -> Quiesced | None:
+    if fields is None:
+        return None
+    return Quiesced(
+        fields.get("by", str),
+        fields.number("held_s"),
+        [str(statement) for statement in fields.get("statements", list)],
+        fields.optional_number("waited_s"),
     )
 
 
