@@ -81,7 +81,8 @@ class DatabaseQuiesce(Quiesce):
         if len({device for _directory, device, _source in places}) > 1 and not self._freezes:
             raise SourceError(
                 "the database keeps its files on several volumes, whose snapshots are not made at once",
-                "hold its writes still meanwhile: --before 'fsfreeze -f DIR…' and --after 'fsfreeze -u DIR…'",
+                # not fsfreeze: device-mapper cannot suspend what is frozen already (Linux before 6.8)
+                "stop it meanwhile: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
             )
 
     def around(self, session: Session) -> Moment:

@@ -81,7 +81,8 @@ def test_several_volumes_need_a_freeze(database: Make) -> None:
     assert caught.value.message == (
         "the database keeps its files on several volumes, whose snapshots are not made at once"
     )
-    assert "--before 'fsfreeze -f" in str(caught.value.hint) and "--after 'fsfreeze -u" in str(caught.value.hint)
+    assert "--before 'systemctl kill -s STOP" in str(caught.value.hint)
+    assert "--after 'systemctl kill -s CONT" in str(caught.value.hint)
     database("/data", "/redo", freezes=True).check(places, Host())
 
 

@@ -22,8 +22,8 @@ class GuestMariaDB(Server):
     """Starts with the `with` statement, and stops at its end. The guest's root is its superuser, and so are we.
 
     `data` is a directory of the guest; where it does not exist it is made as `mariadb-install-db` makes it. `options`
-    are more words of the server's command line. `socket` is its socket in the guest, and `port` that of 127.0.0.1 on
-    this machine which leads to `guest_port`. Two servers need different ports, and different sockets.
+    are more words of the server's command line. `socket` is its socket in the guest, `unit` its name for systemctl, and
+    `port` that of 127.0.0.1 on this machine which leads to `guest_port`. Two servers need different ports and sockets.
     """
 
     def __init__(self, guest: Guest, data: str, *options: str, guest_port: int = 3306, socket: str = SOCKET) -> None:
@@ -32,8 +32,8 @@ class GuestMariaDB(Server):
         self.socket = socket
         self.port = guest.forward(guest_port)
         self._guest_port = guest_port
-        self._unit = f"lab-mariadb-{guest_port}"
-        self._log = f"/run/{self._unit}.log"
+        self.unit = f"lab-mariadb-{guest_port}"
+        self._log = f"/run/{self.unit}.log"
         self._options = options
 
     def __enter__(self) -> "GuestMariaDB":
@@ -57,8 +57,8 @@ class GuestMariaDB(Server):
     def start(self) -> None:
         """Start the server; returns when it is ready."""
         words = f"--datadir={shlex.quote(self.data)} --socket={self.socket} --port={self._guest_port}"
-        words += f" --pid-file=/run/mysqld/{self._unit}.pid --log-error={self._log} {shlex.join(self._options)}"
-        unit = f"--unit={self._unit} --property=TimeoutStartSec={_START_TIMEOUT_S} --service-type=notify"
+        words += f" --pid-file=/run/mysqld/{self.unit}.pid --log-error={self._log} {shlex.join(self._options)}"
+        unit = f"--unit={self.unit} --property=TimeoutStartSec={_START_TIMEOUT_S} --service-type=notify"
         started = self.guest.run(
             f"rm -f {self._log}; systemd-run --quiet --collect {unit} -- mariadbd {_OPTIONS} {words}",
             timeout_s=_START_TIMEOUT_S + 30,
@@ -68,7 +68,7 @@ class GuestMariaDB(Server):
 
     def stop(self) -> None:
         """Stop the server, if it runs; returns when it has ended."""
-        self.guest.run(f"systemctl stop {self._unit}", timeout_s=120, check=False)
+        self.guest.run(f"systemctl stop {self.unit}", timeout_s=120, check=False)
 
     def log(self) -> str:
         """Return what the server has written to its log since it was started."""
