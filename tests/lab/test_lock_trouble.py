@@ -182,7 +182,7 @@ def _server(shop: Shop, place: str, *options: str) -> GuestMariaDB:
 
 def _split_backup(shop: Shop, split: Split, name: Path, *words: str) -> "subprocess.CompletedProcess[bytes]":
     arguments = [shop.guest.url(split.data), *shop.arguments("--mysql", split.url, *words)]
-    return commands.run("blockdiff", "backup", name, *arguments, timeout_s=PATIENCE_S)
+    return commands.run("blockdiff", "backup", name, *arguments, timeout_s=4 * PATIENCE_S)
 
 
 def test_a_database_of_which_a_part_is_not_in_the_run_is_refused(open_shop: Shop, split: Split, tmp_path: Path) -> None:
