@@ -228,11 +228,11 @@ def _sources(request: Dict[str, object]) -> List[Source]:
     if not request.get("snapshot"):
         return [LiveSource(path) for path in paths]
     size = wire.text(request, "snapshot_size")
-    chains, kept = wire.texts(request, "chains"), wire.texts(request, "kept")
-    if not len(paths) == len(chains) == len(kept):
-        raise ProtocolError("the request names {} sources, {} chains".format(len(paths), len(chains)))
+    owners, kept = wire.texts(request, "owners"), wire.texts(request, "kept")
+    if not len(paths) == len(owners) == len(kept):
+        raise ProtocolError("the request names {} sources, {} owners".format(len(paths), len(owners)))
     keep = bool(request.get("keep"))
-    return [VolumeSource(path, size, chain, uuid, keep) for path, chain, uuid in zip(paths, chains, kept)]
+    return [VolumeSource(path, size, owner, uuid, keep) for path, owner, uuid in zip(paths, owners, kept)]
 
 
 def _ready(sources: List[Source], request: Dict[str, object]) -> Dict[str, object]:

@@ -1,8 +1,10 @@
 """One run: lock the chains, take the moment of their sources, ask the agent for what changed, write it, commit it."""
 
+import hashlib
 import os
 import platform
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,9 +55,13 @@ class Volumes:
 
 @dataclass(frozen=True)
 class Options(Choices):
-    """What the command line asks for. `volumes` is None where sources are read as they are."""
+    """What the command line asks for. `volumes` is None where sources are read as they are.
+
+    `period` is what each NAME ends with where a new chain begins by itself each month, week or day.
+    """
 
     volumes: Volumes | None = None
+    period: str = ""
     compression: str = "gzip"
     level: int | None = None
     transport: str | None = None
@@ -172,7 +178,7 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
     for job in jobs:
         last = job.plan.snapshot
         kept = last.uuid if volumes is not None and last is not None and last.kept else ""
-        sources.append(Wanted(os.fsencode(job.path), job.chain.chain_id(), kept))
+        sources.append(Wanted(os.fsencode(job.path), _owner(job.chain.name, options.period), kept))
     return Request(
         sources,
         volumes.snapshot_size if volumes is not None else None,
@@ -182,6 +188,15 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
         quiesced.directories,
         low_priority=options.prefix is None,
     )
+
+
+def _owner(name: str, period: str) -> str:
+    """Return what tells the snapshots that runs of NAME keep from those of others: the same before there is a manifest.
+
+    Without the period: the chain of a new month inherits them from that of the old one, which has no run any more.
+    """
+    place = os.path.realpath(name).removesuffix(period)
+    return hashlib.sha256(os.fsencode(f"{socket.gethostname()}\0{place}")).hexdigest()[:32]
 
 
 def _dump(

@@ -23,10 +23,13 @@ from blockdiff.tunnel import Tunnel
 
 @dataclass(frozen=True)
 class Wanted:
-    """A source of a run: its path on the host, the chain it belongs to, and the LV UUID of the snapshot kept for it."""
+    """A source of a run: its path on the host, whose it is, and the LV UUID of the snapshot kept for it.
+
+    `owner` is the same word for all runs that take over each other's kept snapshots.
+    """
 
     path: bytes
-    chain: str = ""
+    owner: str = ""
     kept: str = ""
 
 
@@ -151,7 +154,7 @@ class Session:
             wire.REQUEST,
             {
                 "paths": [wanted.path.hex() for wanted in request.sources],
-                "chains": [wanted.chain for wanted in request.sources],
+                "owners": [wanted.owner for wanted in request.sources],
                 "kept": [wanted.kept for wanted in request.sources],
                 "snapshot": request.snapshot_size is not None,
                 "snapshot_size": request.snapshot_size or "",

@@ -100,17 +100,17 @@ class LiveSource(Source):
 
 
 class VolumeSource(Source):
-    """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of the chain's.
+    """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of its `owner`.
 
     `kept` is the LV UUID of the snapshot that the chain's last run kept, ``""`` for none. With `keep` this run's stays
     on the host.
     """
 
-    def __init__(self, path: bytes, size: str, chain: str, kept: str, keep: bool) -> None:
+    def __init__(self, path: bytes, size: str, owner: str, kept: str, keep: bool) -> None:
         super().__init__()
         self._path = os.fsdecode(path)
         self._size = size
-        self._tag = lvs.TAG + "_chain_" + chain
+        self._tag = lvs.TAG + "_owner_" + owner
         self._kept_uuid = kept
         self._kept: Optional[lvs.Volume] = None
         self._keep = keep
@@ -127,7 +127,7 @@ class VolumeSource(Source):
         return {"uuid": self._origin.uuid, "name": self._origin.full_name, "segtype": self._origin.segtype}
 
     def _sweep(self) -> None:
-        """Remove what killed agents left, and what was kept by runs of this chain that the server never committed."""
+        """Remove what killed agents left, and what runs of this owner kept that no chain goes on from."""
         removed = lvm.sweep(self._origin)
         for snapshot in thin.kept_snapshots(self._origin):
             if self._tag in snapshot.tags and snapshot.uuid != self._kept_uuid:

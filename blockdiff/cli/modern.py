@@ -85,6 +85,7 @@ def backup_command(
         delta_format=int(delta_format) if delta_format else None,
         full=full,
         volumes=volume_options(volumes),
+        period=_period_suffix(period),
         compression=compression,
         level=level,
         transport=transport,
@@ -95,9 +96,10 @@ def backup_command(
     if also and options.volumes is None:
         raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
     targets = [(name, where.path), *(_split_also(text) for text in also)]
-    suffix = _period_suffix(period)
-    with watched(os.path.basename(name + suffix)) as progress:
-        results = backup.backup_together([(each + suffix, path) for each, path in targets], where, options, progress)
+    with watched(os.path.basename(name + options.period)) as progress:
+        results = backup.backup_together(
+            [(each + options.period, path) for each, path in targets], where, options, progress
+        )
     for result in results:
         _report(result, as_json)
     if as_json:

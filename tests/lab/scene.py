@@ -22,7 +22,7 @@ LOCK_WAIT_S = 12
 PATIENCE_S = 60.0
 
 _PASSWORD = "it's #1"
-_GRANTS = "RELOAD, PROCESS, BINLOG MONITOR, REPLICA MONITOR"
+_GRANTS = "RELOAD, PROCESS, BINLOG MONITOR, SLAVE MONITOR"
 #: Users as which runs log in to the database.
 _USERS = ("root", "backup")
 _PLACE = "/run/blockdiff-interrupted"

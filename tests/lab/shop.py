@@ -24,7 +24,7 @@ VOLUME_SIZE = "96M"
 TABLES = (*writers.ENGINES, *(f"{engine}_counter" for engine in writers.ENGINES), "account")
 SESSIONS = 2
 PASSWORD = "secret"
-GRANTS = "RELOAD, PROCESS, BINLOG MONITOR, REPLICA MONITOR"
+GRANTS = "RELOAD, PROCESS, BINLOG MONITOR, SLAVE MONITOR"
 _ACCOUNTS = (
     f"CREATE USER backup@'%' IDENTIFIED BY '{PASSWORD}'",
     f"GRANT {GRANTS} ON *.* TO backup@'%'",

@@ -231,7 +231,8 @@ def test_mysqllock_holds_the_lock_for_the_old_commands(shop: Shop, tmp_path: Pat
         "issuing unlock statement: BACKUP STAGE END",
         "backup completed successfully",
     ]
-    assert sorted(path.name for path in name.parent.glob("shop*")) == ["shop.1.gz", "shop.1.md5", "shop.ver"]
+    files = [f"shop.{end}" for end in ("1.gz", "1.json", "1.md5", "ver")]
+    assert sorted(path.name for path in name.parent.glob("shop*")) == files
     shop.assert_no_snapshot()
     assert_no_secret([said], name.parent)
 

@@ -36,7 +36,7 @@ def foreign(chain: VolumeChain, volume_group: VolumeGroup) -> Iterator[None]:
     group = volume_group.name
     volume_group.volume("other", "8M")
     chain.guest.run(
-        f"lvcreate -q -y -s -n nightly -L 8M {group}/data; lvcreate -q -y -s -p r -n bd_x -L 8M {group}/data;"
+        f"lvcreate -q -y -s -n nightly -L 40M {group}/data; lvcreate -q -y -s -p r -n bd_x -L 40M {group}/data;"
         f"lvcreate -q -y -s -p r -n bd_0123456789abcdef --addtag blockdiff -L 4M {group}/other"
     )
     names = ("nightly", "bd_x", "bd_0123456789abcdef")
@@ -147,7 +147,7 @@ def test_what_is_no_volume_that_can_have_a_snapshot(chain: VolumeChain, volume_g
 
 def test_only_root_makes_snapshots(chain: VolumeChain, volume_group: VolumeGroup) -> None:
     chain.guest.run(
-        "id nobody-much >/dev/null 2>&1 || useradd -m nobody-much; mkdir -p ~nobody-much/.ssh;"
+        "id nobody-much >/dev/null 2>&1 || useradd -m -p " * " nobody-much; mkdir -p ~nobody-much/.ssh;"
         "cp ~root/.ssh/authorized_keys ~nobody-much/.ssh/; chown -R nobody-much ~nobody-much/.ssh"
     )
     words = [word.replace("root@", "nobody-much@") for word in chain.words()]
@@ -159,15 +159,16 @@ def test_only_root_makes_snapshots(chain: VolumeChain, volume_group: VolumeGroup
 
 
 def test_several_volumes_at_one_moment(chain: VolumeChain, volume_group: VolumeGroup, directory: Path) -> None:
-    """A writer counts on one volume and then on the other; frozen, they are never more than one apart."""
+    """A writer counts on one volume and then on the other; while it is stopped, they are at most one apart."""
     guest, group = chain.guest, volume_group.name
     mounts = [volume_group.mounted(chain.path), volume_group.mounted(volume_group.volume("second", "32M"))]
-    freeze = [" && ".join(f"fsfreeze -{flag} {mount}" for mount in mounts) for flag in ("f", "u")]
+    stop, go = (f"kill -{signal} $(cat /run/lab-writer) && sync" for signal in ("STOP", "CONT"))
     loop = "; ".join(f"echo $i > {mount}/n.new && sync {mount}/n.new && mv {mount}/n.new {mount}/n" for mount in mounts)
     also = f"{directory}/second=/dev/{group}/second"
-    with guest.started(f"i=0; while :; do i=$((i+1)); {loop}; [ $i = 1 ] && echo going; done") as writer:
+    count = f"echo $$ > /run/lab-writer; i=0; while :; do i=$((i+1)); {loop}; [ $i = 1 ] && echo going; done"
+    with guest.started(count) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "going\n"
-        out = commands.done(*chain.words("--also", also, "--before", freeze[0], "--after", freeze[1]))
+        out = commands.done(*chain.words("--also", also, "--before", stop, "--after", go))
     first, second = json.loads(out)
     assert first["run"] == second["run"] is not None
     assert (first["consistency"], second["quiesced"]["by"]) == ("quiesced", "freeze")

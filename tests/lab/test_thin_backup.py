@@ -318,34 +318,42 @@ def test_reading_costs_what_is_mapped_and_then_what_has_changed(volume_group: Vo
         assert thin.chain.digest(2) == thin.digest()
 
 
-def test_a_run_whose_commit_fails_leaves_no_second_kept_snapshot_for_good(thin: Thin) -> None:
-    thin.chain.backup(KEEP)
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_run_whose_commit_fails_leaves_no_second_kept_snapshot_for_good(thin: Thin, generation: int) -> None:
+    if generation == 2:
+        thin.chain.backup(KEEP)
     thin.write(MIB)
     hold, begun = "/run/lab-hold", "/run/lab-begun"
     thin.guest.run(f"rm -f {begun}; touch {hold}")
     wait = f"touch {begun}; while [ -e {hold} ]; do sleep 0.05; done"
     with commands.started(*thin.chain.words(KEEP, "--before", wait)) as process:
         wait_until(lambda: thin.guest.run(f"test -e {begun}", check=False).returncode == 0)
-        in_the_way = thin.chain.name.with_name("data.2.gz")
+        in_the_way = thin.chain.name.with_name(f"data.{generation}.gz")
         in_the_way.touch()
         thin.guest.run(f"rm {hold}")
         said = process.communicate(timeout=PATIENCE_S)[1].decode()
     assert process.returncode == 1
-    assert "data.2.gz" in said
-    uncommitted = thin.ours()
+    assert in_the_way.name in said
+    uncommitted = thin.kept()
     in_the_way.unlink()
 
     told = thin.chain.backup(KEEP)
-    assert told["generation"] == 2
-    assert told["notes"] == [
-        *(
-            f"removed the snapshot {thin.group.name}/{name}, which a run before this one left"
-            for name in sorted(uncommitted)
-        ),
-        _NOT_THERE,
-    ]
-    assert thin.kept() not in uncommitted
-    assert thin.chain.digest(2) == thin.digest()
+    assert told["generation"] == generation
+    removed = f"removed the snapshot {thin.group.name}/{uncommitted}, which a run before this one left"
+    assert told["notes"] == [removed, _NOT_THERE][:generation]  # the first one reads what is mapped, as ever
+    assert thin.kept() != uncommitted
+    assert thin.chain.digest(generation) == thin.digest()
+
+
+def test_the_chain_of_a_new_day_takes_over_what_that_of_the_day_before_kept(thin: Thin) -> None:
+    told, kept = [], []
+    for zone in ("EARLY+12", "LATE-14"):  # never the same day there
+        words = thin.chain.words(KEEP, "--chain", "daily")
+        told.append(json.loads(commands.done(*words, env={"TZ": zone})))
+        kept.append(thin.kept())
+    assert told[0]["name"] != told[1]["name"]
+    assert [each["generation"] for each in told] == [1, 1]
+    assert told[1]["notes"] == [f"removed the snapshot {thin.group.name}/{kept[0]}, which a run before this one left"]
 
 
 def test_a_pool_that_is_too_full_is_refused_before_anything_is_made(volume_group: VolumeGroup, tmp_path: Path) -> None:
