@@ -147,7 +147,7 @@ def test_what_is_no_volume_that_can_have_a_snapshot(chain: VolumeChain, volume_g
 
 def test_only_root_makes_snapshots(chain: VolumeChain, volume_group: VolumeGroup) -> None:
     chain.guest.run(
-        "id nobody-much >/dev/null 2>&1 || useradd -m -p " * " nobody-much; mkdir -p ~nobody-much/.ssh;"
+        "id nobody-much >/dev/null 2>&1 || useradd -m -p '*' nobody-much; mkdir -p ~nobody-much/.ssh;"
         "cp ~root/.ssh/authorized_keys ~nobody-much/.ssh/; chown -R nobody-much ~nobody-much/.ssh"
     )
     words = [word.replace("root@", "nobody-much@") for word in chain.words()]
