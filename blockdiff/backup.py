@@ -203,7 +203,7 @@ def _dump(
     session: Session,
     job: _Job,
     options: Options,
-    compress: Callable[[bytes], bytes],
+    compress: Callable[[bytes | memoryview], bytes],
     watcher: Progress,
     stack: ExitStack,
 ) -> None:

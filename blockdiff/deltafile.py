@@ -19,6 +19,8 @@ _MAGIC = b"\0\0\0\0BDv2"
 _HEADER_2 = struct.Struct("<8sIQ")
 _RECORD = struct.Struct("<BQQ")
 _DATA, _ZEROS, _END = 1, 2, 3
+#: Bytes of a version 2 record before its data.
+HEAD_SIZE = _RECORD.size
 _SHA256_SIZE = 32
 
 # Neighbouring records of a version 1 delta are handed on as one run of at most this many bytes and blocks.
@@ -40,14 +42,16 @@ def header(delta_format: int, block_size: int, image_size: int | None) -> bytes:
     return _HEADER_2.pack(_MAGIC, block_size, image_size)
 
 
-def record(delta_format: int, run: Run, block_size: int) -> list[bytes | memoryview]:
-    """Return the parts that joined are the record (version 2) or records (version 1) of a run.
+def put_head(buffer: bytearray, position: int, run: Run) -> None:
+    """Write the head of a version 2 record, `HEAD_SIZE` bytes; the run's data follows, zeros have none."""
+    _RECORD.pack_into(buffer, position, _ZEROS if run.data is None else _DATA, run.offset, run.length)
 
-    A version 1 delta has no zero records: the bytes of a zero run are written out.
+
+def records_1(run: Run, block_size: int) -> list[bytes | memoryview]:
+    """Return the parts that joined are the version 1 records of a run.
+
+    There are no zero records: the bytes of a zero run are written out.
     """
-    if delta_format == 2:
-        head = _RECORD.pack(_ZEROS if run.data is None else _DATA, run.offset, run.length)
-        return [head] if run.data is None else [head, run.data]
     data = memoryview(bytes(min(run.length, block_size))) if run.data is None else run.data
     parts: list[bytes | memoryview] = []
     for i in range(0, run.length, block_size):

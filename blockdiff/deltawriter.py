@@ -13,8 +13,8 @@ from blockdiff.deltafile import Sink, TableReader, TableWriter
 from blockdiff.dump import Run
 from blockdiff.errors import ProtocolError
 
-#: Bytes that a member of a delta holds before compression, at least (but for the last) and at most, records' heads and
-#: digests aside.
+#: Bytes that a member of a delta holds before compression, at least (but for the last) and at most, records' heads
+#: aside.
 MEMBER_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 4 << 20
 #: Blocks of a member at most, and of a piece of a long run of zeros.
@@ -24,7 +24,10 @@ ZERO_BLOCKS = 65536
 
 @dataclass
 class _Member:
-    """Runs that will be compressed together, and the buffer that holds their bytes."""
+    """Runs that will be compressed together, and the buffer that holds their bytes.
+
+    For version 2 the buffer becomes the member as it is: `used` counts the room for the records' heads as well.
+    """
 
     buffer: bytearray
     used: int = 0
@@ -65,7 +68,7 @@ class DeltaWriter:
         delta_format: int,
         hasher: Hasher,
         image_size: int | None,
-        compress: Callable[[bytes], bytes],
+        compress: Callable[[bytes | memoryview], bytes],
         old: TableReader | None,
     ) -> None:
         self._delta = delta
@@ -75,7 +78,8 @@ class DeltaWriter:
         self._compress = compress
         self._old = old
         self._table = TableWriter(table, hasher.block_size, hasher.digest.size)
-        self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES)
+        self._head_size = deltafile.HEAD_SIZE if delta_format == 2 else 0
+        self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES + (MEMBER_BLOCKS + 1) * self._head_size)
         self._current = _Member(self._pool.take())
         self._full_members: list[_Member] = []
         self._changed_blocks = 0
@@ -83,10 +87,10 @@ class DeltaWriter:
 
     def allocate(self, length: int) -> memoryview:
         """Return room for `length` bytes, at most `MAX_MEMBER_BYTES`, of the next run."""
-        if self._current.used + length > MAX_MEMBER_BYTES:
+        if self._current.used + self._head_size + length > len(self._current.buffer):
             self._close_member()
-        start = self._current.used
-        self._current.used += length
+        start = self._current.used + self._head_size
+        self._current.used = start + length
         return memoryview(self._current.buffer)[start : start + length]
 
     def write(self, runs: Iterable[Run]) -> Written:
@@ -115,6 +119,7 @@ class DeltaWriter:
                 member = self._current
                 member.runs.append(piece)
                 member.weight += piece.length if self._takes_room(piece) else 0
+                member.used += self._head_size if piece.data is None else 0
                 member.blocks += block_count(piece.length, self._hasher.block_size)
                 if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
                     self._close_member()
@@ -143,14 +148,19 @@ class DeltaWriter:
 
     def _encode(self, member: _Member) -> _Encoded:
         """What the worker threads do: hash, encode and compress."""
-        parts: list[bytes | memoryview] = []
-        digests = []
-        for run in member.runs:
-            digests.append((run.offset, run.length, self._hasher.run_digests(run.length, run.data)))
-            parts += deltafile.record(self._format, run, self._hasher.block_size)
-        data = self._compress(b"".join(parts))
+        digests = [(run.offset, run.length, self._hasher.run_digests(run.length, run.data)) for run in member.runs]
+        data = self._compress(self._records(member))
         self._pool.give_back(member.buffer)
         return _Encoded(data, digests)
+
+    def _records(self, member: _Member) -> bytes | memoryview:
+        if self._format == 1:
+            return b"".join(part for run in member.runs for part in deltafile.records_1(run, self._hasher.block_size))
+        position = 0
+        for run in member.runs:
+            deltafile.put_head(member.buffer, position, run)
+            position += deltafile.HEAD_SIZE + (0 if run.data is None else run.length)
+        return memoryview(member.buffer)[:position]
 
     def _append_digests(self, offset: int, length: int, digests: bytes) -> None:
         self._keep_until(offset // self._hasher.block_size)

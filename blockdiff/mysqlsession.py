@@ -4,13 +4,14 @@ import math
 import re
 import socket
 from types import TracebackType
-
-import pymysql
-from pymysql import cursors
+from typing import TYPE_CHECKING
 
 from blockdiff.coordinates import Row
 from blockdiff.errors import DatabaseError, printable
 from blockdiff.mysqlaccount import Account
+
+if TYPE_CHECKING:
+    import pymysql
 
 CONNECT_TIMEOUT_S = 10.0
 #: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot meanwhile.
@@ -45,10 +46,14 @@ class Session:
         No statement takes longer than `statement_timeout_s` seconds. `sock` is a connection to the server that is
         there already, and is the session's from now on.
         """
+        import pymysql  # here: it takes as long as all the rest of a start, and most runs lock no database
+        from pymysql.cursors import DictCursor
+
+        self._errors = pymysql.err
         self.place = account.place
         self._user = account.user
         self._granted_to = "the account"
-        self._connection: pymysql.Connection[cursors.DictCursor] = pymysql.Connection(
+        self._connection: pymysql.Connection[DictCursor] = pymysql.Connection(
             user=account.user,
             password=account.password.encode("utf-8", "surrogateescape"),
             database=account.database,
@@ -57,7 +62,7 @@ class Session:
             write_timeout=statement_timeout_s,
             program_name="blockdiff",
             defer_connect=True,
-            cursorclass=cursors.DictCursor,
+            cursorclass=DictCursor,
         )
         try:
             self._connection.connect(sock if sock is not None else _connected(account))
@@ -82,7 +87,7 @@ class Session:
         """End the session, if it is not ended yet: the server gives up its locks."""
         try:
             self._connection.close()
-        except pymysql.err.Error:
+        except self._errors.Error:
             pass  # closed already
 
     def rows(self, statement: str) -> list[Row]:
@@ -95,7 +100,7 @@ class Session:
             with self._connection.cursor() as cursor:
                 cursor.execute(statement)
                 return list(cursor.fetchall())
-        except pymysql.err.MySQLError as error:
+        except self._errors.MySQLError as error:
             raise self._refused(error) from error
 
     def execute(self, statement: str) -> None:
@@ -113,7 +118,7 @@ class Session:
         seconds = math.ceil(hold_s)
         self.execute(f"SET SESSION wait_timeout={seconds}, net_read_timeout={seconds}, net_write_timeout={seconds}")
 
-    def _refused(self, error: pymysql.err.MySQLError) -> DatabaseError:
+    def _refused(self, error: "pymysql.err.MySQLError") -> DatabaseError:
         number, said = _parts(error)
         message = f"{self.place}: {said}"
         if number in _TIMED_OUT or "(timed out)" in said:
@@ -154,7 +159,7 @@ def _connected(account: Account) -> socket.socket:
         ) from error
 
 
-def _parts(error: pymysql.err.MySQLError) -> tuple[int, str]:
+def _parts(error: "pymysql.err.MySQLError") -> tuple[int, str]:
     """Return the number of an error and its words; neither ever holds a password."""
     if len(error.args) > 1 and isinstance(error.args[0], int):
         return error.args[0], printable(str(error.args[1]), 500) or "the connection is closed"

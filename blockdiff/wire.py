@@ -20,7 +20,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from blockdiff.errors import ConnectionLost, ProtocolError
 
@@ -134,11 +134,18 @@ class Link:
     """One end of the connection: sends and receives frames.
 
     Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
-    it may say nothing but ALIVE (None: for ever).
+    it may say nothing but ALIVE (None: for ever). `crc32` is a faster `zlib.crc32`, where there is one.
     """
 
-    def __init__(self, stream: Stream, silence_s: float = SILENCE_S, stall_s: Optional[float] = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        silence_s: float = SILENCE_S,
+        stall_s: Optional[float] = None,
+        crc32: "Callable[[Buffer, int], int]" = zlib.crc32,
+    ) -> None:
         self._stream = stream
+        self._crc32 = crc32
         self.silence_s = silence_s
         self.stall_s = stall_s
         self._send_lock = threading.Lock()
@@ -170,9 +177,9 @@ class Link:
     def _send(self, kind: int, parts: Sequence[Buffer], offset: int) -> None:
         length = sum(len(part) for part in parts)
         header = _HEADER_BEFORE_CRC.pack(kind, length, self._sent & 0xFFFFFFFF, offset)
-        crc = zlib.crc32(header)
+        crc = self._crc32(header, 0)
         for part in parts:
-            crc = zlib.crc32(part, crc)
+            crc = self._crc32(part, crc)
         self._sent += 1
         self._stream.write((header + _CRC.pack(crc),) + tuple(parts))
 
@@ -194,7 +201,7 @@ class Link:
                 raise ProtocolError("oversized frame of {} bytes".format(length))
             self._received += 1
             self._remaining, self._expected_crc = length, crc
-            self._crc = zlib.crc32(memoryview(self._header)[: _HEADER_BEFORE_CRC.size])
+            self._crc = self._crc32(memoryview(self._header)[: _HEADER_BEFORE_CRC.size], 0)
             if not length:
                 self._check_crc()
             if kind != ALIVE:
@@ -211,7 +218,7 @@ class Link:
         if not len(view):
             return
         self._fill(view)
-        self._crc = zlib.crc32(view, self._crc)
+        self._crc = self._crc32(view, self._crc)
         self._remaining -= len(view)
         if not self._remaining:
             self._check_crc()

@@ -53,6 +53,21 @@ def test_the_ordinary_programs_read_it(name: str, level: int) -> None:
     assert program(PROGRAMS[name], b"".join(members(name, level))) == CONTENT
 
 
+@pytest.mark.parametrize("length", [32 << 10, 0xFFFF, 0x10000, 2 * 0xFFFF, (1 << 20) + 17])
+def test_noise_is_stored_as_it_is(length: int) -> None:
+    noise = NOISE.randbytes(length)
+    member = codec.compressor("gzip")(memoryview(noise))
+    assert noise[:60_000] in member
+    assert len(member) < length + length // 5000 + 50
+    assert gzip.decompress(member) == noise
+    assert content(member) == noise
+
+
+def test_noise_in_some_places_does_not_stop_the_compression_of_others() -> None:
+    data = NOISE.randbytes(300_000) + bytes(300_000)
+    assert len(codec.compressor("gzip")(data)) < 310_000
+
+
 @BOTH
 def test_each_member_stands_alone_and_tells_its_size(name: str) -> None:
     for member, part in zip(members(name), PARTS):

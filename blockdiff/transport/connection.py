@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from isal import isal_zlib
+
 from blockdiff import bundle, loader, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, printable
 
@@ -96,7 +98,7 @@ def push_agent(
         _skip_to(connection, nonce, timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
-    return wire.Link(connection, silence_s, wire.STALL_S)
+    return wire.Link(connection, silence_s, wire.STALL_S, isal_zlib.crc32)
 
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float) -> None:
