@@ -1,15 +1,15 @@
-# The only entrances: make demo, make test, make check, make lab.
+# The only entrances: make demo, make test, make check, make lab, make bench.
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: demo test check lab clean
+.PHONY: demo test check lab bench clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
 
 test: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .
@@ -19,6 +19,9 @@ check: $(VENV)/installed-for-tests
 
 lab: $(VENV)/installed-for-tests
 	$(PYTHON) -m tests.lab
+
+bench: $(VENV)/installed-for-tests
+	$(PYTHON) -m bench $(PEERS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

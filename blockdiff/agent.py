@@ -181,6 +181,10 @@ class Agent:
         if wish.full != (self._feed is None):
             raise ProtocolError("a full scan has no digest table, and every other has one")
         file, claimed = source.open(wish)
+        if order.get("stream") is not None:
+            file.stream, file.streams = wire.integers(order, "stream", "streams")
+            if file.stream >= file.streams:
+                raise ProtocolError("stream {} of {}".format(file.stream, file.streams))
         self._link.send_json(wire.SOURCE, {"kind": file.kind, "size": file.size, **source.opened()})
         audit = Audit(aligned(claimed, block_size, file.size)) if claimed is not None else None
         try:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blockdiff import __version__, codec, quiesce
+from blockdiff import __version__, codec, quiesce, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.clock import now
@@ -67,6 +67,7 @@ class Options(Choices):
     transport: str | None = None
     ssh_options: Sequence[str] = ()
     bandwidth: int | None = None
+    streams: int = 1
     prefix: Sequence[str] | None = None
 
 
@@ -119,14 +120,12 @@ def backup_together(
     with ExitStack() as stack:
         jobs = _jobs(targets, address, options, stack)
         started = now()
-        session = stack.enter_context(
-            Session(address, options.transport, options.ssh_options, prefix=options.prefix or ())
-        )
+        session = stack.enter_context(_session(address, options))
         for job in jobs:
             session.check_digest(job.hasher.digest)
         moment = _take(session, jobs, options)
         for job in jobs:
-            _dump(session, job, options, compress, watcher, stack)
+            _dump(session, job, address, options, compress, watcher, stack)
         session.finish()
         run = secrets.token_hex(8) if len(jobs) > 1 else None
         results = []
@@ -136,6 +135,10 @@ def backup_together(
             told = [*job.plan.notes, *manifest.notes]
             results.append(Result(job.chain.name, manifest, _warnings(job), job.chain.notes, told))
         return results
+
+
+def _session(address: Address, options: Options) -> Session:
+    return Session(address, options.transport, options.ssh_options, prefix=options.prefix or ())
 
 
 def _jobs(targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack) -> list[_Job]:
@@ -202,29 +205,33 @@ def _owner(name: str, period: str) -> str:
 def _dump(
     session: Session,
     job: _Job,
+    address: Address,
     options: Options,
     compress: Callable[[bytes | memoryview], bytes],
     watcher: Progress,
     stack: ExitStack,
 ) -> None:
-    """Let the agent scan the next source, and write its delta and digest table."""
+    """Let the agent scan the next source, with others if need be, and write its delta and digest table."""
     plan, before = job.plan, session.bytes_received
     volumes = options.volumes or Volumes()
     trusted = volumes.keep and plan.old is not None and plan.snapshot is not None and plan.snapshot.kept
     audited = trusted and (volumes.audit or plan.audit_due)
     hinted = trusted and not audited
-    scan = Scan(plan.block_size, job.hasher.digest, plan.old, options.bandwidth, hinted, audited)
-    job.opened = opened = session.scan(scan)
-    watcher.begin(opened.size)
-    job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
-    writer = DeltaWriter(job.new.delta, job.new.table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
+    bandwidth = options.bandwidth if options.bandwidth is None else max(1, options.bandwidth // options.streams)
+    scan = Scan(plan.block_size, job.hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
+    with streams.opened(session, scan, job.path, lambda: _session(address, options)) as found:
+        job.opened = opened = found.opened
+        watcher.begin(opened.size)
+        job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
+        delta, table = job.new.delta, job.new.table
+        writer = DeltaWriter(delta, table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
 
-    def show(offset: int) -> None:
-        watcher.update(offset, session.bytes_received)
+        def show(offset: int) -> None:
+            watcher.update(offset, found.bytes_received)
 
-    job.written = writer.write(session.changes(scan, opened.size, writer.allocate, show))
-    job.totals = session.totals
-    job.received = session.bytes_received - before
+        job.written = writer.write(found.changes(writer.allocate, show))
+        job.totals = found.totals
+        job.received = found.bytes_received - before
 
 
 def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: str | None) -> Manifest:

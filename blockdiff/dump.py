@@ -82,13 +82,15 @@ class FileSource:
     """A regular file or block device, open for reading.
 
     `size` in bytes is taken once, at the start: the image ends there even if the file grows. `known` are the extents of
-    the image where somebody knows them better than the file system. Raises `SourceError` when `path` is missing,
-    unreadable, empty, or of another kind. A context manager.
+    the image where somebody knows them better than the file system. Where `streams` agents scan it together, this one
+    has number `stream`, from 0. Raises `SourceError` when `path` is missing, unreadable, empty, or of another kind. A
+    context manager.
     """
 
     def __init__(self, path: bytes, known: Optional[Iterable[Extent]] = None) -> None:
         self.path = path
         self._known = known
+        self.stream, self.streams = 0, 1
         self._shown = path.decode("utf-8", "replace")
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -150,7 +152,8 @@ class FileSource:
             extents.HOLE: _step(HOLE_BYTES, block_size),
             extents.SAME: self.size,
         }
-        for start, end, state in self._extents(block_size):
+        mine = extents.striped(self._extents(block_size), steps[extents.DATA], self.stream, self.streams)
+        for start, end, state in mine if self.streams > 1 else self._extents(block_size):
             for offset in range(start, end, steps[state]):
                 length = min(steps[state], end - offset)
                 cached = state != extents.DATA or self._read_ahead(offset, length)

@@ -38,6 +38,30 @@ def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[E
         yield Extent(position, size, DATA)
 
 
+def striped(extents: Iterable[Extent], length: int, index: int, count: int) -> Iterator[Extent]:
+    """Yield the part of ascending extents that stream `index` of `count` examines; what others do is the same to it.
+
+    Data goes to each in turn, `length` bytes at a time, and holes, which cost nothing, all to the first.
+    """
+    start, end = 0, 0  # of what others do and was not yielded yet
+    for extent in extents:
+        while extent.start < extent.end:
+            stop = extent.end
+            if extent.state == DATA:
+                stop = min(stop, extent.start - extent.start % length + length)
+            owner = extent.start // length % count if extent.state == DATA else 0
+            mine = Extent(extent.start, stop, extent.state)
+            extent = Extent(stop, extent.end, extent.state)
+            if owner == index and mine.state != SAME:
+                if end > start:
+                    yield Extent(start, end, SAME)
+                yield mine
+                start = stop
+            end = stop
+    if end > start:
+        yield Extent(start, end, SAME)
+
+
 class Audit:
     """Holds what a complete scan found against extents that somebody claims to be the same."""
 

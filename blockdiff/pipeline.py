@@ -9,7 +9,7 @@ do overlap. This is the only place that starts threads for such work.
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Deque, Iterable, Iterator, List, Optional, TypeVar
+from typing import Callable, Deque, Generator, Iterable, Iterator, List, Optional, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,6 +52,28 @@ def in_order(
         for future in pending:
             future.cancel()
         executor.shutdown(wait=True)
+
+
+def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
+    """Yield `items` as they are, drawn from by a thread of its own, up to `count` ahead.
+
+    What they raise is raised here, at its place. The thread is not waited for when the caller stops early: it may be in
+    a read, and ends when that does.
+    """
+    end = object()
+    executor = ThreadPoolExecutor(max_workers=1)
+    pending = deque(executor.submit(next, items, end) for _ in range(count))
+    try:
+        while True:
+            item = pending.popleft().result()
+            if item is end:
+                return
+            pending.append(executor.submit(next, items, end))
+            yield cast(Item, item)
+    finally:
+        for future in pending:
+            future.cancel()
+        executor.shutdown(wait=False)
 
 
 class BufferPool:

@@ -54,7 +54,8 @@ class Request:
 class Scan:
     """How to scan a source: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s.
 
-    The rest is about thin volumes: see `sources.Wish`.
+    This is number `stream`, from 0, of `streams` that scan it together (`blockdiff.streams`). The rest is about thin
+    volumes: see `sources.Wish`.
     """
 
     block_size: int
@@ -63,6 +64,8 @@ class Scan:
     bandwidth: int | None = None
     hinted: bool = False
     audited: bool = False
+    stream: int = 0
+    streams: int = 1
 
 
 class Session:
@@ -200,6 +203,8 @@ class Session:
                 "full": scan.old is None,
                 "hinted": scan.hinted,
                 "audited": scan.audited,
+                "stream": scan.stream,
+                "streams": scan.streams,
             },
         )
         source = self._expect(wire.SOURCE)

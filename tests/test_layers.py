@@ -50,7 +50,7 @@ ORDER = """
     transport
     rules
     session
-    quiesce
+    quiesce  streams
     plan
     apply  target  verify  listing
     descriptors

@@ -44,6 +44,9 @@ def cli() -> None:
 @click.option("--transport", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 @click.option("--bwlimit", type=ByteSize(), help="Bytes a second that the host may send at most.")
+@click.option(
+    "--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Connections to read through."
+)
 @click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
 @click.option("--snapshot-size", metavar="SIZE", help="Of a thick snapshot: bytes, or % of the volume. Default 20%.")
 @click.option("--mysql", metavar="URL", help="Lock this database meanwhile: mysql://USER@HOST/, or ssh.")
@@ -69,6 +72,7 @@ def backup_command(
     transport: str | None,
     ssh_options: tuple[str, ...],
     bwlimit: int | None,
+    streams: int,
     also: tuple[str, ...],
     as_json: bool,
     **volumes: object,
@@ -91,10 +95,13 @@ def backup_command(
         transport=transport,
         ssh_options=ssh_options,
         bandwidth=bwlimit,
+        streams=streams,
         prefix=agent_prefix(),
     )
     if also and options.volumes is None:
         raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
+    if streams > 1 and options.volumes is not None and options.volumes.keep:
+        raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
     targets = [(name, where.path), *(_split_also(text) for text in also)]
     with watched(os.path.basename(name + options.period)) as progress:
         results = backup.backup_together(
