@@ -1,9 +1,11 @@
-"""What no peer is compared in: a vast sparse file."""
+"""What no peer is compared in: a vast sparse file, and a long way."""
 
 import os
+import shutil
 from pathlib import Path
 
 from bench import measure, tools
+from bench.distance import Distance
 from bench.measure import CommandError
 from bench.report import Target
 from bench.tools import FULL, RESTORE
@@ -11,11 +13,34 @@ from bench.workload import Workload
 from tests.sshd import Sshd
 
 _GIB = 1 << 30
+_ROUND_TRIP_S = 0.05
 
 
 def measured(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
     """Return what was measured, beside its target."""
-    return [*_sparse(directory)]
+    return [*_sparse(directory), *_far(workload, sshd, directory)]
+
+
+def _far(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
+    """A full run over a round trip of 50 ms, through one stream and through four."""
+    walls = []
+    with Distance(sshd.port, _ROUND_TRIP_S / 2) as distance:
+        sshd.trust(distance.port)
+        for count in (1, 4):
+            store = directory / f"store-{count}-streams"
+            store.mkdir()
+            options = f"--transport ssh --streams {count} {' '.join(sshd.arguments)}"
+            tool = tools.blockdiff("far", options, sshd.url("{image}", distance.port))
+            command = tool.command(FULL, image=workload.path, store=store)
+            walls.append(measure.run(command, {}, directory).wall_s)
+            shutil.rmtree(store)
+    return [
+        Target(
+            f"50 ms round trip, full, 4 streams beside 1 ({walls[1]:.1f} s, {walls[0]:.1f} s)",
+            walls[1] / walls[0],
+            1 / 3,
+        )
+    ]
 
 
 def _sparse(directory: Path) -> list[Target]:
