@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
 
 test: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .

@@ -1,7 +1,9 @@
 """What the agent does beside dumping: leases, limits, priorities, disks that fail, and what it must never touch."""
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ WITH_DEADLINES = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from blockdiff import agent, wire
-wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None)
+wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None, *wire.Link.__init__.__defaults__[2:])
 wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
 agent.ORDER_TIMEOUT_S = float(sys.argv[4])
 agent.main(b"go")
@@ -90,6 +92,17 @@ def test_a_server_that_never_asks_for_anything_ends_the_agent() -> None:
         assert frame.kind == wire.ERROR
         assert link.read_json(frame)["message"] == "no word of the server for 0.1 s"
         assert child.wait(agents.PROMPTLY_S) == 1
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_the_agent_all_the_same() -> None:
+    """As one that comes just before a wait begins: here another thread takes it, and the main thread sleeps on."""
+    with with_deadlines() as child:
+        wire.Link(child).receive()  # HELLO: all threads are there
+        pid = child._child.pid
+        others = [int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid]
+        assert ctypes.CDLL(None).tgkill(pid, others[-1], signal.SIGTERM) == 0
+        assert child.wait(agents.PROMPTLY_S) == 1
+        assert child.stderr() == f"blockdiff agent: the agent was stopped by signal {signal.SIGTERM.value}\n"
 
 
 def test_the_agent_says_that_it_is_alive() -> None:
