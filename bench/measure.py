@@ -1,15 +1,18 @@
 """What a command costs: wall time, CPU time and memory."""
 
+import json
 import os
 import statistics
 import subprocess
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 #: No command of a benchmark may take longer, in seconds.
 TIMEOUT_S = 3600
+
+_LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
 class CommandError(Exception):
@@ -60,25 +63,14 @@ class Series:
 def run(command: "str | Sequence[str]", env: Mapping[str, str], directory: Path) -> Cost:
     """Run a command, a string by the shell with ``pipefail``, and return what it cost; raises `CommandError`."""
     words = ["bash", "-o", "pipefail", "-c", command] if isinstance(command, str) else list(command)
-    words = ["timeout", str(TIMEOUT_S), *words]
-    with (directory / "log").open("w+b") as log:
-        begun = time.monotonic()
-        process = subprocess.Popen(
-            words, env={**os.environ, **env}, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        try:
-            _pid, status, usage = os.wait4(process.pid, 0)
-            wall_s = time.monotonic() - begun
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
-            if process.returncode is None:
-                process.kill()
-                process.wait(30)
-        if process.returncode != 0:
-            log.seek(0)
-            said = log.read().decode("utf-8", "replace")
-            raise CommandError(f"{command}: exit status {process.returncode}\n{said}")
-    return Cost(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+    result = directory / "cost"
+    launched = [sys.executable, "-I", _LAUNCHER, result, "timeout", str(TIMEOUT_S), *words]
+    done = subprocess.run(
+        launched, env={**os.environ, **env}, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise CommandError(f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return Cost(**json.loads(result.read_text()))
 
 
 def size_of(path: Path) -> int:

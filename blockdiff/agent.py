@@ -40,9 +40,6 @@ from blockdiff.tablefeed import TableFeed
 #: How long the server may take to its next order, in seconds: it may be waiting for a lock.
 ORDER_TIMEOUT_S = 600.0
 
-#: How often a signal is sent again until the main thread has noticed it, in seconds.
-NUDGE_S = 0.2
-
 #: How long the agent may try to tell why it failed, in seconds; then SIGALRM ends it.
 LAST_WORD_S = 60
 
@@ -76,17 +73,13 @@ class Agent:
         self._feed: "Optional[TableFeed]" = None
         self._relay: "Optional[Relay]" = None
         self._finished = False
-        self._interrupted = False
         self._failure: "Optional[BlockdiffError]" = None
 
     def run(self) -> None:
         """Say hello, do what the server asks, and put everything away; raises whatever ends it early."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._interrupt)
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake)
-        threading.Thread(target=self._nudge, args=(woken,), name="nudge", daemon=True).start()
+        process.insist()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         wire.Heartbeat(self._link).start()
         try:
@@ -110,18 +103,9 @@ class Agent:
 
     def _interrupt(self, number: int, _frame: object) -> None:
         """Unwind the main thread, once: what follows is clean-up, which no further signal may disturb."""
-        self._interrupted = True
         for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted("the agent was stopped by signal {}".format(number))
-
-    def _nudge(self, woken: int) -> None:
-        """Send a signal again: one that comes just before the main thread begins to wait does not end the wait."""
-        os.read(woken, 1)
-        main = threading.main_thread().ident
-        while not self._interrupted and main is not None:
-            signal.pthread_kill(main, signal.SIGTERM)
-            time.sleep(NUDGE_S)
 
     def _read(self) -> None:
         """The reader thread: take frames until the server is gone, then stop the main thread."""

@@ -7,6 +7,7 @@ are read as well, on one thread.
 """
 
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
@@ -20,7 +21,7 @@ from blockdiff.errors import BlockdiffError, DamagedError, ProcessError, Storage
 #: The suffix of a delta by the name of its compression.
 SUFFIXES = {"gzip": ".gz", "zstd": ".zst", "lzop": ".lzop", "none": ""}
 #: What `--compression` may be, with the levels and the default level of each.
-LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 3), "none": (0, 0, 0)}
+LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 1), "none": (0, 0, 0)}
 
 #: Largest member that is decompressed in one piece, in bytes before compression. We write much smaller ones.
 MAX_MEMBER = 16 << 20
@@ -37,6 +38,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 # a gzip header with one extra field, "BD", of 4 bytes: the size of the whole member, header and trailer included
 _GZIP_SIZED = bytes.fromhex("1f8b0804 00000000 00ff 0800 4244 0400")
+_GZIP_PLAIN = bytes.fromhex("1f8b0800 00000000 00ff")  # a header without it
 _GZIP_HEADER_SIZE = len(_GZIP_SIZED) + 4
 # a skippable frame of 4 bytes, as pzstd writes: the size of the frame that follows
 _ZSTD_SIZED = bytes.fromhex("502a4d18 04000000")
@@ -59,7 +61,15 @@ def compressor(name: str, level: int | None = None) -> Callable[[bytes | memoryv
         return bytes
     if name == "gzip":
         return lambda data: _gzip_member(data, chosen)
-    return lambda data: _zstd_frame(data, chosen)
+    local = threading.local()  # a compressor may not be shared, and a new one for each frame costs fresh memory
+
+    def compress(data: bytes | memoryview) -> bytes:
+        if not hasattr(local, "zstd"):
+            local.zstd = zstandard.ZstdCompressor(level=chosen, write_checksum=True, write_content_size=True)
+        frame = local.zstd.compress(data)
+        return b"".join((_ZSTD_SIZED, len(frame).to_bytes(4, "little"), frame))
+
+    return compress
 
 
 def _gzip_member(data: bytes | memoryview, level: int) -> bytes:
@@ -97,11 +107,6 @@ def _stored(view: memoryview) -> Iterator[bytes | memoryview]:
         yield piece
 
 
-def _zstd_frame(data: bytes | memoryview, level: int) -> bytes:
-    frame = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True).compress(data)
-    return b"".join((_ZSTD_SIZED, len(frame).to_bytes(4, "little"), frame))
-
-
 class Readable(Protocol):
     """A file that is read forwards."""
 
@@ -119,9 +124,9 @@ class _Input:
 
     def read(self, count: int) -> bytes:
         """Return `count` bytes, fewer only at the end of the file."""
-        parts = [self._back[:count]]
+        parts = [self._back[:count]] if self._back else []  # joining a single part copies nothing
         self._back = self._back[count:]
-        missing = count - len(parts[0])
+        missing = count - sum(map(len, parts))
         try:
             while missing:
                 part = self._file.read(missing)
@@ -204,10 +209,10 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
             size = int.from_bytes(header[-4:], "little")
             if not _GZIP_HEADER_SIZE < size <= 2 * MAX_MEMBER:
                 raise source.damaged("a gzip member has an impossible size")
-            member = header + source.read(size - len(header))
-            if len(member) < size:
+            rest = source.read(size - len(header))
+            if len(rest) < size - len(header):
                 raise source.cut_off("gzip member")
-            yield _sized_gzip(source, member)
+            yield _sized_gzip(source, rest)
         elif header.startswith(_GZIP_MAGIC):
             source.put_back(header)
             yield from (_given(data) for data in _gzip_stream(source))
@@ -217,11 +222,14 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
             raise source.damaged("what follows a gzip member is none")
 
 
-def _sized_gzip(source: _Input, member: bytes) -> Task:
+def _sized_gzip(source: _Input, rest: bytes) -> Task:
+    """`rest` is what follows the header of a member."""
+
     def task() -> bytes:
         inflate = isal_zlib.decompressobj(wbits=31)
         try:
-            data = inflate.decompress(member, MAX_MEMBER)
+            data = inflate.decompress(_GZIP_PLAIN)
+            data = inflate.decompress(rest, MAX_MEMBER)
         except _GzipError as error:
             raise source.damaged(error) from error
         if not inflate.eof or inflate.unused_data:

@@ -14,6 +14,9 @@ from typing import Callable, Deque, Generator, Iterable, Iterator, List, Optiona
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
 #: More threads than this do not help: beyond it the consumer is what holds a run back.
 MAX_WORKERS = 8
 
@@ -57,8 +60,8 @@ def in_order(
 def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
     """Yield `items` as they are, drawn from by a thread of its own, up to `count` ahead.
 
-    What they raise is raised here, at its place. The thread is not waited for when the caller stops early: it may be in
-    a read, and ends when that does.
+    What they raise is raised here, at its place. When the caller stops early the thread is not waited for: it may be in
+    a read, and closes `items` and ends after that.
     """
     end = object()
     executor = ThreadPoolExecutor(max_workers=1)
@@ -73,7 +76,25 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
     finally:
         for future in pending:
             future.cancel()
+        if isinstance(items, Generator):
+            executor.submit(items.close)
         executor.shutdown(wait=False)
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed for what is allocated next, where it is glibc.
+
+    Compressors return fresh memory. By default large pieces of it go back to the system each time, and come back at the
+    cost of a page fault for every 4 KiB: a third of the time of a run. One arena for all threads keeps it together.
+    """
+    import ctypes  # here: the agent, which has its own buffers, does not need it
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
+        mallopt(parameter, value)
 
 
 class BufferPool:

@@ -98,6 +98,7 @@ def test_a_signal_that_does_not_wake_the_main_thread_ends_the_agent_all_the_same
     """As one that comes just before a wait begins: here another thread takes it, and the main thread sleeps on."""
     with with_deadlines() as child:
         wire.Link(child).receive()  # HELLO: all threads are there
+        assert isinstance(child, ChildConnection)
         pid = child._child.pid
         others = [int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid]
         assert ctypes.CDLL(None).tgkill(pid, others[-1], signal.SIGTERM) == 0

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import click
 
+from blockdiff import pipeline, process
 from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable
 from blockdiff.progress import Progress
 
@@ -80,6 +81,8 @@ def run(command: click.Command, name: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup is to have its way
             signal.signal(number, _interrupt)
+    process.insist()
+    pipeline.keep_memory()
     try:
         command(prog_name=name, standalone_mode=False)
     except BlockdiffError as error:

@@ -32,7 +32,7 @@ def cli() -> None:
 @click.option("--block-size", type=ByteSize(), help="Bytes of a block. Default 64K; a chain keeps its own.")
 @click.option("--digest", type=click.Choice(list(DIGEST_SIZES)), help="Default sha256; a chain keeps its own.")
 @click.option("--compression", type=click.Choice(list(codec.LEVELS)), default="gzip", show_default=True)
-@click.option("--level", type=int, help="gzip 1-9 (default 2), zstd 1-19 (default 3).")
+@click.option("--level", type=int, help="gzip 1-9 (default 2), zstd 1-19 (default 1).")
 @click.option("--format", "delta_format", type=click.Choice(["2", "1"]), help="Default 2; 1 is the original's.")
 @click.option("--full", is_flag=True, help="Store every block, inside the chain.")
 @click.option(
