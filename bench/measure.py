@@ -64,7 +64,7 @@ def run(command: "str | Sequence[str]", env: Mapping[str, str], directory: Path)
     """Run a command, a string by the shell with ``pipefail``, and return what it cost; raises `CommandError`."""
     words = ["bash", "-o", "pipefail", "-c", command] if isinstance(command, str) else list(command)
     result = directory / "cost"
-    launched = [sys.executable, "-I", _LAUNCHER, result, "timeout", str(TIMEOUT_S), *words]
+    launched = [sys.executable, "-I", str(_LAUNCHER), str(result), "timeout", str(TIMEOUT_S), *words]
     done = subprocess.run(
         launched, env={**os.environ, **env}, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -1,6 +1,8 @@
 """Work that overlaps: in order, a bounded number ahead, errors at their place, and no thread left behind."""
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -161,3 +163,65 @@ def test_buffers_are_used_again() -> None:
     assert second is not first
     pool.give_back(first)
     assert pool.take() is first
+
+
+def test_what_is_drawn_ahead_comes_in_order_and_only_so_far_ahead() -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            drawn.append(i)
+            yield i
+
+    found = pipeline.ahead(items(), 3)
+    for expected in range(20):
+        assert next(found) == expected
+        assert len(drawn) <= expected + 5
+    assert list(found) == []
+
+
+def test_what_is_drawn_ahead_raises_at_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("two")
+
+    found = pipeline.ahead(items(), 2)
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="two"):
+        next(found)
+
+
+def test_who_stops_drawing_ahead_early_does_not_wait_and_what_is_drawn_from_is_closed() -> None:
+    gate, closed = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            yield 1
+            gate.wait(TIMEOUT_S)
+            yield 2
+        finally:
+            closed.set()
+
+    found = pipeline.ahead(items(), 1)
+    assert next(found) == 1
+    found.close()
+    assert not closed.is_set()
+    gate.set()
+    assert closed.wait(TIMEOUT_S)
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(TIMEOUT_S)
+
+
+def test_memory_that_was_freed_is_kept() -> None:
+    """Large pieces are taken and freed over and over without page faults: the child counts its own."""
+    count = (
+        "import resource; from blockdiff import pipeline\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(50): bytes(bytearray(b'x') * (2 << 20))\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "pipeline.keep_memory(); faults(); print(faults())"
+    )
+    shown = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=60, check=True)
+    assert int(shown.stdout) < 5000  # 50 times 2 pieces of 512 pages otherwise

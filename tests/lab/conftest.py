@@ -26,6 +26,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             pass  # the fixture tries again and says why
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bear with the guest: it is slow, and in `make test` another one is beside it."""
+    for item in items:
+        if "guest" in _fixtures(item) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 def _fixtures(item: pytest.Item) -> list[str]:
     return getattr(item, "fixturenames", [])
 
