@@ -301,10 +301,11 @@ def insist() -> None:
     signal.set_wakeup_fd(wake)
 
     def nudge() -> None:
-        os.read(woken, 1)
+        number = os.read(woken, 1)[0]
         main = threading.main_thread().ident
+        time.sleep(INSIST_S)
         while main is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-            signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, number)
             time.sleep(INSIST_S)
 
     threading.Thread(target=nudge, name="insist", daemon=True).start()
