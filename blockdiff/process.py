@@ -29,6 +29,8 @@ INSIST_S = 0.2
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
 _CHUNK = 1 << 16
+#: How often it is looked whether a command is to be stopped, in seconds.
+_LOOK_S = 0.1
 
 
 class Completed(NamedTuple):
@@ -77,7 +79,14 @@ def run(
     without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
     with _start(arguments, env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as child:
-        stdout, stderr = _communicate(child, arguments, timeout_s, stop, stdin)
+        try:
+            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            stop(child)
+            raise DeadlineError(arguments, timeout_s) from error
+        except BaseException:  # a signal: no child may outlive us
+            stop(child)
+            raise
     completed = Completed(stdout, stderr, child.returncode)
     return checked(arguments, completed) if check else completed
 
@@ -85,29 +94,25 @@ def run(
 def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> Completed:
     """Run a line for the shell like `run`, in a session of its own; what is not done in time is stopped as a whole.
 
-    `pass_fds` are descriptors that it keeps open as long as it runs.
+    `pass_fds` are descriptors that it keeps open as long as it runs. A signal that ends the caller stops it as well,
+    even one that comes while it is being started.
     """
     arguments = ["/bin/sh", "-c", command]
-    with _start(arguments, None, start_new_session=True, pass_fds=pass_fds) as child:
-        stdout, stderr = _communicate(child, arguments, timeout_s, stop_session)
-    return checked(arguments, Completed(stdout, stderr, child.returncode))
+    cancelled: List[bool] = []
 
+    def work() -> Completed:
+        deadline = time.monotonic() + timeout_s
+        with _start(arguments, None, start_new_session=True, pass_fds=pass_fds) as child:
+            while True:
+                try:
+                    stdout, stderr = child.communicate(timeout=_LOOK_S)
+                    return Completed(stdout, stderr, child.returncode)
+                except subprocess.TimeoutExpired as error:
+                    if cancelled or time.monotonic() > deadline:
+                        stop_session(child)
+                        raise DeadlineError(arguments, timeout_s) from error
 
-def _communicate(
-    child: "subprocess.Popen[bytes]",
-    arguments: Sequence[Argument],
-    timeout_s: float,
-    stop_it: "Callable[[subprocess.Popen[bytes]], None]",
-    stdin: Optional[bytes] = None,
-) -> Tuple[bytes, bytes]:
-    try:
-        return child.communicate(stdin, timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        stop_it(child)
-        raise DeadlineError(arguments, timeout_s) from error
-    except BaseException:  # a signal: no child may outlive us
-        stop_it(child)
-        raise
+    return checked(arguments, undisturbed(work, lambda: cancelled.append(True)))
 
 
 def checked(arguments: Sequence[Argument], completed: Completed) -> Completed:
