@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 from blockdiff.errors import ProcessError, printable
 
