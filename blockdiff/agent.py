@@ -20,7 +20,7 @@ import traceback
 from contextlib import ExitStack
 from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, dump, process, relay, wire
+from blockdiff import blocks, dump, pipeline, process, relay, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
@@ -34,6 +34,7 @@ from blockdiff.errors import (
 from blockdiff.extents import Audit, aligned
 from blockdiff.freeze import Freeze
 from blockdiff.relay import Relay
+from blockdiff.sharedbuffers import MIN_RUN, SharedBuffers
 from blockdiff.sources import LiveSource, Source, VolumeSource, Wish, locate
 from blockdiff.tablefeed import TableFeed
 
@@ -71,6 +72,7 @@ class Agent:
         self._link = link
         self._orders: "queue.Queue[Tuple[int, Dict[str, object]]]" = queue.Queue()
         self._feed: "Optional[TableFeed]" = None
+        self._shared: "Optional[SharedBuffers]" = None
         self._relay: "Optional[Relay]" = None
         self._finished = False
         self._failure: "Optional[BlockdiffError]" = None
@@ -129,6 +131,8 @@ class Agent:
             self._orders.put((frame.kind, fields))
         elif frame.kind == wire.TABLE and self._feed is not None:
             self._feed.feed(frame.offset, self._link.read_bytes(frame, wire.TABLE_WINDOW))
+        elif frame.kind == wire.TAKEN_OUT and self._shared is not None:
+            self._shared.taken()
         elif frame.kind == wire.OPEN:
             self._open_relay(self._link.read_json(frame))
         elif frame.kind == wire.BYTES and self._relay is not None:
@@ -181,6 +185,7 @@ class Agent:
         wish = Wish(*(bool(order.get(name)) for name in Wish._fields))
         if wish.full != (self._feed is None):
             raise ProtocolError("a full scan has no digest table, and every other has one")
+        self._shared = _shared(order, dump.buffer_size(block_size))
         file, claimed = source.open(wish)
         if order.get("stream") is not None:
             file.stream, file.streams = wire.integers(order, "stream", "streams")
@@ -204,7 +209,8 @@ class Agent:
         """Send every changed run; neighbouring runs of zeros go as one. Returns bytes read and blocks sent."""
         read = changed = 0
         zeros = (0, 0)
-        for batch in dump.scan(source, hasher, dump.buffers_for(hasher.block_size), self._feed, with_digests=False):
+        pool = self._shared or dump.buffers_for(hasher.block_size)
+        for batch in dump.scan(source, hasher, pool, self._feed, with_digests=False):
             for run in batch.runs:
                 if audit is not None:
                     _check_claim(audit, run)
@@ -215,16 +221,35 @@ class Agent:
                 zeros = (run.offset, run.length) if run.data is None else (0, 0)
                 if run.data is not None:
                     throttle.spend(run.length)
-                    self._link.send(wire.DATA, run.data, offset=run.offset)
+                    self._send_data(batch, run, run.data)
             read += batch.read
             changed += batch.changed
             self._link.send(wire.PROGRESS, offset=batch.offset + batch.length)
         self._send_zeros(*zeros)
+        if self._shared is not None:
+            self._shared.finish()
         return read, changed
+
+    def _send_data(self, batch: dump.Batch, run: dump.Run, data: memoryview) -> None:
+        if self._shared is None or batch.buffer is None or run.length < MIN_RUN:
+            self._link.send(wire.DATA, data, offset=run.offset)
+        else:
+            place = self._shared.place(batch.buffer) + run.offset - batch.offset
+            self._link.send(wire.LENT, struct.pack("<QQ", place, run.length), offset=run.offset)
 
     def _send_zeros(self, offset: int, length: int) -> None:
         if length:
             self._link.send(wire.ZERO, struct.pack("<Q", length), offset=offset)
+
+
+def _shared(order: Dict[str, object], size: int) -> "Optional[SharedBuffers]":
+    """Return buffers in the memory that the server offers, None where it offers none that we can reach."""
+    if order.get("memory") is None:
+        return None
+    try:
+        return SharedBuffers(wire.integers(order, "memory")[0], size)
+    except (OSError, ValueError):
+        return None
 
 
 def _sources(request: Dict[str, object]) -> List[Source]:
@@ -304,6 +329,7 @@ def main(nonce: bytes) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(2, 1)
+    pipeline.switch_quickly()
     status = 1
     try:
         pipe.write([nonce])

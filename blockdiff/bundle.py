@@ -16,7 +16,7 @@ from blockdiff import loader
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
     *("errors", "blocks", "pipeline", "wire", "process", "extents", "dump", "lvs", "lvcheck", "lvm", "thin"),
-    *("freeze", "sources", "tablefeed", "relay", "agent"),
+    *("freeze", "sources", "tablefeed", "sharedbuffers", "relay", "agent"),
 )
 
 NONCE_SIZE = 16

@@ -42,7 +42,7 @@ def header(delta_format: int, block_size: int, image_size: int | None) -> bytes:
     return _HEADER_2.pack(_MAGIC, block_size, image_size)
 
 
-def put_head(buffer: bytearray, position: int, run: Run) -> None:
+def put_head(buffer: memoryview, position: int, run: Run) -> None:
     """Write the head of a version 2 record, `HEAD_SIZE` bytes; the run's data follows, zeros have none."""
     _RECORD.pack_into(buffer, position, _ZEROS if run.data is None else _DATA, run.offset, run.length)
 

@@ -29,7 +29,7 @@ class _Member:
     For version 2 the buffer becomes the member as it is: `used` counts the room for the records' heads as well.
     """
 
-    buffer: bytearray
+    buffer: memoryview
     used: int = 0
     weight: int = 0
     blocks: int = 0
@@ -91,7 +91,7 @@ class DeltaWriter:
             self._close_member()
         start = self._current.used + self._head_size
         self._current.used = start + length
-        return memoryview(self._current.buffer)[start : start + length]
+        return self._current.buffer[start : start + length]
 
     def write(self, runs: Iterable[Run]) -> Written:
         """Write all `runs`, ascending, and what ends the files.
@@ -160,7 +160,7 @@ class DeltaWriter:
         for run in member.runs:
             deltafile.put_head(member.buffer, position, run)
             position += deltafile.HEAD_SIZE + (0 if run.data is None else run.length)
-        return memoryview(member.buffer)[:position]
+        return member.buffer[:position]
 
     def _append_digests(self, offset: int, length: int, digests: bytes) -> None:
         self._keep_until(offset // self._hasher.block_size)

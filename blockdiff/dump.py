@@ -42,7 +42,8 @@ class Batch(NamedTuple):
     """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is asked for.
 
     `digests` are the joined digests of all its blocks, or None where the scan was told not to compute any; `read` is
-    the number of bytes that were read for it, and `changed` the number of blocks in `runs`.
+    the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` what holds its
+    bytes, where there are any.
     """
 
     offset: int
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     digests: Optional[bytes]
     read: int
     changed: int
+    buffer: Optional[memoryview] = None
 
 
 class OldDigests(ABC):
@@ -75,7 +77,7 @@ class Piece(NamedTuple):
     length: int
     state: str = extents.DATA
     cached: bool = True
-    buffer: Optional[bytearray] = None
+    buffer: Optional[memoryview] = None
 
 
 class FileSource:
@@ -201,12 +203,12 @@ class FileSource:
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
         return False
 
-    def fill(self, piece: Piece, buffer: bytearray) -> None:
+    def fill(self, piece: Piece, buffer: memoryview) -> None:
         """Read a piece into `buffer`; raises `SourceError` that names the offset where it cannot be read."""
-        view, done = memoryview(buffer), 0
+        done = 0
         while done < piece.length:
             try:
-                count = self._read(view[done : piece.length], piece.offset + done)
+                count = self._read(buffer[done : piece.length], piece.offset + done)
             except OSError as error:
                 raise self._unreadable(piece.offset + done, error) from error
             if count == 0:
@@ -251,10 +253,10 @@ class StreamSource:
         offset = 0
         while self.size is None:
             buffer = self._pool.take()
-            view, done = memoryview(buffer)[:step], 0
+            done = 0
             while done < step:
                 try:
-                    count = os.readv(self._fd, [view[done:]])
+                    count = os.readv(self._fd, [buffer[done:step]])
                 except OSError as error:
                     raise SourceError(
                         "cannot read the input at offset {}: {}".format(offset + done, error.strerror)
@@ -267,13 +269,18 @@ class StreamSource:
                 yield Piece(offset, done, buffer=buffer)
             offset += done
 
-    def fill(self, piece: Piece, buffer: bytearray) -> None:
+    def fill(self, piece: Piece, buffer: memoryview) -> None:
         """Nothing to do: `pieces` has read it."""
+
+
+def buffer_size(block_size: int) -> int:
+    """Return the size in bytes of the buffers that a scan with this block size needs."""
+    return _step(BATCH_BYTES, block_size)
 
 
 def buffers_for(block_size: int) -> pipeline.BufferPool:
     """Return the buffers that a scan with this block size needs."""
-    return pipeline.BufferPool(_step(BATCH_BYTES, block_size))
+    return pipeline.BufferPool(buffer_size(block_size))
 
 
 def _step(limit: int, block_size: int) -> int:
@@ -288,16 +295,16 @@ class _Examiner:
         self._hasher = hasher
         self._pool = pool
 
-    def examine(self, task: "Tuple[Piece, Optional[bytes], bool]") -> Tuple[Batch, Optional[bytearray]]:
+    def examine(self, task: "Tuple[Piece, Optional[bytes], bool]") -> Batch:
         piece, old, with_digests = task
         if piece.state == extents.SAME:
-            return Batch(piece.offset, piece.length, [], None, 0, 0), None
+            return Batch(piece.offset, piece.length, [], None, 0, 0)
         if piece.state == extents.HOLE:
-            return self._examine_hole(piece, old, with_digests), None
+            return self._examine_hole(piece, old, with_digests)
         buffer = piece.buffer if piece.buffer is not None else self._pool.take()
         self._source.fill(piece, buffer)
-        flags = self._hasher.zero_flags(buffer, piece.length)
-        view = memoryview(buffer)[: piece.length]
+        view = buffer[: piece.length]
+        flags = self._hasher.zero_flags(view)
         digests = self._hasher.digests(view, flags) if with_digests or old is not None else None
         joined = b"".join(digests) if digests is not None else None
         if old is not None and digests is not None:
@@ -306,7 +313,7 @@ class _Examiner:
             states = [ZEROED if is_zero else CHANGED for is_zero in flags]
         runs = list(_runs(states, piece, self._hasher.block_size, view))
         changed = len(states) - states.count(KEPT)
-        return Batch(piece.offset, piece.length, runs, joined, piece.length, changed), buffer
+        return Batch(piece.offset, piece.length, runs, joined, piece.length, changed, buffer)
 
     def _examine_hole(self, piece: Piece, old: Optional[bytes], with_digests: bool) -> Batch:
         size, block_size = self._hasher.digest.size, self._hasher.block_size
@@ -375,10 +382,10 @@ def scan(
                 yield piece, old.take(count) if old is not None else None, with_digests
 
     workers = pipeline.worker_count()
-    for batch, buffer in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):
+    for batch in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):
         yield batch
-        if buffer is not None:
+        if batch.buffer is not None:
             for run in batch.runs:
                 if run.data is not None:
                     run.data.release()
-            pool.give_back(buffer)
+            pool.give_back(batch.buffer)

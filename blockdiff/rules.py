@@ -11,6 +11,7 @@ from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.errors import ProtocolError, printable
 
 LENGTH = struct.Struct("<Q")
+PLACE = struct.Struct("<QQ")
 _KINDS = ("file", "device")
 _NOTES = 100
 
@@ -116,6 +117,16 @@ class Rules:
             fields.get("left") is True,
             notes(fields),
         )
+
+
+def read_place(payload: bytes) -> tuple[int, int]:
+    """Return the place and the length that a LENT frame carries; the length is that of a DATA frame at most."""
+    if len(payload) != PLACE.size:
+        raise ProtocolError(f"sent a place of {len(payload)} bytes")
+    place, length = PLACE.unpack(payload)
+    if length > wire.MAX_PAYLOAD:
+        raise ProtocolError(f"sent {length} bytes at once")
+    return place, length
 
 
 def check_source(fields: dict[str, object]) -> Opened:

@@ -16,6 +16,7 @@ from blockdiff.deltafile import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
 from blockdiff.rules import Opened, Ready, Rules, Totals
+from blockdiff.sharedmemory import SharedMemory
 from blockdiff.tablesender import TableSender
 from blockdiff.transport import connection
 from blockdiff.tunnel import Tunnel
@@ -193,6 +194,7 @@ class Session:
 
     def scan(self, scan: Scan) -> Opened:
         """Let the agent open the next source, and return what it is; raises `SourceError`."""
+        memory = self._connection.memory
         self._order(
             wire.SCAN,
             {
@@ -203,6 +205,7 @@ class Session:
                 "full": scan.old is None,
                 "hinted": scan.hinted,
                 "audited": scan.audited,
+                "memory": memory.fd if memory is not None and memory.prepare(scan.block_size) else None,
                 "stream": scan.stream,
                 "streams": scan.streams,
             },
@@ -236,6 +239,8 @@ class Session:
                     room = allocate(frame.length)
                     self._link.read_into(room)
                     yield Run(frame.offset, frame.length, room)
+                elif frame.kind == wire.LENT and self._connection.memory is not None:
+                    yield self._taken_out(frame, self._connection.memory, checker, allocate)
                 elif frame.kind == wire.ZERO:
                     length = self._read_length(frame)
                     checker.check_run(frame.offset, length, is_zero=True)
@@ -257,6 +262,17 @@ class Session:
         if self._sender is not None:
             self._sender.stop()
             self._sender = None
+
+    def _taken_out(
+        self, frame: wire.Frame, memory: SharedMemory, checker: Rules, allocate: Callable[[int], memoryview]
+    ) -> Run:
+        """Return the run that lies in the shared memory: a copy, which the agent cannot change any more."""
+        place, length = rules.read_place(self._link.read_bytes(frame, rules.PLACE.size))
+        checker.check_run(frame.offset, length, is_zero=False)
+        room = allocate(length)
+        memory.read_into(room, place)
+        self._link.send(wire.TAKEN_OUT)
+        return Run(frame.offset, length, room)
 
     def finish(self) -> None:
         """Wait until the agent has put everything away and has ended, and well."""

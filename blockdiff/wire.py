@@ -26,7 +26,7 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 
 #: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
 #: use: the server pushes its own agent.
-PROTOCOL = 2
+PROTOCOL = 3
 
 HEADER = struct.Struct("<B3xIIQI")
 _HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
@@ -61,6 +61,9 @@ END = 16  # JSON, agent: all is put away; nothing follows
 OPEN = 17  # JSON, server: connect to it
 BYTES = 18  # what came from this side's end; empty: its last
 CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
+# Where both are on one machine and have memory in common (`blockdiff.sharedbuffers`):
+LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
+TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
 
 #: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
 TABLE_WINDOW = 1 << 20
@@ -193,7 +196,7 @@ class Link:
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
-            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= CLOSE:
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= TAKEN_OUT:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
                 raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))

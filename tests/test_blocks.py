@@ -57,7 +57,7 @@ def test_each_block_has_its_digest_and_the_tail_that_of_what_it_has(
             stop = min(start + block_size, length)
             data[start:stop] = bytes(stop - start)
     hasher = Hasher(digest_named(name), block_size)
-    flags = hasher.zero_flags(data, length)
+    flags = hasher.zero_flags(memoryview(data))
     parts = [bytes(data[i : i + block_size]) for i in range(0, length, block_size)]
     assert flags == [not part.strip(b"\0") for part in parts]
     found = hasher.digests(memoryview(data), flags if flagged else None)
@@ -78,16 +78,16 @@ def test_a_block_of_zeros_but_for_one_byte_is_not_zero(place: int) -> None:
     hasher = Hasher(digest_named("md5"), 4096)
     data = bytearray(3 * 4096 + 5)
     data[4096 + place] = 1
-    assert hasher.zero_flags(data, len(data)) == [True, False, True, True]
+    assert hasher.zero_flags(memoryview(data)) == [True, False, True, True]
     data[-1] = 1
-    assert hasher.zero_flags(data, len(data)) == [True, False, True, False]
+    assert hasher.zero_flags(memoryview(data)) == [True, False, True, False]
 
 
 def test_what_lies_behind_the_length_in_a_buffer_does_not_count() -> None:
     hasher = Hasher(digest_named("md5"), 10)
     buffer = bytearray(25) + b"old bytes"
-    assert hasher.zero_flags(buffer, 25) == [True, True, True]
-    assert hasher.zero_flags(buffer, 0) == []
+    assert hasher.zero_flags(memoryview(buffer)[:25]) == [True, True, True]
+    assert hasher.zero_flags(memoryview(b"")) == []
 
 
 def test_a_digest_that_this_python_lacks_is_refused_with_those_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

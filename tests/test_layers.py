@@ -30,6 +30,7 @@ ORDER = """
     freeze
     sources
     tablefeed
+    sharedbuffers
     relay
     agent
     bundle  durable  address  clock  progress
@@ -44,6 +45,7 @@ ORDER = """
     chain
     commit
     merge
+    sharedmemory
     transport.connection  transport.advice
     transport.child
     transport.openssh  transport.paramiko_ssh

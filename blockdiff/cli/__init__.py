@@ -83,6 +83,7 @@ def run(command: click.Command, name: str) -> None:
             signal.signal(number, _interrupt)
     process.insist()
     pipeline.keep_memory()
+    pipeline.switch_quickly()
     try:
         command(prog_name=name, standalone_mode=False)
     except BlockdiffError as error:

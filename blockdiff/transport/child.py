@@ -9,6 +9,7 @@ from typing import IO
 
 from blockdiff import bundle, process, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.sharedmemory import SharedMemory
 from blockdiff.transport.connection import LOST_HINT, Connection, Tail
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
@@ -20,11 +21,19 @@ UNWIND_TIMEOUT_S = 60.0
 class ChildConnection(Connection):
     """A command that runs as our child and speaks on its standard input and output.
 
-    `stop_timeout_s` is how long it may take to end when it is told to, before it is killed.
+    `stop_timeout_s` is how long it may take to end when it is told to, before it is killed; `memory` is what it
+    inherits, and is closed with the connection.
     """
 
-    def __init__(self, arguments: Sequence[str], login: str, stop_timeout_s: float = process.STOP_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        login: str,
+        stop_timeout_s: float = process.STOP_TIMEOUT_S,
+        memory: SharedMemory | None = None,
+    ) -> None:
         self.login = login
+        self.memory = memory
         self._stop_timeout_s = stop_timeout_s
         self._program = arguments[0]
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
@@ -36,6 +45,7 @@ class ChildConnection(Connection):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
+                pass_fds=() if memory is None else (memory.fd,),
             )
         except OSError as error:
             raise TransportError(f"cannot start {arguments[0]}: {error.strerror}") from error
@@ -78,6 +88,9 @@ class ChildConnection(Connection):
                 self._closed = True
                 pipe.close()
                 lock.release()
+        if self.memory is not None:
+            memory, self.memory = self.memory, None
+            memory.close()
 
     def stderr(self) -> str:
         """See `connection.Connection`."""
@@ -94,8 +107,16 @@ class ChildConnection(Connection):
 
 
 def local() -> ChildConnection:
-    """Start the agent on this machine."""
-    return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S)
+    """Start the agent on this machine; where the system has memory to share, they share it."""
+    try:
+        memory = SharedMemory()
+    except OSError:
+        return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S)
+    try:
+        return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S, memory)
+    except BaseException:
+        memory.close()
+        raise
 
 
 def _enlarge(fd: int) -> None:

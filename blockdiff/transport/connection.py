@@ -10,6 +10,7 @@ from isal import isal_zlib
 
 from blockdiff import bundle, loader, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, printable
+from blockdiff.sharedmemory import SharedMemory
 
 #: Login shells may print this many bytes before the agent begins.
 NOISE_LIMIT = 64 << 10
@@ -26,10 +27,11 @@ LOST_HINT = "nothing of this run was kept; run again"
 class Connection(wire.Stream):
     """A running command on the other side. A context manager that leaves nothing running.
 
-    `login` is what messages call the other side.
+    `login` is what messages call the other side, `memory` what a command on this machine has inherited.
     """
 
     login: str
+    memory: SharedMemory | None = None
 
     def __enter__(self) -> "Connection":
         return self
