@@ -9,6 +9,7 @@ import click
 from bench import extremes, report, tools
 from bench.contest import Contest, Results
 from bench.report import Target
+from bench.reserve import Reserve
 from bench.tools import FULL, INCREMENTAL, RESTORE, VERIFY
 from bench.workload import Workload
 from tests.sshd import Sshd
@@ -36,13 +37,13 @@ def main(
     with tempfile.TemporaryDirectory(prefix="blockdiff-bench-", dir=directory or Path("/dev/shm")) as scratch:
         place = Path(scratch)
         (place / "sshd").mkdir()
-        with Sshd(place / "sshd") as sshd:
+        with Sshd(place / "sshd") as sshd, Reserve(2 * size << 20) as reserve:
             workload = Workload(place / "image", size << 20)
             workload.make()
             chosen = [tool for tool in _tools(sshd, peers) if not wanted or any(word in tool.name for word in wanted)]
-            contest = Contest(workload, chosen, rounds, place)
+            contest = Contest(workload, chosen, rounds, place, reserve)
             contest.run()
-            others = [] if wanted else extremes.measured(workload, sshd, place)
+            others = [] if wanted else extremes.measured(workload, sshd, place, reserve)
     text = report.page(contest.results, [*_targets(contest.results), *others], chosen, size << 20, rounds)
     click.echo(text)
     if write and not wanted:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench import measure
 from bench.measure import CommandError, Series
+from bench.reserve import Reserve
 from bench.tools import FULL, INCREMENTAL, RESTORE, VERIFY, Tool
 from bench.workload import Workload
 
@@ -24,11 +25,14 @@ class Contest:
     not measured.
     """
 
-    def __init__(self, workload: Workload, tools: Sequence[Tool], rounds: int, directory: Path) -> None:
+    def __init__(
+        self, workload: Workload, tools: Sequence[Tool], rounds: int, directory: Path, reserve: Reserve
+    ) -> None:
         self._workload = workload
         self._tools = tools
         self._rounds = rounds
         self._directory = directory
+        self._reserve = reserve
         self.results: Results = {phase: {} for phase in (FULL, INCREMENTAL, RESTORE, VERIFY)}
 
     def run(self) -> None:
@@ -40,7 +44,7 @@ class Contest:
         for number in range(3, INCREMENTALS + 2):
             self._workload.change()
             for tool in chains:
-                self._measure(tool, INCREMENTAL, number)
+                self._measure(tool, INCREMENTAL, number, None)
         for phase in (RESTORE, VERIFY):
             self._phase(phase, chains, INCREMENTALS + 1)
 
@@ -64,18 +68,18 @@ class Contest:
             shutil.rmtree(store)
             shutil.copytree(before, store, symlinks=True)
         stored = measure.size_of(store)
-        cost = self._measure(tool, phase, number)
+        cost = self._measure(tool, phase, number, self._reserve)
         series.costs.append(cost)
         series.stored = measure.size_of(store) - stored
         print(f"{phase:12} {tool.name:24} {cost.wall_s:7.2f} s {cost.cpu_s:7.2f} CPU s", file=sys.stderr, flush=True)
         if last and before.exists():
             shutil.rmtree(before)
 
-    def _measure(self, tool: Tool, phase: str, number: int) -> measure.Cost:
+    def _measure(self, tool: Tool, phase: str, number: int, reserve: Reserve | None) -> measure.Cost:
         store, target = self._store(tool), self._directory / "restored"
         command = tool.command(phase, image=self._workload.path, store=store, number=number, target=target)
         try:
-            cost = measure.run(command, tool.environment(store), self._directory)
+            cost = measure.run(command, tool.environment(store), self._directory, reserve)
             if phase == RESTORE:
                 self._check(tool, target)
         finally:

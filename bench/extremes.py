@@ -8,6 +8,7 @@ from bench import measure, tools
 from bench.distance import Distance
 from bench.measure import CommandError
 from bench.report import Target
+from bench.reserve import Reserve
 from bench.tools import FULL, RESTORE
 from bench.workload import Workload
 from tests.sshd import Sshd
@@ -16,12 +17,12 @@ _GIB = 1 << 30
 _ROUND_TRIP_S = 0.05
 
 
-def measured(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
+def measured(workload: Workload, sshd: Sshd, directory: Path, reserve: Reserve) -> list[Target]:
     """Return what was measured, beside its target."""
-    return [*_sparse(directory), *_far(workload, sshd, directory)]
+    return [*_sparse(directory, reserve), *_far(workload, sshd, directory, reserve)]
 
 
-def _far(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
+def _far(workload: Workload, sshd: Sshd, directory: Path, reserve: Reserve) -> list[Target]:
     """A full run over a round trip of 50 ms, through one stream and through four."""
     walls = []
     with Distance(sshd.port, _ROUND_TRIP_S / 2) as distance:
@@ -32,7 +33,7 @@ def _far(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
             options = f"--transport ssh --streams {count} {' '.join(sshd.arguments)}"
             tool = tools.blockdiff("far", options, sshd.url("{image}", distance.port))
             command = tool.command(FULL, image=workload.path, store=store)
-            walls.append(measure.run(command, {}, directory).wall_s)
+            walls.append(measure.run(command, {}, directory, reserve).wall_s)
             shutil.rmtree(store)
     return [
         Target(
@@ -43,7 +44,7 @@ def _far(workload: Workload, sshd: Sshd, directory: Path) -> list[Target]:
     ]
 
 
-def _sparse(directory: Path) -> list[Target]:
+def _sparse(directory: Path, reserve: Reserve) -> list[Target]:
     """A file of 1 TiB with 1 GiB of data, beside a file of that 1 GiB."""
     walls, stored = [], []
     for size in (1024 * _GIB, _GIB):
@@ -53,7 +54,7 @@ def _sparse(directory: Path) -> list[Target]:
         store.mkdir()
         tool = tools.blockdiff("sparse")
         places = {"image": image, "store": store, "target": target, "number": 1}
-        walls.append(measure.run(tool.command(FULL, **places), {}, directory).wall_s)
+        walls.append(measure.run(tool.command(FULL, **places), {}, directory, reserve).wall_s)
         stored.append((store / "chain.1.gz").stat().st_size)
         measure.run(tool.command(RESTORE, **places), {}, directory)
         if target.stat().st_blocks * 512 > 2 * _GIB:

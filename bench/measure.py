@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.reserve import Reserve
+
 #: No command of a benchmark may take longer, in seconds.
 TIMEOUT_S = 3600
 
@@ -60,11 +62,19 @@ class Series:
         return max(cost.peak for cost in self.costs)
 
 
-def run(command: "str | Sequence[str]", env: Mapping[str, str], directory: Path) -> Cost:
-    """Run a command, a string by the shell with ``pipefail``, and return what it cost; raises `CommandError`."""
+def run(
+    command: "str | Sequence[str]", env: Mapping[str, str], directory: Path, reserve: Reserve | None = None
+) -> Cost:
+    """Run a command, a string by the shell with ``pipefail``, and return what it cost; raises `CommandError`.
+
+    With a `reserve` it finds that much memory at hand.
+    """
     words = ["bash", "-o", "pipefail", "-c", command] if isinstance(command, str) else list(command)
     result = directory / "cost"
     launched = [sys.executable, "-I", str(_LAUNCHER), str(result), "timeout", str(TIMEOUT_S), *words]
+    if reserve is not None:
+        reserve.take()
+        reserve.lend()
     done = subprocess.run(
         launched, env={**os.environ, **env}, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 #: Phases: `FULL`, `INCREMENTAL`, restore and verify, of a store that a tool keeps in a directory of its own.
 FULL, INCREMENTAL, RESTORE, VERIFY = "full", "incremental", "restore", "verify"
 
-_BLOCKDIFF = str(Path(__file__).parents[1] / "bin" / "blockdiff")
+_BLOCKDIFF = Path(sys.executable).with_name("blockdiff")
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,14 @@ class Tool:
 
 def blockdiff(label: str, options: str = "", source: str = "{image}") -> Tool:
     """Return blockdiff with the options of `backup`; `source` is its SOURCE."""
-    program = f"{sys.executable} {_BLOCKDIFF}"
-    backup = f"{program} backup {{store}}/chain {source} {options}"
+    backup = f"{_BLOCKDIFF} backup {{store}}/chain {source} {options}"
     return Tool(
         label,
         {
             FULL: backup,
             INCREMENTAL: backup,
-            RESTORE: f"{program} restore {{store}}/chain {{target}}",
-            VERIFY: f"{program} verify {{store}}/chain",
+            RESTORE: f"{_BLOCKDIFF} restore {{store}}/chain {{target}}",
+            VERIFY: f"{_BLOCKDIFF} verify {{store}}/chain",
         },
     )
 

@@ -15,8 +15,9 @@ from blockdiff.errors import ProtocolError, SourceError
 from blockdiff.rules import Opened, Totals
 from blockdiff.session import Request, Scan, Session, Wanted
 
-#: Runs of a stream that are received before it is their turn: about as much as the window of an SSH connection holds.
-_AHEAD = 2
+#: Runs, of all streams together, that are received before it is their turn, each of 2 MiB or a block at most: a stream
+#: that has to wait for the others loses a round trip.
+_AHEAD = 32
 
 
 class Streams:
@@ -52,6 +53,7 @@ class Streams:
             return
         with ExitStack() as stack:
             runs = []
+            ahead = max(2, _AHEAD // len(self._sessions))
             reached = [0] * len(self._sessions)
             for number, session in enumerate(self._sessions):
 
@@ -60,7 +62,7 @@ class Streams:
                     progress(min(reached))
 
                 scan = replace(self._scan, stream=number)
-                found = pipeline.ahead(session.changes(scan, self.opened.size, _room, show), _AHEAD)
+                found = pipeline.ahead(session.changes(scan, self.opened.size, _room, show), ahead)
                 runs.append(stack.enter_context(closing(found)))
             position = 0
             for run in heapq.merge(*runs, key=lambda run: run.offset):
@@ -91,14 +93,17 @@ def opened(main: Session, scan: Scan, path: str, connect: Callable[[], Session])
     """
     found = main.scan(scan)
     with ExitStack() as stack:
-        sessions = [main]
-        for number in range(1, scan.streams):
+
+        def other(number: int) -> Session:
             session = stack.enter_context(connect())
             session.prepare(Request([Wanted(os.fsencode(found.path or path))]))
             session.begin_take()
             session.end_take()
-            other = session.scan(replace(scan, stream=number, hinted=False, audited=False))
-            if (other.size, other.kind) != (found.size, found.kind):
+            its = session.scan(replace(scan, stream=number, hinted=False, audited=False))
+            if (its.size, its.kind) != (found.size, found.kind):
                 raise SourceError(f"{path} changed while several streams opened it", "run again")
-            sessions.append(session)
-        yield Streams(sessions, scan, found)
+            return session
+
+        # all at once: each takes a dozen round trips
+        others = pipeline.in_order(other, range(1, scan.streams), workers=scan.streams, ahead=scan.streams)
+        yield Streams([main, *others], scan, found)

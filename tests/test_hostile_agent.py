@@ -285,7 +285,12 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
 }
 FRAMES: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "kind 0": ([lambda a: a.frame(0)], "unknown frame 00000000"),
-    "kind 20": ([lambda a: a.frame(20)], "unknown frame 14000000"),
+    "kind 22": ([lambda a: a.frame(22)], "unknown frame 16000000"),
+    "a place of memory that is not shared": (
+        [lambda a: a.frame(wire.LENT, bytes(16))],
+        "sent an unexpected frame of kind 20",
+    ),
+    "the server's word that it took something": ([lambda a: a.frame(21)], "sent an unexpected frame of kind 21"),
     "kind 255": ([lambda a: a.frame(255)], "unknown frame ff000000"),
     "a second hello": ([lambda a: a.hello()], "sent an unexpected frame of kind 3"),
     "a request": ([lambda a: a.json(wire.REQUEST, {})], "sent an unexpected frame of kind 4"),
@@ -480,8 +485,8 @@ def test_something_else_in_place_of_the_source_is_refused(server: Server) -> Non
 
 
 HELLOS: dict[str, tuple[dict[str, object], str]] = {
-    "an older protocol": ({"protocol": 1}, "speaks protocol 1 instead of 2"),
-    "a newer protocol": ({"protocol": 3}, "speaks protocol 3 instead of 2"),
+    "an older protocol": ({"protocol": 2}, "speaks protocol 2 instead of 3"),
+    "a newer protocol": ({"protocol": 4}, "speaks protocol 4 instead of 3"),
     "a protocol in words": ({"protocol": "1"}, "field protocol of a control frame is missing or unfit"),
     "a protocol that is true": ({"protocol": True}, "field protocol of a control frame is missing or unfit"),
     "a negative protocol": ({"protocol": -1}, "field protocol of a control frame is missing or unfit"),
