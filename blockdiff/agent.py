@@ -132,7 +132,7 @@ class Agent:
         elif frame.kind == wire.TABLE and self._feed is not None:
             self._feed.feed(frame.offset, self._link.read_bytes(frame, wire.TABLE_WINDOW))
         elif frame.kind == wire.TAKEN_OUT and self._shared is not None:
-            self._shared.taken()
+            self._shared.taken_out()
         elif frame.kind == wire.OPEN:
             self._open_relay(self._link.read_json(frame))
         elif frame.kind == wire.BYTES and self._relay is not None:
@@ -234,7 +234,7 @@ class Agent:
         if self._shared is None or batch.buffer is None or run.length < MIN_RUN:
             self._link.send(wire.DATA, data, offset=run.offset)
         else:
-            place = self._shared.place(batch.buffer) + run.offset - batch.offset
+            place = self._shared.lend(batch.buffer) + run.offset - batch.offset
             self._link.send(wire.LENT, struct.pack("<QQ", place, run.length), offset=run.offset)
 
     def _send_zeros(self, offset: int, length: int) -> None:

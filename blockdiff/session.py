@@ -92,7 +92,7 @@ class Session:
         self._options = options
         self._prefix = prefix
         self._digests: list[str] = []
-        self._next_source = 0
+        self._shared_bytes = 0
         self._sender: TableSender | None = None
         self._tunnel: Tunnel | None = None
 
@@ -116,8 +116,8 @@ class Session:
 
     @property
     def bytes_received(self) -> int:
-        """Bytes that came from the agent so far."""
-        return self._link.bytes_received
+        """Bytes that came from the agent so far, those that it only pointed to included."""
+        return self._link.bytes_received + self._shared_bytes
 
     def _hello(self) -> dict[str, str]:
         hello = self._expect(wire.HELLO)
@@ -271,6 +271,7 @@ class Session:
         checker.check_run(frame.offset, length, is_zero=False)
         room = allocate(length)
         memory.read_into(room, place)
+        self._shared_bytes += length
         self._link.send(wire.TAKEN_OUT)
         return Run(frame.offset, length, room)
 

@@ -37,7 +37,7 @@ class SharedBuffers(pipeline.BufferPool):
     """A pool in the memory behind the descriptor `fd`, with buffers of `size` bytes.
 
     Raises `OSError` or `ValueError` where the descriptor is not that memory: a command such as sudo may have closed it.
-    Main thread and workers use it, the reader thread calls `taken`.
+    Main thread and workers use it, the reader thread calls `taken_out`.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -52,16 +52,20 @@ class SharedBuffers(pipeline.BufferPool):
         self._changed = threading.Condition()
         self._told = self._taken = 0
 
-    def place(self, buffer: memoryview) -> int:
-        """Return where in the memory a buffer begins; the server is about to be told."""
+    def lend(self, buffer: memoryview) -> int:
+        """Return where in the memory a buffer begins; the server must then be told that a run lies there."""
         self._told += 1
         return self._places[id(buffer)]
 
-    def taken(self) -> None:
+    def taken_out(self) -> None:
         """The server took out one more of the runs that it was told of."""
         with self._changed:
             self._taken += 1
             self._changed.notify()
+
+    def take(self) -> memoryview:
+        """Return a buffer; there is always one, because `give_back` waits."""
+        return self._free.pop()
 
     def give_back(self, buffer: memoryview) -> None:
         """Take a buffer back; waits while the server is behind with too many."""

@@ -15,6 +15,7 @@ class SharedMemory:
 
     def __init__(self) -> None:
         self.fd = os.memfd_create(sharedbuffers.NAME)
+        self._size = 0
 
     def close(self) -> None:
         """Let go of it."""
@@ -22,17 +23,14 @@ class SharedMemory:
 
     def prepare(self, block_size: int) -> bool:
         """Make room for a scan with this block size; return whether there is."""
+        self._size = sharedbuffers.memory_size(dump.buffer_size(block_size))
         try:
-            os.ftruncate(self.fd, sharedbuffers.memory_size(dump.buffer_size(block_size)))
+            os.ftruncate(self.fd, self._size)
         except OSError:  # a limit on the size of files
             return False
         return True
 
     def read_into(self, room: memoryview, place: int) -> None:
         """Copy what lies at `place` into `room`; raises `ProtocolError` where there is no such place."""
-        try:
-            count = os.preadv(self.fd, [room], place)
-        except OSError as error:
-            raise ProtocolError(f"points to {place} of the shared memory: {error.strerror}") from error
-        if count < len(room):
-            raise ProtocolError(f"points to {len(room)} bytes at {place}, where {count} are shared")
+        if place + len(room) > self._size or os.preadv(self.fd, [room], place) < len(room):
+            raise ProtocolError(f"points to {len(room)} bytes at {place} of {self._size} that are shared")
