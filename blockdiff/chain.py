@@ -12,7 +12,7 @@ from types import TracebackType
 
 from blockdiff import codec, manifest
 from blockdiff.blocks import DIGEST_SIZES
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.durable import Directory
 from blockdiff.errors import ChainError, DamagedError, StorageError, UsageError, printable
 from blockdiff.manifest import Manifest

@@ -12,8 +12,9 @@ from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.clock import now
 from blockdiff.commit import LockedChain, NewGeneration
-from blockdiff.deltafile import DeltaReader, TableReader
+from blockdiff.deltafile import DeltaReader
 from blockdiff.descriptors import DELTA_FD, NEW_TABLE_FD, OLD_TABLE_FD
+from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import ChainError, DamagedError, ProcessError, printable
 from blockdiff.manifest import Manifest, Parent, Source

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from blockdiff import manifest
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.durable import OutputFile
 from blockdiff.errors import BusyError, StorageError, UsageError, printable
 from blockdiff.manifest import Manifest

@@ -1,14 +1,12 @@
-"""Deltas and digest tables: bytes to records and back. The only place that knows their layout (`docs/format.md`)."""
+"""Deltas: bytes to records and back. The only place that knows their layout (`docs/format.md`)."""
 
-import hashlib
-import os
 import struct
 from collections.abc import Generator, Iterable, Iterator
 from typing import Protocol
 
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.dump import Run
-from blockdiff.errors import DamagedError, StorageError
+from blockdiff.errors import DamagedError
 
 #: Longest data record of a version 2 delta, in bytes.
 MAX_RECORD = MAX_BLOCK_SIZE
@@ -29,7 +27,7 @@ _RUN_BLOCKS = 8192
 
 
 class Sink(Protocol):
-    """What a delta or a digest table is written to."""
+    """What a delta is written to, or its digest table."""
 
     def write(self, data: bytes) -> object:
         """Take all of `data`."""
@@ -219,93 +217,3 @@ class DeltaReader:
             raise self._cursor.damaged("its end mark has other counts than its records")
         if self._cursor.take_up_to(1):
             raise self._cursor.damaged("something follows its end mark")
-
-
-class TableReader:
-    """Reads a digest table through a descriptor that it then owns. A context manager.
-
-    `block_size` in bytes, `count` of digests, each of `digest_size` bytes. Raises `DamagedError` where the file cannot
-    be a digest table. Any number of threads may call `digests` at once.
-    """
-
-    def __init__(self, fd: int, where: str, digest_size: int) -> None:
-        self._fd = fd
-        self._where = where
-        self.digest_size = digest_size
-        try:
-            length = os.fstat(fd).st_size - _U32.size
-            self.block_size = int(_U32.unpack(self._read(0, _U32.size))[0]) if length >= 0 else 0
-            self.count, rest = divmod(length, digest_size)
-            if length < 0 or rest or not MIN_BLOCK_SIZE <= self.block_size <= MAX_BLOCK_SIZE:
-                raise DamagedError(
-                    f"{where} is damaged: {length + _U32.size} bytes with a block size of {self.block_size} "
-                    f"are no table of {digest_size}-byte digests",
-                    "restore it from a copy, or begin anew with --full",
-                )
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def __enter__(self) -> "TableReader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._fd)
-
-    def digests(self, first: int, count: int) -> bytes:
-        """Return the joined digests of `count` blocks from block `first` on, or as many as there are."""
-        count = max(0, min(count, self.count - first))
-        return self._read(_U32.size + first * self.digest_size, count * self.digest_size)
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of the whole file, in hexadecimal."""
-        digest, position = hashlib.sha256(), 0
-        total = _U32.size + self.count * self.digest_size
-        while position < total:
-            data = self._read(position, min(_RUN_BYTES, total - position))
-            digest.update(data)
-            position += len(data)
-        return digest.hexdigest()
-
-    def _read(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length:
-            try:
-                part = os.pread(self._fd, length, offset)
-            except OSError as error:
-                raise StorageError(f"cannot read {self._where}: {error.strerror}") from error
-            if not part:
-                raise DamagedError(f"{self._where} was cut off while it was read")
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return b"".join(parts)
-
-
-class TableWriter:
-    """Writes a digest table in large pieces; `sha256()` and `count` cover what was appended. `flush` ends it."""
-
-    def __init__(self, sink: Sink, block_size: int, digest_size: int) -> None:
-        self._sink = sink
-        self._digest_size = digest_size
-        self._buffer = bytearray(_U32.pack(block_size))
-        self._hash = hashlib.sha256()
-        self.count = 0
-
-    def append(self, digests: bytes) -> None:
-        """Append joined digests."""
-        self._buffer += digests
-        self.count += len(digests) // self._digest_size
-        if len(self._buffer) >= _RUN_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand on what is buffered."""
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        self._hash.update(data)
-        self._sink.write(data)
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of what was flushed, in hexadecimal."""
-        return self._hash.hexdigest()

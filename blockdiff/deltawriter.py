@@ -7,9 +7,10 @@ whoever sent it. Blocks that did not change keep the digests of the previous tab
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from blockdiff import deltafile, pipeline
+from blockdiff import deltafile, digesttable, pipeline
 from blockdiff.blocks import Hasher, block_count
-from blockdiff.deltafile import Sink, TableReader, TableWriter
+from blockdiff.deltafile import Sink
+from blockdiff.digesttable import TableReader, TableWriter
 from blockdiff.dump import Run
 from blockdiff.errors import ProtocolError
 
@@ -77,7 +78,7 @@ class DeltaWriter:
         self.image_size = image_size
         self._compress = compress
         self._old = old
-        self._table = TableWriter(table, hasher.block_size, hasher.digest.size)
+        self._table = TableWriter(table, hasher, digesttable.sparse_count(hasher, delta_format, image_size))
         self._head_size = deltafile.HEAD_SIZE if delta_format == 2 else 0
         self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES + (MEMBER_BLOCKS + 1) * self._head_size)
         self._current = _Member(self._pool.take())
@@ -107,7 +108,7 @@ class DeltaWriter:
         assert self.image_size is not None, "the image's size must be known at its end"
         blocks = block_count(self.image_size, self._hasher.block_size)
         self._keep_until(blocks)
-        self._table.flush()
+        self._table.finish()
         end = deltafile.end(self._format, blocks, self._changed_blocks, self._table.sha256())
         if end:
             self._delta.write(self._compress(end))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from blockdiff import codec, dump
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, check_block_size, digest_named
-from blockdiff.deltafile import Sink, TableReader
+from blockdiff.deltafile import Sink
 from blockdiff.deltawriter import DeltaWriter
+from blockdiff.digesttable import TableReader
 from blockdiff.errors import SourceError, StorageError, UsageError, printable
 from blockdiff.lzop import LzopWriter
 from blockdiff.pipeline import BufferPool

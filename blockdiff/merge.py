@@ -12,7 +12,8 @@ from typing import BinaryIO, Protocol
 from blockdiff import codec, pipeline
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
-from blockdiff.deltafile import DeltaReader, TableReader
+from blockdiff.deltafile import DeltaReader
+from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, printable
 

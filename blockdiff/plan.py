@@ -8,7 +8,7 @@ from blockdiff.address import Address
 from blockdiff.blocks import check_block_size
 from blockdiff.chain import MANIFEST_SUFFIX, Generation
 from blockdiff.commit import LockedChain
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.errors import ChainError, DamagedError, printable
 from blockdiff.manifest import Parent, Snapshot, Source
 

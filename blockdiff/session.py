@@ -12,7 +12,7 @@ from types import TracebackType
 from blockdiff import rules, transport, wire
 from blockdiff.address import Address
 from blockdiff.blocks import Digest
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
 from blockdiff.rules import Opened, Ready, Rules, Totals

@@ -3,7 +3,7 @@
 import threading
 
 from blockdiff import wire
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.errors import BlockdiffError, ConnectionLost
 from blockdiff.process import STOP_TIMEOUT_S
 

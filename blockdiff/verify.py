@@ -15,7 +15,8 @@ from typing import BinaryIO
 from blockdiff import merge, pipeline
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
-from blockdiff.deltafile import DeltaReader, TableReader
+from blockdiff.deltafile import DeltaReader
+from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, DamagedError, StorageError
 

@@ -41,6 +41,7 @@ ORDER = """
     mysqlsession
     mysqllock
     deltafile  manifest  lockcommand
+    digesttable
     deltawriter  tunnel  tablesender
     chain
     commit

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockdiff import tablesender, wire
-from blockdiff.deltafile import TableReader
+from blockdiff.digesttable import TableReader
 from blockdiff.errors import BlockdiffError, ConnectionLost, DamagedError, ProtocolError
 from blockdiff.rules import LENGTH, Rules
 from blockdiff.tablefeed import TableFeed
