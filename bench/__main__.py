@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bench import extremes, report, tools
+from bench import extremes, report, thin, tools
 from bench.contest import Contest, Results
 from bench.report import Target
 from bench.reserve import Reserve
@@ -44,6 +44,7 @@ def main(
             contest = Contest(workload, chosen, rounds, place, reserve)
             contest.run()
             others = [] if wanted else extremes.measured(workload, sshd, place, reserve)
+        others += [] if wanted else thin.measured(place)
     text = report.page(contest.results, [*_targets(contest.results), *others], chosen, size << 20, rounds)
     click.echo(text)
     if write and not wanted:

@@ -10,8 +10,6 @@ from pathlib import Path
 #: Phases: `FULL`, `INCREMENTAL`, restore and verify, of a store that a tool keeps in a directory of its own.
 FULL, INCREMENTAL, RESTORE, VERIFY = "full", "incremental", "restore", "verify"
 
-_BLOCKDIFF = Path(sys.executable).with_name("blockdiff")
-
 
 @dataclass(frozen=True)
 class Tool:
@@ -41,16 +39,21 @@ class Tool:
         return {name: value.format(store=store) for name, value in self.env.items()}
 
 
+def program() -> str:
+    """Return the command blockdiff as it is installed beside this Python."""
+    return str(Path(sys.executable).with_name("blockdiff"))
+
+
 def blockdiff(label: str, options: str = "", source: str = "{image}") -> Tool:
     """Return blockdiff with the options of `backup`; `source` is its SOURCE."""
-    backup = f"{_BLOCKDIFF} backup {{store}}/chain {source} {options}"
+    backup = f"{program()} backup {{store}}/chain {source} {options}"
     return Tool(
         label,
         {
             FULL: backup,
             INCREMENTAL: backup,
-            RESTORE: f"{_BLOCKDIFF} restore {{store}}/chain {{target}}",
-            VERIFY: f"{_BLOCKDIFF} verify {{store}}/chain",
+            RESTORE: f"{program()} restore {{store}}/chain {{target}}",
+            VERIFY: f"{program()} verify {{store}}/chain",
         },
     )
 

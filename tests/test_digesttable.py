@@ -1,4 +1,4 @@
-"""The sparse form of a digest table: the same digests as in the plain form, whatever is asked for, and no other file."""
+"""The sparse form of a digest table: the same digests as in the plain form, and no file that is none."""
 
 import hashlib
 import io
@@ -78,7 +78,15 @@ def test_it_is_what_the_document_says_and_gives_back_every_digest(
         assert table.digests(first, number) == digests[first * SIZE : (first + number) * SIZE]
 
 
-EDGES = [[], [(1, True)], [(1, False)], [(GROUP, True)], [(GROUP, False)], [(8 * GROUP, True)], [(8 * GROUP + 1, False)]]
+EDGES = [
+    [],
+    [(1, True)],
+    [(1, False)],
+    [(GROUP, True)],
+    [(GROUP, False)],
+    [(8 * GROUP, True)],
+    [(8 * GROUP + 1, False)],
+]
 
 
 @pytest.mark.parametrize("runs", EDGES, ids=str)
