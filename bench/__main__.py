@@ -37,7 +37,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="blockdiff-bench-", dir=directory or Path("/dev/shm")) as scratch:
         place = Path(scratch)
         (place / "sshd").mkdir()
-        with Sshd(place / "sshd") as sshd, Reserve(2 * size << 20) as reserve:
+        with Sshd(place / "sshd") as sshd, Reserve((size << 20) * 5 // 4) as reserve:
             workload = Workload(place / "image", size << 20)
             workload.make()
             chosen = [tool for tool in _tools(sshd, peers) if not wanted or any(word in tool.name for word in wanted)]

@@ -3,37 +3,37 @@
 import mmap
 from types import TracebackType
 
-_HUGE_PAGE = 2 << 20
+#: Every other stretch of this many bytes is lent: what is free never makes up a huge page (2 MiB).
+_STRETCH = 256 << 10
 
 
 class Reserve:
-    """Holds `size` bytes of memory from `take` to `lend`.
+    """Keeps `size` bytes of memory for whoever is measured, between `lend` and the next `take`.
 
-    Where the host takes back what is free (balloon with free page reporting), the first touch of a page costs 2 to 4 s
-    for each GiB, or nearly nothing, depending on how long it was free: more than what is measured here. So the pages
-    are in use all the time, by the reserve or by the tool that is measured. A context manager.
+    Where the host takes back what is free (free page reporting), the first touch of a page costs 2 to 4 s for each GiB,
+    or nearly nothing, depending on how long it was free: more than what is measured here. Linux reports free pages by
+    the huge page. So twice as much is held, and only every other stretch is let go. A context manager.
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._memory: mmap.mmap | None = None
+        self._memory = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_NOHUGEPAGE)
 
     def __enter__(self) -> "Reserve":
+        for place in range(0, len(self._memory), mmap.PAGESIZE):
+            self._memory[place] = 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.lend()
+        self._memory.close()
 
     def take(self) -> None:
-        """Take the memory and touch each page."""
-        if self._memory is None:
-            self._memory = mmap.mmap(-1, self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-            for place in range(0, self._size, mmap.PAGESIZE):
+        """Take back what was lent."""
+        for start in range(0, len(self._memory), 2 * _STRETCH):
+            for place in range(start, start + _STRETCH, mmap.PAGESIZE):
                 self._memory[place] = 1
 
     def lend(self) -> None:
-        """Let go of the memory for whoever needs it next."""
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        """Let go of `size` bytes for whoever needs memory next."""
+        for start in range(0, len(self._memory), 2 * _STRETCH):
+            self._memory.madvise(mmap.MADV_DONTNEED, start, _STRETCH)
