@@ -34,14 +34,17 @@ def main(
     peers: tuple[str, ...], size: int, rounds: int, wanted: tuple[str, ...], directory: Path | None, write: bool
 ) -> None:
     """Measure blockdiff and its peers; PEERS are further ones, NAME=COMMAND with {image} and {store}."""
-    with tempfile.TemporaryDirectory(prefix="blockdiff-bench-", dir=directory or Path("/dev/shm")) as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="blockdiff-bench-", dir=directory or Path("/dev/shm")) as scratch,
+        tempfile.TemporaryDirectory(prefix="blockdiff-bench-", dir="/var/tmp") as aside,
+    ):
         place = Path(scratch)
         (place / "sshd").mkdir()
         with Sshd(place / "sshd") as sshd, Reserve((size << 20) * 5 // 4) as reserve:
             workload = Workload(place / "image", size << 20)
             workload.make()
             chosen = [tool for tool in _tools(sshd, peers) if not wanted or any(word in tool.name for word in wanted)]
-            contest = Contest(workload, chosen, rounds, place, reserve)
+            contest = Contest(workload, chosen, rounds, place, Path(aside), reserve)
             contest.run()
             others = [] if wanted else extremes.measured(workload, sshd, place, reserve)
         others += [] if wanted else thin.measured(place)
@@ -74,6 +77,9 @@ def _targets(results: Results) -> list[Target]:
     def wall(phase: str, name: str) -> float:
         return results[phase][name].wall_s
 
+    def peak(phase: str) -> float:
+        return max(results[phase][name].peak for name in (_LOCAL, _ZSTD, _XXH3, _MD5, _SSH)) / (1 << 20)
+
     def stored(name: str) -> float:
         return float(results[FULL][name].stored or 0)
 
@@ -92,6 +98,8 @@ def _targets(results: Results) -> list[Target]:
         lambda: ("verify of all, beside restore of one", wall(VERIFY, _LOCAL) / wall(RESTORE, _LOCAL), 1.0),
         lambda: ("full over SSH, beside local", wall(FULL, _SSH) / wall(FULL, _LOCAL), 1.8),
         lambda: ("full over SSH, beside ssh cat, pigz -1", wall(FULL, _SSH) / wall(FULL, _CAT), 1.0),
+        lambda: ("memory of the largest process, full, MiB", peak(FULL), 200),
+        lambda: ("memory of the largest process, restore, MiB", peak(RESTORE), 200),
         lambda: (
             "incremental over SSH, seconds beyond 1.3 local",
             wall(INCREMENTAL, _SSH) - 1.3 * wall(INCREMENTAL, _LOCAL),

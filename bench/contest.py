@@ -21,17 +21,18 @@ Results = dict[str, dict[str, Series]]
 class Contest:
     """Runs `tools` over `workload` in `directory`, `rounds` times each; `results` holds what was measured.
 
-    Whatever a tool needs from the phase before (a store with so many generations) is copied afresh for each round, and
-    not measured.
+    Whatever a tool needs from the phase before (a store with so many generations) is copied afresh for each round from
+    `aside`, a directory on a disk, and not measured.
     """
 
     def __init__(
-        self, workload: Workload, tools: Sequence[Tool], rounds: int, directory: Path, reserve: Reserve
+        self, workload: Workload, tools: Sequence[Tool], rounds: int, directory: Path, aside: Path, reserve: Reserve
     ) -> None:
         self._workload = workload
         self._tools = tools
         self._rounds = rounds
         self._directory = directory
+        self._aside = aside
         self._reserve = reserve
         self.results: Results = {phase: {} for phase in (FULL, INCREMENTAL, RESTORE, VERIFY)}
 
@@ -39,6 +40,9 @@ class Contest:
         """Run all phases; raises `CommandError`."""
         self._phase(FULL, self._tools, 1)
         chains = [tool for tool in self._tools if INCREMENTAL in tool.commands]
+        for tool in self._tools:
+            if tool not in chains:
+                shutil.rmtree(self._store(tool))  # memory is short
         self._workload.change()
         self._phase(INCREMENTAL, chains, 2)
         for number in range(3, INCREMENTALS + 2):
@@ -57,7 +61,7 @@ class Contest:
 
     def _round(self, phase: str, tool: Tool, number: int, *, last: bool) -> None:
         """Run one phase of one tool once; the store of the last round is what the next phase begins with."""
-        series, store, before = self.results[phase][tool.name], self._store(tool), self._store(tool, "before")
+        series, store, before = self.results[phase][tool.name], self._store(tool), self._aside / tool.name
         if phase == FULL:
             shutil.rmtree(store, ignore_errors=True)
             store.mkdir()
@@ -93,5 +97,5 @@ class Contest:
                 if restored.read(len(piece)) != piece:
                     raise CommandError(f"{tool.name} restored another image")
 
-    def _store(self, tool: Tool, kind: str = "store") -> Path:
-        return self._directory / f"{kind}-{tool.name.replace(' ', '_')}"
+    def _store(self, tool: Tool) -> Path:
+        return self._directory / f"store-{tool.name.replace(' ', '_')}"
