@@ -29,11 +29,15 @@ class TableSender:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; the connection is closed by now, so that it is not stuck in a write."""
+        """End the thread; the connection is closed by now, so that it is not stuck in a write.
+
+        A signal may have come before it was started, or while it was: then it ends by itself.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
 
     def want(self, start: int, limit: int) -> None:
         """Go on at byte `start` of the table's digests, unless that is behind us, and send up to byte `limit`."""

@@ -287,3 +287,12 @@ def test_a_sender_whose_connection_is_gone_just_ends() -> None:
         failure: BlockdiffError | None = sender.failure
         assert failure is None
         sender.stop()
+
+
+def test_a_sender_that_was_never_started_can_be_stopped(tmp_path: Path) -> None:
+    """A signal may come between its making and its start."""
+    path = tmp_path / "table"
+    path.write_bytes(b"\4\0\0\0" + bytes(32))
+    ours, theirs = socket.socketpair()
+    with closing(ours), closing(theirs), TableReader(os.open(path, os.O_RDONLY), "the table", 32) as table:
+        tablesender.TableSender(wire.Link(wire.Pipe(ours.fileno(), ours.fileno())), table).stop()
