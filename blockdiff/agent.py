@@ -20,7 +20,7 @@ import traceback
 from contextlib import ExitStack
 from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, dump, pipeline, process, relay, wire
+from blockdiff import blocks, dump, pipeline, process, relay, signals, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
@@ -79,9 +79,7 @@ class Agent:
 
     def run(self) -> None:
         """Say hello, do what the server asks, and put everything away; raises whatever ends it early."""
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, self._interrupt)
-        process.insist()
+        signals.unwind()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         wire.Heartbeat(self._link).start()
         try:
@@ -102,12 +100,6 @@ class Agent:
         if found != kind:
             raise ProtocolError("the server sent a frame of kind {} in place of {}".format(found, kind))
         return fields
-
-    def _interrupt(self, number: int, _frame: object) -> None:
-        """Unwind the main thread, once: what follows is clean-up, which no further signal may disturb."""
-        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted("the agent was stopped by signal {}".format(number))
 
     def _read(self) -> None:
         """The reader thread: take frames until the server is gone, then stop the main thread."""

@@ -15,7 +15,7 @@ from blockdiff import loader
 
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
-    *("errors", "blocks", "pipeline", "wire", "process", "extents", "dump", "lvs", "lvcheck", "lvm", "thin"),
+    *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "dump", "lvs", "lvcheck", "lvm", "thin"),
     *("freeze", "sources", "tablefeed", "sharedbuffers", "relay", "agent"),
 )
 

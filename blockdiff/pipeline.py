@@ -6,12 +6,13 @@ Reading, hashing, (de)compressing and writing release the interpreter's lock for
 do overlap. This is the only place that starts threads for such work.
 """
 
+import _thread
 import mmap
 import os
 import sys
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Deque, Generator, Iterable, Iterator, List, Optional, TypeVar, cast
+from functools import partial
+from typing import Callable, Deque, Generator, Generic, Iterable, Iterator, List, Optional, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,19 +47,19 @@ def in_order(
     """
     threads = worker_count() if workers is None else workers
     limit = threads + 1 if ahead is None else ahead
-    pending: "Deque[Future[Result]]" = deque()
-    executor = ThreadPoolExecutor(max_workers=threads)
+    pending: "Deque[_Task[Result]]" = deque()
+    crew = _Crew()
     try:
+        crew.start(threads)
         for item in items:
-            pending.append(executor.submit(work, item))
-            while len(pending) > limit or (pending and pending[0].done()):
+            pending.append(crew.give(partial(work, item)))
+            while len(pending) > limit or (pending and pending[0].is_done()):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
-        for future in pending:
-            future.cancel()
-        executor.shutdown(wait=True)
+        crew.dismiss()
+        crew.wait()
 
 
 def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
@@ -68,21 +69,116 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
     a read, and closes `items` and ends after that.
     """
     end = object()
-    executor = ThreadPoolExecutor(max_workers=1)
-    pending = deque(executor.submit(next, items, end) for _ in range(count))
+    crew = _Crew()
     try:
+        crew.start(1)
+        pending = deque(crew.give(lambda: next(items, end)) for _ in range(count))
         while True:
             item = pending.popleft().result()
             if item is end:
                 return
-            pending.append(executor.submit(next, items, end))
+            pending.append(crew.give(lambda: next(items, end)))
             yield cast(Item, item)
     finally:
-        for future in pending:
-            future.cancel()
-        if isinstance(items, Generator):
-            executor.submit(items.close)
-        executor.shutdown(wait=False)
+        crew.dismiss(items.close if isinstance(items, Generator) else None)
+
+
+class _Task(Generic[Result]):
+    """Something that a thread does once."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work = work
+        self._results: List[Result] = []
+        self._errors: List[BaseException] = []
+        self._undone = _thread.allocate_lock()
+        self._undone.acquire()
+
+    def do(self) -> None:
+        work = self._work
+        del self._work  # what it holds may be large
+        try:
+            self._results.append(work())
+        except BaseException as error:  # noqa: BLE001  # raised again in `result`, for whoever wants to know
+            self._errors.append(error)
+        self._undone.release()
+
+    def is_done(self) -> bool:
+        return not self._undone.locked()
+
+    def result(self) -> Result:
+        """Wait, and return or raise what came of it, once."""
+        self._undone.acquire()
+        if self._errors:
+            raise self._errors.pop()
+        return self._results.pop()
+
+
+class _Crew:
+    """Threads that do tasks, in the order in which these were given.
+
+    A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken for good,
+    if it arises in their Python code just behind the taking: the threads then never end, nor does who waits for them.
+    The interpreter's own locks are taken and released in one step, and `deque` needs none.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: "Deque[_Task[object]]" = deque()
+        self._dismissed = False
+        # taken while there is nothing to do
+        self._gate = _thread.allocate_lock()
+        self._gate.acquire()
+        self._at_work: List[_thread.LockType] = []
+
+    def start(self, threads: int) -> None:
+        for _ in range(threads):
+            at_work = _thread.allocate_lock()
+            at_work.acquire()
+            _thread.start_new_thread(self._run, (at_work,))
+            self._at_work.append(at_work)
+
+    def give(self, work: Callable[[], Result]) -> "_Task[Result]":
+        task = _Task(work)
+        self._tasks.append(cast("_Task[object]", task))
+        self._open()
+        return task
+
+    def dismiss(self, last: Optional[Callable[[], object]] = None) -> None:
+        """Let the threads end after what they are at, and after doing `last`; what else was given is forgotten."""
+        self._tasks.clear()
+        if last is not None:
+            self.give(last)
+        self._dismissed = True
+        self._open()
+
+    def wait(self) -> None:
+        """Wait until the threads are done."""
+        for at_work in self._at_work:
+            at_work.acquire()
+
+    def _open(self) -> None:
+        try:
+            self._gate.release()
+        except RuntimeError:
+            pass  # it is open
+
+    def _run(self, at_work: _thread.LockType) -> None:
+        while self._do_next():
+            pass
+        at_work.release()
+
+    def _do_next(self) -> bool:
+        """Do what is next; False when there is nothing more to come."""
+        self._gate.acquire()
+        dismissed = self._dismissed
+        try:
+            task = self._tasks.popleft()
+        except IndexError:  # opened once more than there was something to do
+            task = None
+        if dismissed or self._tasks:
+            self._open()
+        if task is not None:
+            task.do()
+        return task is not None or not dismissed
 
 
 def keep_memory() -> None:

@@ -8,7 +8,6 @@ import os
 import selectors
 import signal
 import subprocess
-import threading
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
@@ -21,9 +20,6 @@ T = TypeVar("T")
 STOP_TIMEOUT_S = 5.0
 #: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
-
-#: How often a signal is sent again until the main thread has noticed it, in seconds.
-INSIST_S = 0.2
 
 #: Children that could be waited for no longer and must not be killed: while they are here, their pipes stay open.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
@@ -294,23 +290,3 @@ def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEO
         time.sleep(0.01)
         number = signal.SIGKILL if time.monotonic() > deadline else 0
     child.wait()
-
-
-def insist() -> None:
-    """Send a signal again that the main thread does not notice: one that comes just before a wait does not end it.
-
-    To be called once, in the main thread. Its handlers must raise, and first of all let SIGTERM be ignored.
-    """
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake)
-
-    def nudge() -> None:
-        number = os.read(woken, 1)[0]
-        main = threading.main_thread().ident
-        time.sleep(INSIST_S)
-        while main is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-            signal.pthread_kill(main, number)
-            time.sleep(INSIST_S)
-
-    threading.Thread(target=nudge, name="insist", daemon=True).start()

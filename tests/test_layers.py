@@ -19,6 +19,7 @@ ORDER = """
     errors  loader
     blocks
     pipeline
+    signals
     wire
     process
     extents

@@ -1,9 +1,11 @@
 """Work that overlaps: in order, a bounded number ahead, errors at their place, and no thread left behind."""
 
+import _thread
 import gc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 
 import pytest
@@ -15,11 +17,13 @@ TIMEOUT_S = 30.0
 
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
+    before = _thread._count()
     yield
     gc.collect()
-    left = set(threading.enumerate()) - before
-    assert not left
+    deadline = time.monotonic() + TIMEOUT_S
+    while _thread._count() > before and time.monotonic() < deadline:
+        time.sleep(0.001)  # the last instructions of a thread
+    assert _thread._count() == before
 
 
 def generator(work: Callable[[int], int], items: Iterable[int], workers: int, ahead: int) -> Generator[int, None, None]:
@@ -208,9 +212,40 @@ def test_who_stops_drawing_ahead_early_does_not_wait_and_what_is_drawn_from_is_c
     assert not closed.is_set()
     gate.set()
     assert closed.wait(TIMEOUT_S)
-    for thread in threading.enumerate():
-        if thread.name.startswith("ThreadPoolExecutor"):
-            thread.join(TIMEOUT_S)
+
+
+#: At 2000 moments, ends work under way by an exception out of a signal handler, and says so.
+INTERRUPTING = """
+import signal, sys
+from blockdiff import pipeline
+from blockdiff.errors import Interrupted
+
+def interrupt(number, frame):
+    raise Interrupted("told to stop")
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupted = 0
+for moment in range(2000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.00002 + moment * 0.0000005)
+        try:
+            for result in eval(sys.argv[1]):
+                pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interrupted:
+        interrupted += 1
+print(interrupted)
+"""
+
+
+@pytest.mark.parametrize(
+    "work", ["pipeline.in_order(str, range(500))", "pipeline.ahead(iter(range(500)), 3)"], ids=["in_order", "ahead"]
+)
+def test_whenever_a_signal_ends_the_work_its_threads_end_too(work: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTING, work], capture_output=True, timeout=TIMEOUT_S)
+    assert done.stderr == b""
+    assert int(done.stdout) > 1000
 
 
 def test_memory_that_was_freed_is_kept() -> None:

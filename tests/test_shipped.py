@@ -197,14 +197,16 @@ def test_a_source_of_any_name(command: list[str], tmp_path: Path, name: bytes) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_an_agent_that_nobody_listens_to(command: list[str], tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_an_agent_that_nobody_listens_to(
+    command: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
     path = long_file(tmp_path / "image")
     with agents.conversation(command) as talk:
         talk.request(path)
         talk.expect(wire.SOURCE)
         talk.child._child.send_signal(number)
         assert talk.child.wait(agents.PROMPTLY_S) == 1
-        assert talk.child.stderr() == f"blockdiff agent: the agent was stopped by signal {int(number)}\n"
+        assert talk.child.stderr() == f"blockdiff agent: stopped by {number.name}\n"
 
 
 @pytest.mark.parametrize("when", ["before the request", "while it sends", "while it waits for digests"])

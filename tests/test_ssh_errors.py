@@ -187,18 +187,25 @@ def test_a_connection_that_is_cut_anywhere_fails_the_run_and_leaves_nothing(
     chain.assert_sound()
 
 
-def test_a_connection_that_breaks_within_a_write_of_paramiko_is_lost(
-    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [EOFError(), paramiko.SSHException("the connection ended")])
+@pytest.mark.parametrize(("name", "verb"), [("sendall", "write"), ("recv", "read")])
+def test_a_connection_that_breaks_within_a_call_of_paramiko_is_lost(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch, error: Exception, name: str, verb: str
 ) -> None:
-    def breaks(_data: bytes) -> None:
-        raise EOFError
+    """Reading sends as well: it tells the other side that there is room again."""
+
+    def breaks(_data: object) -> None:
+        raise error
 
     where = address.parse(sshd.url("/nothing"))
     with transports.connect(where, "paramiko", sshd.options) as connection:
         assert isinstance(connection, ParamikoConnection)
-        monkeypatch.setattr(connection._channel, "sendall", breaks)
-        with pytest.raises(ConnectionLost, match="cannot write: the connection ended"):
-            connection.write([b"x"])
+        monkeypatch.setattr(connection._channel, name, breaks)
+        with pytest.raises(ConnectionLost, match=f"cannot {verb}: the connection ended"):
+            if verb == "write":
+                connection.write([b"x"])
+            else:
+                connection.readinto(memoryview(bytearray(1)), 10.0)
 
 
 def test_a_connection_that_is_cut_within_its_last_bytes_never_gives_half_a_generation(

@@ -187,7 +187,7 @@ def test_a_frame_that_comes_twice_or_not_or_too_early_is_refused() -> None:
     assert refused(second) == "frame 1 arrived in place of frame 0"
 
 
-@pytest.mark.parametrize("kind", [0, wire.CLOSE + 1, 255])
+@pytest.mark.parametrize("kind", [0, wire.TAKEN_OUT + 1, 255])
 def test_a_frame_of_unknown_kind_is_refused(kind: int) -> None:
     assert refused(header(kind, 0)) == f"unknown frame {kind:02x}000000"
 

@@ -6,7 +6,6 @@ Here is what they share: the boundary where errors become sentences and exit sta
 import os
 import re
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 
 import click
 
-from blockdiff import pipeline, process
+from blockdiff import pipeline, signals
 from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable
 from blockdiff.progress import Progress
 
@@ -78,14 +77,12 @@ def watched(what: str) -> Iterator[Progress]:
 
 def run(command: click.Command, name: str) -> None:
     """Run a command and end the process with its exit status: the boundary for errors of every kind."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup is to have its way
-            signal.signal(number, _interrupt)
-    process.insist()
-    pipeline.keep_memory()
-    pipeline.switch_quickly()
     try:
+        signals.unwind()
+        pipeline.keep_memory()
+        pipeline.switch_quickly()
         command(prog_name=name, standalone_mode=False)
+        signals.ignore()  # what is left to do is to end
     except BlockdiffError as error:
         say_error(error)
         sys.exit(error.exit_status)
@@ -101,10 +98,3 @@ def run(command: click.Command, name: str) -> None:
         traceback.print_exc()
         say(f"this is a fault in blockdiff: {type(error).__name__}: {printable(str(error), 500)}")
         sys.exit(EXIT_FAILED)
-
-
-def _interrupt(number: int, _frame: object) -> None:
-    """Unwind, once: what follows is clean-up, which no further signal may disturb."""
-    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(f"stopped by {signal.Signals(number).name}")

@@ -24,6 +24,8 @@ CONNECT_TIMEOUT_S = 30.0
 WINDOW_SIZE = 8 << 20
 #: The largest packet that OpenSSH sends, in bytes.
 PACKET_SIZE = 32 << 10
+# Raised by whatever sends a packet when the connection breaks, reads included, which make room for more.
+_BREAKS = (OSError, EOFError, paramiko.SSHException)
 _FAST_CIPHER = "aes128-gcm@openssh.com"
 # Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does when it wants to.
 _NEVER = 1 << 60
@@ -108,6 +110,8 @@ class ParamikoConnection(Connection):
                 chunk = self._channel.recv_stderr(4096)
             except TimeoutError:
                 continue
+            except _BREAKS:
+                return
             if not chunk:
                 return
             yield chunk
@@ -119,8 +123,8 @@ class ParamikoConnection(Connection):
             data = self._channel.recv(len(view))
         except TimeoutError as error:
             raise ConnectionLost(f"silent for {timeout_s:g} s") from error
-        except OSError as error:
-            raise ConnectionLost(f"cannot read: {error}") from error
+        except _BREAKS as error:
+            raise ConnectionLost(f"cannot read: {_text(error)}") from error
         view[: len(data)] = data
         return len(data)
 
@@ -129,8 +133,8 @@ class ParamikoConnection(Connection):
         try:
             for part in parts:
                 self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
-        except (OSError, EOFError) as error:  # the latter where the connection breaks within this very call
-            raise ConnectionLost(f"cannot write: {str(error) or 'the connection ended'}") from error
+        except _BREAKS as error:
+            raise ConnectionLost(f"cannot write: {_text(error)}") from error
 
     def wait(self, timeout_s: float) -> int | None:
         """See `connection.Connection`."""
@@ -152,6 +156,10 @@ class ParamikoConnection(Connection):
         return TransportError(
             f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}", LOST_HINT
         )
+
+
+def _text(error: Exception) -> str:
+    return str(error) or "the connection ended"
 
 
 def _transport(

@@ -1,0 +1,70 @@
+"""The signals that end a run: the main thread unwinds once, and nothing more disturbs its clean-up.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from blockdiff.errors import Interrupted
+
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+#: How often a signal is sent again until the main thread has noticed it, in seconds.
+INSIST_S = 0.2
+
+
+def unwind() -> None:
+    """Let the signals in `ENDING` raise `Interrupted`; to be called once, in the main thread.
+
+    nohup(1) and shells have their way: what is ignored already stays so, but for SIGTERM. Once it was raised, all are
+    ignored. Python can lose them, which must not end in a wait for ever: one that comes just
+    before a system call does not end it, and what is raised in a destructor or a callback is only reported (since 3.8
+    to a hook). So they are sent again until it is raised, and again when that was lost.
+    """
+    caught = [each for each in ENDING if each == signal.SIGTERM or signal.getsignal(each) != signal.SIG_IGN]
+
+    def interrupt(number: int, _frame: object) -> None:
+        ignore()
+        raise Interrupted("stopped by {}".format(signal.Signals(number).name))
+
+    def arm() -> None:
+        for number in caught:
+            signal.signal(number, interrupt)
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, Interrupted):
+            arm()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    if hasattr(sys, "unraisablehook"):
+        sys.unraisablehook = report
+    _insist()
+    arm()
+
+
+def ignore() -> None:
+    """Let nothing raise `Interrupted` any more."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _insist() -> None:
+    """Start a thread that sends the first signal that comes again, for as long as it is not ignored."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+
+    def nudge() -> None:
+        number = os.read(woken, 1)[0]
+        main = threading.main_thread().ident
+        while main is not None:
+            time.sleep(INSIST_S)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.pthread_kill(main, number)
+
+    threading.Thread(target=nudge, name="insist", daemon=True).start()

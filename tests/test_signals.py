@@ -1,0 +1,76 @@
+"""Signals end a run, even those that Python loses."""
+
+import signal
+import subprocess
+import sys
+
+TIMEOUT_S = 30.0
+
+BEGIN = """
+import os, signal, time
+from blockdiff import signals
+from blockdiff.errors import Interrupted
+
+def wait():
+    time.sleep(600)
+
+signals.unwind()
+try:
+"""
+
+END = """
+except Interrupted as error:
+    os.kill(os.getpid(), signal.SIGINT)  # disturbs nobody any more
+    print(error)
+"""
+
+
+def told(*lines: str, before: str = "") -> str:
+    """Run lines under `signals.unwind`, and return what they print, or the signal that ended them."""
+    body = "".join(f"    {line}\n" for line in lines)
+    done = subprocess.run(
+        [sys.executable, "-c", before + BEGIN + body + END], capture_output=True, timeout=TIMEOUT_S, check=True
+    )
+    assert done.stderr == b""
+    return done.stdout.decode().strip()
+
+
+def test_a_signal_unwinds_once() -> None:
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGINT:
+        assert told(f"os.kill(os.getpid(), signal.{number.name})", "wait()") == f"stopped by {number.name}"
+
+
+def test_a_signal_that_is_ignored_stays_so_but_sigterm() -> None:
+    before = "import signal\nfor each in signal.SIGTERM, signal.SIGHUP: signal.signal(each, signal.SIG_IGN)\n"
+    lines = "os.kill(os.getpid(), signal.SIGHUP)", "print('there')", "os.kill(os.getpid(), signal.SIGTERM)", "wait()"
+    assert told(*lines, before=before) == "there\nstopped by SIGTERM"
+
+
+def test_a_signal_that_the_wait_did_not_notice_is_sent_again() -> None:
+    """Python hears of it and runs no handler: here only what wakes the thread that insists is written."""
+    lines = "woken = signal.set_wakeup_fd(-1)", "signal.set_wakeup_fd(woken)", "os.write(woken, b'\\x0f')", "wait()"
+    assert told(*lines) == "stopped by SIGTERM"
+
+
+def test_a_signal_whose_exception_got_lost_in_a_destructor_is_sent_again() -> None:
+    lines = (
+        "class Last:",
+        "    def __del__(self):",
+        "        os.kill(os.getpid(), signal.SIGTERM)",
+        "        time.sleep(0)",
+        "        print('not here')",
+        "Last()",
+        "print('lost')",
+        "wait()",
+    )
+    assert told(*lines) == "lost\nstopped by SIGTERM"
+
+
+def test_other_exceptions_in_destructors_are_reported_as_ever() -> None:
+    script = "from blockdiff import signals\nclass Last:\n    def __del__(self): 1 / 0\nsignals.unwind()\nLast()\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=TIMEOUT_S, check=True)
+    assert b"Exception ignored in" in done.stderr and b"ZeroDivisionError" in done.stderr
+
+
+def test_ignored_signals_raise_nothing() -> None:
+    assert told("signals.ignore()", "os.kill(os.getpid(), signal.SIGTERM)", "print('there')") == "there"
