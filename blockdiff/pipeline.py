@@ -47,8 +47,8 @@ def in_order(
     """
     threads = worker_count() if workers is None else workers
     limit = threads + 1 if ahead is None else ahead
-    pending: "Deque[_Task[Result]]" = deque()
-    crew = _Crew()
+    pending: "Deque[Task[Result]]" = deque()
+    crew = Crew()
     try:
         crew.start(threads)
         for item in items:
@@ -58,6 +58,7 @@ def in_order(
         while pending:
             yield pending.popleft().result()
     finally:
+        crew.forget()
         crew.dismiss()
         crew.wait()
 
@@ -69,7 +70,7 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
     a read, and closes `items` and ends after that.
     """
     end = object()
-    crew = _Crew()
+    crew = Crew()
     try:
         crew.start(1)
         pending = deque(crew.give(lambda: next(items, end)) for _ in range(count))
@@ -80,10 +81,13 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
             pending.append(crew.give(lambda: next(items, end)))
             yield cast(Item, item)
     finally:
-        crew.dismiss(items.close if isinstance(items, Generator) else None)
+        crew.forget()
+        if isinstance(items, Generator):
+            crew.give(items.close)
+        crew.dismiss()
 
 
-class _Task(Generic[Result]):
+class Task(Generic[Result]):
     """Something that a thread does once."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
@@ -94,6 +98,7 @@ class _Task(Generic[Result]):
         self._undone.acquire()
 
     def do(self) -> None:
+        """Do it; never raises."""
         work = self._work
         del self._work  # what it holds may be large
         try:
@@ -103,6 +108,7 @@ class _Task(Generic[Result]):
         self._undone.release()
 
     def is_done(self) -> bool:
+        """Tell whether `result` would not wait."""
         return not self._undone.locked()
 
     def result(self) -> Result:
@@ -113,7 +119,7 @@ class _Task(Generic[Result]):
         return self._results.pop()
 
 
-class _Crew:
+class Crew:
     """Threads that do tasks, in the order in which these were given.
 
     A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken for good,
@@ -122,7 +128,7 @@ class _Crew:
     """
 
     def __init__(self) -> None:
-        self._tasks: "Deque[_Task[object]]" = deque()
+        self._tasks: "Deque[Task[object]]" = deque()
         self._dismissed = False
         # taken while there is nothing to do
         self._gate = _thread.allocate_lock()
@@ -130,23 +136,28 @@ class _Crew:
         self._at_work: List[_thread.LockType] = []
 
     def start(self, threads: int) -> None:
+        """Start as many threads; where that fails or is interrupted, `dismiss` ends those that were started."""
         for _ in range(threads):
             at_work = _thread.allocate_lock()
             at_work.acquire()
             _thread.start_new_thread(self._run, (at_work,))
             self._at_work.append(at_work)
 
-    def give(self, work: Callable[[], Result]) -> "_Task[Result]":
-        task = _Task(work)
-        self._tasks.append(cast("_Task[object]", task))
+    def give(self, work: Callable[[], Result]) -> "Task[Result]":
+        """Let a thread do `work`; where they were dismissed, it is done here, if need be."""
+        task = Task(work)
+        self._tasks.append(cast("Task[object]", task))
         self._open()
+        if self._dismissed:
+            self._do_next()
         return task
 
-    def dismiss(self, last: Optional[Callable[[], object]] = None) -> None:
-        """Let the threads end after what they are at, and after doing `last`; what else was given is forgotten."""
+    def forget(self) -> None:
+        """Drop what was given and not begun; nobody may wait for it."""
         self._tasks.clear()
-        if last is not None:
-            self.give(last)
+
+    def dismiss(self) -> None:
+        """Let the threads end when there is nothing more to do."""
         self._dismissed = True
         self._open()
 

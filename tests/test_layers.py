@@ -69,7 +69,10 @@ SHIPPED_FILES = [PACKAGE / f"{name}.py" for name in (*SHIPPED, "loader")]
 
 #: What is younger than Python 3.6 and yet in the shipped modules, always behind a guard that the 3.6 run of
 #: test_shipped.py goes through: MD5 for hosts in FIPS mode, and reads into a buffer that may not wait.
-GUARDED = ("hashlib.md5(usedforsecurity)", "os.preadv", "os.RWF_NOWAIT")
+GUARDED = (
+    *("hashlib.md5(usedforsecurity)", "os.preadv", "os.RWF_NOWAIT"),
+    *("sys.unraisablehook", "sys.__unraisablehook__"),
+)
 OLDEST_PYTHON = "3.6"
 VERMIN = "import vermin; vermin.main()"  # has no __main__
 

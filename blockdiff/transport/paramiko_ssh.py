@@ -13,7 +13,7 @@ from typing import cast
 
 import paramiko
 
-from blockdiff import bundle, wire
+from blockdiff import bundle, pipeline, process, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
 from blockdiff.transport import advice
@@ -36,16 +36,23 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class ParamikoConnection(Connection):
-    """A command on a host, through paramiko."""
+    """A command on a host, through paramiko.
+
+    Its calls are made in a thread of their own. A signal's exception within one could leave a lock taken that `close`
+    waits for.
+    """
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
         self.login = address.login
         self._address = address
         self._client = paramiko.SSHClient()
+        self._crew = pipeline.Crew()
         try:
-            self._channel = self._start(_settings(address, options))
+            self._crew.start(1)
+            settings = _settings(address, options)
+            self._channel = self._crew.give(lambda: self._start(settings)).result()
         except BaseException:
-            self._client.close()
+            self.close()
             raise
         self._tail = Tail(self._error_chunks())
 
@@ -118,18 +125,24 @@ class ParamikoConnection(Connection):
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
         """See `connection.Connection`."""
+        data = self._crew.give(lambda: self._receive(len(view), timeout_s)).result()
+        view[: len(data)] = data
+        return len(data)
+
+    def _receive(self, limit: int, timeout_s: float) -> bytes:
         self._channel.settimeout(timeout_s)
         try:
-            data = self._channel.recv(len(view))
+            return self._channel.recv(limit)
         except TimeoutError as error:
             raise ConnectionLost(f"silent for {timeout_s:g} s") from error
         except _BREAKS as error:
             raise ConnectionLost(f"cannot read: {_text(error)}") from error
-        view[: len(data)] = data
-        return len(data)
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         """See `connection.Connection`."""
+        process.undisturbed(lambda: self._send(parts), self._client.close)
+
+    def _send(self, parts: Sequence[wire.Buffer]) -> None:
         try:
             for part in parts:
                 self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
@@ -138,13 +151,14 @@ class ParamikoConnection(Connection):
 
     def wait(self, timeout_s: float) -> int | None:
         """See `connection.Connection`."""
-        if not self._channel.status_event.wait(timeout_s):
+        if not self._crew.give(lambda: self._channel.status_event.wait(timeout_s)).result():
             return None
         return self._channel.exit_status
 
     def close(self) -> None:
         """See `connection.Connection`."""
         self._client.close()
+        self._crew.dismiss()
 
     def stderr(self) -> str:
         """See `connection.Connection`."""
