@@ -68,7 +68,8 @@ LEVELS = {name: level for level, line in enumerate(ORDER.strip().splitlines()) f
 SHIPPED_FILES = [PACKAGE / f"{name}.py" for name in (*SHIPPED, "loader")]
 
 #: What is younger than Python 3.6 and yet in the shipped modules, always behind a guard that the 3.6 run of
-#: test_shipped.py goes through: MD5 for hosts in FIPS mode, reads into a buffer that may not wait, what destructors raise.
+#: test_shipped.py goes through: MD5 for hosts in FIPS mode, reads into a buffer that may not wait, and what
+#: destructors raise.
 GUARDED = (
     *("hashlib.md5(usedforsecurity)", "os.preadv", "os.RWF_NOWAIT"),
     *("sys.unraisablehook", "sys.__unraisablehook__"),
