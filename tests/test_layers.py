@@ -58,9 +58,10 @@ ORDER = """
     plan
     apply  target  verify  listing
     descriptors
-    command_backup  backup  cronlog
+    command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
+    cli.status
     cli.modern  cli.original  cli.locking
     __main__
 """

@@ -1,4 +1,4 @@
-"""The `blockdiff` command: backup, list, verify and restore."""
+"""The `blockdiff` command: backup, list, verify and restore; `status` has a module of its own."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from blockdiff import __version__, address, backup, codec, coordinates, listing,
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, say_error, watched
+from blockdiff.cli.status import status_command
 from blockdiff.cli.volumes import volume_options
 from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, TargetError, UsageError, printable
 
@@ -226,6 +227,9 @@ def restore_command(name: str, path: str, force: bool) -> None:
         if generation.manifest_error is not None:
             say(f"warning: {generation.manifest_error.message}; every block was restored and compared all the same")
             sys.exit(EXIT_WARNING)
+
+
+cli.add_command(status_command)
 
 
 def split_name(text: str) -> tuple[str, int | None]:
