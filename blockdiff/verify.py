@@ -31,7 +31,7 @@ class Verdict:
     error: BlockdiffError | None
 
 
-class _HashedFile:
+class HashedFile:
     """A file whose SHA-256 is known when it has been read."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -39,11 +39,13 @@ class _HashedFile:
         self._hash = hashlib.sha256()
 
     def read(self, count: int) -> bytes:
+        """Return up to `count` bytes."""
         data = self._file.read(count)
         self._hash.update(data)
         return data
 
     def sha256(self) -> str:
+        """Return the checksum of what was read, in hexadecimal."""
         return self._hash.hexdigest()
 
 
@@ -142,8 +144,7 @@ class Verifier:
 
     def _missing(self, first: int, last: int) -> Verdict:
         self._forget()
-        what = f"generation {first} is" if first == last else f"generations {first} to {last} are"
-        return Verdict(first, DamagedError(f"{what} missing", "restore the files from a copy"))
+        return Verdict(first, missing(first, last))
 
     @staticmethod
     def _try(check: Callable[[], object]) -> BlockdiffError | None:
@@ -162,7 +163,7 @@ class Verifier:
         carried = bytearray()
         try:
             with ExitStack() as stack:
-                file = _HashedFile(stack.enter_context(merge.open_delta(generation)))
+                file = HashedFile(stack.enter_context(merge.open_delta(generation)))
                 reader = stack.enter_context(merge.read_delta(generation, file))
                 self._prepare(generation, reader)
                 self._carried_end = 0
@@ -208,7 +209,7 @@ class Verifier:
         def readable() -> Iterator[Run]:
             """Yield what comes before an error, which is raised when all of that was taken."""
             try:
-                yield from _short_runs(reader)
+                yield from short_runs(reader)
             except (DamagedError, StorageError) as error:
                 failures.append(error)
 
@@ -265,6 +266,12 @@ class Verifier:
         )
 
 
+def missing(first: int, last: int) -> DamagedError:
+    """Return the error for generations that are not there."""
+    what = f"generation {first} is" if first == last else f"generations {first} to {last} are"
+    return DamagedError(f"{what} missing", "restore the files from a copy")
+
+
 def _most_blocks(generation: Generation) -> int:
     """Return a number of blocks that the generation's image cannot exceed."""
     if generation.manifest is not None:
@@ -273,7 +280,7 @@ def _most_blocks(generation: Generation) -> int:
     return max(sizes) // min(DIGEST_SIZES.values())
 
 
-def _short_runs(reader: DeltaReader) -> Iterator[Run]:
+def short_runs(reader: DeltaReader) -> Iterator[Run]:
     """Yield the delta's runs in parts whose digests fit in the memory."""
     step = _COMPARE_BLOCKS * reader.block_size
     for run in reader.runs():

@@ -54,14 +54,15 @@ ORDER = """
     transport
     rules
     session
-    quiesce  streams
+    quiesce  streams  compare
     plan
     apply  target  verify  listing
+    proofs
     descriptors
     command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
-    cli.status
+    cli.status  cli.verify
     cli.modern  cli.original  cli.locking
     __main__
 """

@@ -63,6 +63,12 @@ def say_error(error: BlockdiffError, before: str = "") -> None:
         click.echo(f"  {printable(error.hint)}", err=True)
 
 
+def split_name(text: str) -> tuple[str, int | None]:
+    """Return NAME and N of ``NAME@N``, None for N where there is no ``@N``."""
+    match = re.fullmatch(r"(.+)@([1-9][0-9]{0,17})", text, re.DOTALL)
+    return (match[1], int(match[2])) if match else (text, None)
+
+
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
     """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""

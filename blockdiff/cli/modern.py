@@ -1,19 +1,19 @@
-"""The `blockdiff` command: backup, list, verify and restore; `status` has a module of its own."""
+"""The `blockdiff` command: backup, list and restore; `verify` and `status` have modules of their own."""
 
 import json
 import os
-import re
 import sys
 from dataclasses import asdict
 from datetime import datetime
 
 import click
 
-from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, target, transport, verify
+from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, target, transport
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, say_error, watched
+from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, split_name, watched
 from blockdiff.cli.status import status_command
+from blockdiff.cli.verify import verify_command
 from blockdiff.cli.volumes import volume_options
 from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, TargetError, UsageError, printable
 
@@ -178,30 +178,6 @@ def _replica_statement(generation: Generation) -> str:
     return coordinates.replica_statement(generation.manifest.database)
 
 
-@cli.command("verify")
-@click.argument("name")
-def verify_command(name: str) -> None:
-    """Prove that every generation of NAME (or NAME@N: one of them) restores exactly.
-
-    Reads everything, writes nothing. Silent when all is well and standard output is no terminal.
-    """
-    chain_name, number = split_name(name)
-    damaged = False
-    with Chain(chain_name) as chain, watched("verify") as progress:
-        if number is not None or not chain.generations:
-            chain.generation(number)  # says what is not there
-        progress.begin(None)
-        with verify.Verifier(chain, progress.advance) as verifier:
-            for verdict in verifier.all() if number is None else [verifier.one(number)]:
-                damaged = damaged or verdict.error is not None
-                if verdict.error is not None:
-                    say_error(verdict.error, f"generation {verdict.number}: ")
-                elif sys.stdout.isatty():
-                    click.echo(f"generation {verdict.number}: ok")
-    if damaged:
-        sys.exit(EXIT_DAMAGED)
-
-
 @cli.command("restore")
 @click.argument("name")
 @click.argument("path")
@@ -229,13 +205,8 @@ def restore_command(name: str, path: str, force: bool) -> None:
             sys.exit(EXIT_WARNING)
 
 
+cli.add_command(verify_command)
 cli.add_command(status_command)
-
-
-def split_name(text: str) -> tuple[str, int | None]:
-    """Return NAME and N of ``NAME@N``, None for N where there is no ``@N``."""
-    match = re.fullmatch(r"(.+)@([1-9][0-9]{0,17})", text, re.DOTALL)
-    return (match[1], int(match[2])) if match else (text, None)
 
 
 def _period_suffix(period: str | None) -> str:

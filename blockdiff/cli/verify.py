@@ -1,0 +1,137 @@
+"""``blockdiff verify``: prove that generations restore exactly, or compare one with its source."""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import click
+
+from blockdiff import address, proofs, transport, verify
+from blockdiff.chain import Chain
+from blockdiff.cli import agent_prefix, say, say_error, split_name, watched
+from blockdiff.compare import compare
+from blockdiff.errors import (
+    EXIT_DAMAGED,
+    EXIT_FAILED,
+    BlockdiffError,
+    DamagedError,
+    StorageError,
+    UsageError,
+    printable,
+)
+from blockdiff.progress import Progress
+from blockdiff.session import Session
+from blockdiff.verify import Verdict
+
+
+class Subset(click.ParamType[tuple[int, int]]):
+    """K/N: the K-th of N parts."""
+
+    name = "K/N"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return K and N."""
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{printable(str(value), 100)!r} is no part like 3/7", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@click.command("verify")
+@click.argument("name")
+@click.option("--deep", is_flag=True, help="Put every image together as well, as a restore does, and keep nothing.")
+@click.option("--subset", type=Subset(), metavar="K/N", help="Prove the K-th of N parts: N runs prove everything.")
+@click.option("--source", metavar="SOURCE", help="Compare the newest generation, or NAME@N, with a source instead.")
+@click.option("--transport", type=click.Choice(list(transport.NAMES)), help="To the SOURCE, as for backup.")
+@click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
+def verify_command(
+    name: str,
+    deep: bool,
+    subset: tuple[int, int] | None,
+    source: str | None,
+    transport: str | None,
+    ssh_options: tuple[str, ...],
+) -> None:
+    """Prove that every generation of NAME (or NAME@N: one of them) restores exactly.
+
+    Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
+    """
+    chain_name, number = split_name(name)
+    if (number is not None) + (subset is not None) > 1:
+        raise UsageError("--subset chooses among all generations: leave @N away")
+    if source is not None:
+        if deep or subset is not None:
+            raise UsageError("--source compares, --deep and --subset prove: do one after the other")
+        _compare(chain_name, number, source, transport, ssh_options)
+        return
+    damaged = False
+    with Chain(chain_name) as chain, watched("verify") as progress:
+        if number is not None or not chain.generations:
+            chain.generation(number)  # says what is not there
+        progress.begin(None)
+        for verdict in _verdicts(chain, number, deep, subset, progress):
+            damaged = damaged or verdict.error is not None
+            if verdict.error is not None:
+                say_error(verdict.error, f"generation {verdict.number}: ")
+            elif sys.stdout.isatty():
+                click.echo(f"generation {verdict.number}: ok")
+    if damaged:
+        sys.exit(EXIT_DAMAGED)
+
+
+def _verdicts(
+    chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None, progress: Progress
+) -> Iterator[Verdict]:
+    with verify.Verifier(chain, progress.advance) as verifier:
+        if number is not None:
+            found: Iterable[Verdict] = [verifier.one(number)]
+        else:
+            found = verifier.all() if subset is None else _part(chain, *subset, progress)
+        for verdict in found:
+            if deep and verdict.error is None:
+                yield Verdict(verdict.number, _error(proofs.put_together, chain, verdict.number, progress))
+            else:
+                yield verdict
+
+
+def _part(chain: Chain, part: int, parts: int, progress: Progress) -> Iterator[Verdict]:
+    """Yield the verdicts on every `parts`-th generation, and on all that are missing."""
+    for first, last in chain.spans(chain.last()):
+        if first not in chain.generations:
+            yield Verdict(first, verify.missing(first, last))
+        elif first % parts == part % parts:
+            yield Verdict(first, _error(proofs.alone, chain, first, progress))
+
+
+def _error(proof: proofs.Proof, chain: Chain, number: int, progress: Progress) -> BlockdiffError | None:
+    try:
+        proof(chain, number, progress.advance)
+    except (DamagedError, StorageError) as error:
+        return error
+    return None
+
+
+def _compare(name: str, number: int | None, source: str, transport: str | None, ssh_options: tuple[str, ...]) -> None:
+    """Say where the generation and the source differ, as lines of offset and length in bytes."""
+    where = address.parse(source)
+    with ExitStack() as stack:
+        chain = stack.enter_context(Chain(name))
+        generation = chain.generation(number)
+        progress = stack.enter_context(watched("verify"))
+        session = stack.enter_context(Session(where, transport, ssh_options, prefix=agent_prefix() or ()))
+        found = compare(generation, session, where, progress)
+    if found.is_none:
+        if sys.stdout.isatty():
+            click.echo(f"{printable(source)} is the image of generation {generation.number}")
+        return
+    for offset, length in found.ranges:
+        click.echo(f"{offset} {length}")
+    differ = sum(length for _offset, length in found.ranges)
+    sizes = (
+        ""
+        if found.image_size in (None, found.source_size)
+        else f", and has {found.source_size} bytes, not {found.image_size}"
+    )
+    say(f"{printable(source)} differs from generation {generation.number} in blocks of {differ} bytes{sizes}")
+    sys.exit(EXIT_FAILED)
