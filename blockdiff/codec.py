@@ -10,7 +10,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import zstandard
 from isal import igzip_lib, isal_zlib
@@ -141,6 +141,11 @@ class _Input:
         """Let the next `read` begin with `data`."""
         self._back = data + self._back
 
+    @property
+    def waiting(self) -> int:
+        """How many bytes were put back."""
+        return len(self._back)
+
     def cut_off(self, what: str) -> DamagedError:
         """Return the error for a file that ends too early."""
         return DamagedError(f"{self.where} is cut off in the middle of a {what}", "use another copy of it")
@@ -168,6 +173,73 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
         return _lzop_pieces(source)
     tasks = {"none": _plain_tasks, "gzip": _gzip_tasks, "zstd": _zstd_tasks}[name](source)
     return pipeline.in_order(lambda task: task(), _with_errors(tasks))
+
+
+class Sound(NamedTuple):
+    """A piece of a damaged file that can be decompressed.
+
+    `begins_file` and `begins_member` tell where it does not just go on behind the piece before it.
+    """
+
+    data: bytes
+    begins_file: bool
+    begins_member: bool
+
+
+def sound_pieces(file: BinaryIO, where: str, name: str) -> Iterator[Sound]:
+    """Yield what can be decompressed of a file, whatever is wrong with the rest; raises nothing but `StorageError`.
+
+    Behind damage it goes on at the next member that says how long it is; where none does, there is nothing more.
+    """
+    begin, end = -1, 0
+    while end > begin:
+        begin = end
+        source = _at(file, begin, where)
+        begins = True
+        try:
+            for data in _next_member(source, name):
+                yield Sound(data, begins and begin == 0, begins)
+                begins = False
+            end = file.tell() - source.waiting
+        except DamagedError:
+            end = _find_sized(file, begin + 1, where, name)
+
+
+def _at(file: BinaryIO, offset: int, where: str) -> _Input:
+    file.seek(offset)
+    return _Input(file, where)
+
+
+def _next_member(source: _Input, name: str) -> Iterator[bytes]:
+    """Yield the pieces of the next member; all pieces where the compression has none."""
+    if name in ("none", "lzop"):
+        yield from _lzop_pieces(source) if name == "lzop" else (task() for task in _plain_tasks(source))
+        return
+    sized, tasks, magic, stream = {
+        "gzip": (_GZIP_SIZED, _gzip_tasks, _GZIP_MAGIC, _gzip_stream),
+        "zstd": (_ZSTD_SIZED, _zstd_tasks, _ZSTD_MAGIC, _zstd_stream),
+    }[name]
+    header = source.read(len(sized))
+    source.put_back(header)
+    if header.startswith(sized):
+        yield next(tasks(source))()
+    elif header.startswith(magic):
+        yield from stream(source)
+    elif header:
+        raise source.damaged("no member begins here")
+
+
+def _find_sized(file: BinaryIO, offset: int, where: str, name: str) -> int:
+    """Return where the next member seems to begin that says how long it is, from `offset` on; -1 for nowhere."""
+    sized = {"gzip": _GZIP_SIZED, "zstd": _ZSTD_SIZED}.get(name)
+    source = _at(file, offset, where)
+    while sized is not None and len(data := source.read(_CHUNK)) >= len(sized):
+        found = data.find(sized)
+        if found >= 0:
+            return offset + found
+        offset += len(data) - len(sized) + 1
+        source.put_back(data[1 - len(sized) :])
+    return -1
 
 
 def _with_errors(tasks: Iterator[Task]) -> Iterator[Task]:

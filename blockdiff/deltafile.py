@@ -217,3 +217,73 @@ class DeltaReader:
             raise self._cursor.damaged("its end mark has other counts than its records")
         if self._cursor.take_up_to(1):
             raise self._cursor.damaged("something follows its end mark")
+
+
+class Salvager:
+    """Takes the records out of what is left of a damaged delta, piece by piece, as far as they make sense.
+
+    What it yields proves nothing: whoever uses it compares the digest of every block. Format 2 is recognised by its
+    header; where that is lost, `delta_format` tells. A record that does not make sense ends the member that it is in.
+    """
+
+    def __init__(self, block_size: int, delta_format: int) -> None:
+        self._block_size = block_size
+        self._format = delta_format
+        self._rest = b""
+        self._lost = True
+        self.image_size: int | None = None
+
+    def runs(self, data: bytes, begins_file: bool, begins_member: bool) -> Iterator[Run]:
+        """Yield the records that a piece completes; a member begins with a record, the file with the header."""
+        if begins_member:
+            self._rest, self._lost = b"", False
+        view = memoryview(self._rest + data if self._rest else data)
+        if begins_file:
+            view = view[self._header(view) :]
+        while not self._lost:
+            run, size = self._record_1(view) if self._format == 1 else self._record_2(view)
+            if run is not None:
+                yield run
+            elif size == 0:
+                break
+            view = view[size:]
+        self._rest = bytes(view)
+
+    def last(self) -> Iterator[Run]:
+        """Yield what a format 1 delta ends with: the image's last block, which may be short."""
+        if self._format == 1 and not self._lost and len(self._rest) > _OFFSET.size:
+            offset = int(_OFFSET.unpack_from(self._rest)[0])
+            if offset + len(self._rest) <= MAX_IMAGE_SIZE and offset % self._block_size == 0:
+                yield Run(offset, len(self._rest) - _OFFSET.size, memoryview(self._rest)[_OFFSET.size :])
+
+    def _header(self, view: memoryview) -> int:
+        """Return the size of the header, which every first piece is longer than."""
+        if bytes(view[: len(_MAGIC)]) == _MAGIC and len(view) >= _HEADER_2.size:
+            self._format = 2
+            self.image_size = int(_HEADER_2.unpack_from(view)[2])
+            return _HEADER_2.size
+        self._format = 1 if bytes(view[:4]) == _U32.pack(self._block_size) else self._format
+        return _U32.size if self._format == 1 else _HEADER_2.size
+
+    def _record_1(self, view: memoryview) -> tuple[Run | None, int]:
+        size = _OFFSET.size + self._block_size
+        if len(view) < size:
+            return None, 0
+        offset = int(_OFFSET.unpack_from(view)[0])
+        if offset % self._block_size or offset > MAX_IMAGE_SIZE:
+            self._lost = True
+            return None, 0
+        return Run(offset, self._block_size, view[_OFFSET.size : size]), size
+
+    def _record_2(self, view: memoryview) -> tuple[Run | None, int]:
+        if len(view) < _RECORD.size:
+            return None, 0
+        kind, offset, length = _RECORD.unpack_from(view)
+        size = _RECORD.size + (length if kind == _DATA else 0)
+        known = kind == _ZEROS or (kind == _DATA and length <= MAX_RECORD)
+        if not known or offset % self._block_size or not 0 < length <= MAX_IMAGE_SIZE - offset:
+            self._lost = True
+            return None, 0
+        if len(view) < size:
+            return None, 0
+        return Run(offset, length, view[_RECORD.size : size] if kind == _DATA else None), size

@@ -13,6 +13,8 @@ from collections import deque
 from typing import Deque, Dict, Tuple
 
 from blockdiff import pipeline
+from blockdiff.errors import ConnectionLost
+from blockdiff.wire import STALL_S
 
 #: What the memory is called, which tells it from any other file that a descriptor may stand for.
 NAME = "blockdiff"
@@ -68,14 +70,24 @@ class SharedBuffers(pipeline.BufferPool):
         return self._free.pop()
 
     def give_back(self, buffer: memoryview) -> None:
-        """Take a buffer back; waits while the server is behind with too many."""
+        """Take a buffer back; waits while the server is behind with too many. Raises `ConnectionLost` like `finish`."""
         self._lent.append((self._told, buffer))
         with self._changed:
             while self._lent and (self._lent[0][0] <= self._taken or len(self._lent) > _BEHIND):
-                self._changed.wait_for(lambda: self._lent[0][0] <= self._taken)
+                self._wait(self._lent[0][0])
                 self._free.append(self._lent.popleft()[1])
 
     def finish(self) -> None:
-        """Wait until the server has taken out everything that it was told of."""
+        """Wait until the server has taken out everything that it was told of.
+
+        Raises `ConnectionLost` where it takes nothing for `wire.STALL_S`, like a write that gets nowhere.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._taken >= self._told)
+            self._wait(self._told)
+
+    def _wait(self, place: int) -> None:
+        while self._taken < place:
+            before = self._taken
+            self._changed.wait(STALL_S)
+            if self._taken == before:
+                raise ConnectionLost("the server took nothing for {:g} s".format(STALL_S))

@@ -57,7 +57,7 @@ ORDER = """
     quiesce  streams  compare
     plan
     apply  target  verify  listing
-    proofs
+    proofs  salvage
     descriptors
     command_backup  backup  cronlog  status
     cli.progressbar

@@ -15,7 +15,7 @@ import pytest
 from blockdiff import backup, bundle, sharedbuffers, transport, wire
 from blockdiff.address import Address
 from blockdiff.backup import Options
-from blockdiff.errors import ProtocolError
+from blockdiff.errors import ConnectionLost, ProtocolError
 from blockdiff.sharedbuffers import MIN_RUN, SharedBuffers
 from blockdiff.sharedmemory import SharedMemory
 from tests import agents, chains
@@ -95,6 +95,14 @@ def test_the_end_of_a_scan_waits_for_the_server(memory: SharedMemory) -> None:
     buffers.taken_out()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_a_server_that_takes_nothing_out_is_lost(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharedbuffers, "STALL_S", 0.1)
+    buffers = SharedBuffers(memory.fd, BLOCK)
+    buffers.lend(buffers.take())
+    with pytest.raises(ConnectionLost, match=r"the server took nothing for 0\.1 s"):
+        buffers.finish()
 
 
 def test_a_descriptor_that_is_something_else_is_not_written_to(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import click
 
-from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, target, transport
+from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, salvage, target, transport
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, split_name, watched
@@ -182,10 +182,14 @@ def _replica_statement(generation: Generation) -> str:
 @click.argument("name")
 @click.argument("path")
 @click.option("--force", is_flag=True, help="Replace an existing file; overwrite a device that holds data.")
-def restore_command(name: str, path: str, force: bool) -> None:
+@click.option(
+    "--salvage", "salvages", is_flag=True, help="Restore what is sound of a damaged generation, list the rest."
+)
+def restore_command(name: str, path: str, force: bool, salvages: bool) -> None:
     """Write the image of NAME@N (without @N: the newest) to PATH, a new file or a block device.
 
-    Every block is compared with the digests of its generation before it is written.
+    Every block is compared with the digests of its generation before it is written. With --salvage, blocks that are
+    lost become zeros, and are printed as lines of offset and length in bytes; the exit status is then never 0.
     """
     chain_name, number = split_name(name)
     with Chain(chain_name) as chain, watched("restore") as progress:
@@ -199,7 +203,12 @@ def restore_command(name: str, path: str, force: bool) -> None:
         image_size = generation.manifest.image_size if generation.manifest else None
         progress.begin(image_size)
         with target.open_target(path, force, image_size) as out:
-            merge.merge(needed, out, progress.advance)
+            if salvages:
+                found = salvage.salvage(chain, generation.number, out, progress.advance)
+            else:
+                merge.merge(needed, out, progress.advance)
+        if salvages:
+            _report_salvaged(found)
         if generation.manifest_error is not None:
             say(f"warning: {generation.manifest_error.message}; every block was restored and compared all the same")
             sys.exit(EXIT_WARNING)
@@ -207,6 +216,19 @@ def restore_command(name: str, path: str, force: bool) -> None:
 
 cli.add_command(verify_command)
 cli.add_command(status_command)
+
+
+def _report_salvaged(found: salvage.Salvaged) -> None:
+    for note in found.notes:
+        say(f"note: {note}")
+    if not found.lost:
+        say("warning: --salvage, and nothing is lost: every block was found and compared")
+        sys.exit(EXIT_WARNING)
+    for offset, length in found.lost:
+        click.echo(f"{offset} {length}")
+    count = sum(length for _offset, length in found.lost)
+    say(f"{count} of {found.image_size} bytes are lost, and zero in what was restored")
+    sys.exit(EXIT_DAMAGED)
 
 
 def _period_suffix(period: str | None) -> str:
