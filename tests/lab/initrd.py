@@ -4,7 +4,8 @@ import stat
 from pathlib import Path
 from subprocess import check_output
 
-# The loop does not sleep: once in a few hundred boots under load, an emulated timer did not wake it for minutes.
+# Once in a few hundred boots under load the guest stood still for minutes after /init had begun, and a timer that the
+# emulation lost is the suspect: the loop does not sleep, and says what it waits for.
 _MODULES = "crc32c_intel virtio_pci virtio_blk ext4"
 _INIT = """\
 #!/busybox sh
