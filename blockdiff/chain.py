@@ -64,6 +64,11 @@ class Generation:
         return self._only(TABLE_SUFFIXES, "digest table")
 
     @property
+    def chain_id(self) -> str | None:
+        """What the manifests of one chain share; None where there is no manifest."""
+        return None if self.manifest is None else self.manifest.chain
+
+    @property
     def digest(self) -> str:
         """The name of the digest algorithm."""
         return self.table_suffix[1:]

@@ -21,10 +21,11 @@ from blockdiff.manifest import Manifest
 class LockedChain(Chain):
     """A chain that this process alone may add to, after what a crash left was put in order.
 
-    Raises `BusyError` where another run holds it. `notes` says what was put in order.
+    Raises `BusyError` where another run holds it. `notes` says what was put in order. Without `recovers`, what is
+    beyond the last complete generation stays, and so does ``NAME.ver``.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, recovers: bool = True) -> None:
         if re.search(r"@[0-9]+$", name):
             raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
         self.notes: list[str] = []
@@ -36,7 +37,8 @@ class LockedChain(Chain):
             self._set_uncommitted_aside()
             self._remove_temporary()
             self.reload()
-            self._recover()
+            if recovers:
+                self._recover()
         except BaseException:
             self.close()
             raise
@@ -99,11 +101,16 @@ class LockedChain(Chain):
             self.directory.sync()
 
     def _set_aside(self, generation: Generation, suffix: str) -> None:
-        name, taken, count = generation.name(suffix), set(self.directory.names()), 1
+        new_name = self.set_aside(generation.name(suffix))
+        self.notes.append(f"{generation.path(suffix)} was never completed; it was moved to {new_name}")
+
+    def set_aside(self, name: str) -> str:
+        """Rename a file to ``….aside-1``, or the next number that is free, and return that name."""
+        taken, count = set(self.directory.names()), 1
         while f"{name}.aside-{count}" in taken:
             count += 1
         self.directory.rename(name, f"{name}.aside-{count}")
-        self.notes.append(f"{generation.path(suffix)} was never completed; it was moved to {name}.aside-{count}")
+        return f"{name}.aside-{count}"
 
     def write_version(self, number: int) -> None:
         """Let ``NAME.ver`` say that `number` is the last complete generation."""

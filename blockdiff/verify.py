@@ -96,12 +96,15 @@ class _Newest:
 class Verifier:
     """Verifies the generations of a chain, oldest first. A context manager.
 
-    `advance` is told the number of bytes of each stored delta that was read.
+    `advance` is told the number of bytes of each stored delta that was read. Without `needs_manifests`, none is missed.
     """
 
-    def __init__(self, chain: Chain, advance: Callable[[int], object] = lambda count: None) -> None:
+    def __init__(
+        self, chain: Chain, advance: Callable[[int], object] = lambda count: None, needs_manifests: bool = True
+    ) -> None:
         self._chain = chain
         self._advance = advance
+        self._needs_manifests = needs_manifests
         self._newest: _Newest | None = None
         self._limit = max(map(_most_blocks, chain.generations.values()), default=0)
         self._format = 0
@@ -113,9 +116,9 @@ class Verifier:
     def __exit__(self, *exception: object) -> None:
         self._forget()
 
-    def all(self) -> Iterator[Verdict]:
-        """Yield the verdict on every generation from the first that is there to the last complete one."""
-        for first, last in self._chain.spans(self._chain.last()):
+    def all(self, limit: int | None = None) -> Iterator[Verdict]:
+        """Yield the verdict on every generation from the first that is there to `limit` or the last complete one."""
+        for first, last in self._chain.spans(self._chain.last() if limit is None else limit):
             yield self._verify(first) if first in self._chain.generations else self._missing(first, last)
 
     def one(self, number: int) -> Verdict:
@@ -238,7 +241,7 @@ class Verifier:
         assert self._newest is not None
         with generation.open_table() as table:
             known = generation.manifest
-            if known is None and self._format != 1:
+            if known is None and self._format != 1 and self._needs_manifests:
                 raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
             if self._carried_end > table.count:
                 raise DamagedError(
@@ -277,7 +280,12 @@ def _most_blocks(generation: Generation) -> int:
     if generation.manifest is not None:
         return generation.manifest.blocks
     sizes = [generation.directory.size_of(generation.name(suffix)) or 0 for suffix in generation.suffixes]
-    return max(sizes) // min(DIGEST_SIZES.values())
+    try:
+        with generation.open_table() as table:
+            count = table.count  # one in the sparse form is smaller than its digests
+    except (DamagedError, StorageError):
+        count = 0
+    return max(count, max(sizes) // min(DIGEST_SIZES.values()))
 
 
 def short_runs(reader: DeltaReader) -> Iterator[Run]:

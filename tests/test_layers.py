@@ -57,12 +57,12 @@ ORDER = """
     quiesce  streams  compare
     plan
     apply  target  verify  listing
-    proofs  salvage
+    proofs  salvage  repair
     descriptors
     command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
-    cli.status  cli.verify
+    cli.status  cli.verify  cli.repair
     cli.modern  cli.original  cli.locking
     __main__
 """

@@ -1,4 +1,4 @@
-"""The `blockdiff` command: backup, list and restore; `verify` and `status` have modules of their own."""
+"""The `blockdiff` command: backup, list and restore; `verify`, `repair` and `status` have modules of their own."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from blockdiff import __version__, address, backup, codec, coordinates, listing,
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, split_name, watched
+from blockdiff.cli.repair import repair_command
 from blockdiff.cli.status import status_command
 from blockdiff.cli.verify import verify_command
 from blockdiff.cli.volumes import volume_options
@@ -215,6 +216,7 @@ def restore_command(name: str, path: str, force: bool, salvages: bool) -> None:
 
 
 cli.add_command(verify_command)
+cli.add_command(repair_command)
 cli.add_command(status_command)
 
 

@@ -1,0 +1,265 @@
+"""Put a chain in order: rebuild what can be derived, set aside what is broken.
+
+A generation whose blocks are proven by its digest table stays, and gets a manifest where it has none that fits. Behind
+the last of these, what cannot be restored is set aside: renamed, not removed; the chain then goes on there. Before it,
+what is broken stays, because younger generations may need its delta. Where nothing can be restored, nothing is touched.
+
+What is to be done is found first, by reading only, so that a dry run tells the same; run again, nothing is left to do.
+"""
+
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import partial
+
+from blockdiff import __version__, manifest, merge
+from blockdiff.blocks import block_count
+from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
+from blockdiff.commit import LockedChain
+from blockdiff.errors import DamagedError, StorageError
+from blockdiff.manifest import Manifest, Parent, Source, StoredFile
+from blockdiff.verify import HashedFile, Verifier
+
+Advance = Callable[[int], object]
+
+#: What a rebuilt manifest says of a source that nothing tells; like that of a command, it can go on with any.
+_UNKNOWN_SOURCE = Source(None, "unknown", "command")
+#: What it says of the moment.
+_UNKNOWN_CONSISTENCY = "unknown"
+
+
+@dataclass(frozen=True)
+class Deed:
+    """Something to do, in words, and how."""
+
+    text: str
+    do: Callable[[LockedChain], None]
+
+
+@dataclass
+class Findings:
+    """What there is to do; `lost` are the generations that cannot be restored or are missing, each with the reason."""
+
+    deeds: list[Deed] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+
+
+def examine(chain: Chain, advance: Advance = lambda count: None) -> Findings:
+    """Return what there is to do; changes nothing. `advance` is told the bytes that were read."""
+    findings = Findings()
+    last = _last(chain)
+    sound = _sound(chain, last, findings, advance)
+    if not sound:
+        return findings
+    newest = max(sound)
+    for number, generation in chain.generations.items():
+        if number > newest:
+            _set_aside(findings, generation, "was never completed" if number > last else "cannot be restored")
+    _Manifests(chain, sound, findings).relink()
+    if chain.version != newest:
+        text = f"{chain.path_of('.ver')} says that {newest} is the last generation"
+        findings.deeds.append(Deed(text, lambda locked: locked.write_version(newest)))
+    return findings
+
+
+def repair(
+    name: str, advance: Advance = lambda count: None, told: Callable[[str], object] = lambda text: None
+) -> Findings:
+    """Do what there is to do with the chain `name`, and return it; `told` gets each deed when it is done.
+
+    Raises `BusyError` where a run is at work, and `StorageError` where something cannot be written.
+    """
+    with LockedChain(name, recovers=False) as chain:
+        for note in chain.notes:
+            told(note)
+        findings = examine(chain, advance)
+        for deed in findings.deeds:
+            deed.do(chain)
+            told(deed.text)
+        return findings
+
+
+def _last(chain: Chain) -> int:
+    """Return the number of the last complete generation; where nothing tells, of the last that has both files."""
+    try:
+        return chain.last()
+    except DamagedError:
+        deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
+        return max((n for n, g in chain.generations.items() if g.suffixes & deltas and g.suffixes & tables), default=0)
+
+
+def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dict[int, bool]:
+    """Return the generations that can be restored: True for those whose manifest is as it should be as well."""
+    found = _proven(chain, last, advance, with_manifests=True)
+    sound = {n: chain.generations[n].manifest is not None for n, error in found.items() if error is None}
+    if len(sound) < len(found):
+        with Chain(chain.name) as bare:
+            for generation in bare.generations.values():
+                _strip(generation)
+            without = _proven(bare, last, advance, with_manifests=False)
+        ours = {chain.generations[n].chain_id for n, has_manifest in sound.items() if has_manifest}
+        for n, error in without.items():
+            # a generation of another chain may be sound in itself, and is not ours
+            if error is None and (not ours or chain.generations[n].chain_id in {None, *ours}):
+                sound.setdefault(n, False)
+    findings.lost = {n: error for n, error in found.items() if error is not None and n not in sound}
+    return sound
+
+
+def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> dict[int, str | None]:
+    """Return what is wrong with each generation; raises `StorageError` where that cannot be told."""
+    found: dict[int, str | None] = {}
+    if not last:
+        return found
+    with Verifier(chain, advance, with_manifests) as verifier:
+        for verdict in verifier.all(last):
+            for error in (verdict.error, verdict.error and verdict.error.__cause__):
+                if isinstance(error, StorageError):  # what cannot be read now need not be broken
+                    raise error
+            found[verdict.number] = None if verdict.error is None else verdict.error.message
+    return found
+
+
+def _strip(generation: Generation) -> None:
+    """Let a generation in memory have no manifest; where that told which of two files is the right one, keep to it."""
+    if generation.manifest is not None:
+        ours = {generation.manifest.delta.suffix, generation.manifest.table.suffix}
+        generation.suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - ours
+    generation.manifest = generation.manifest_error = generation.manifest_sha256 = None
+
+
+def _set_aside(findings: Findings, generation: Generation, why: str) -> None:
+    for suffix in sorted(generation.suffixes):
+        text = f"{generation.path(suffix)} set aside: generation {generation.number} {why}"
+        findings.deeds.append(Deed(text, partial(_aside, generation.name(suffix))))
+
+
+def _aside(name: str, chain: LockedChain) -> None:
+    chain.set_aside(name)
+    chain.directory.sync()
+
+
+class _Manifests:
+    """The manifests of the sound generations: each must fit its files and the manifest before it."""
+
+    def __init__(self, chain: Chain, sound: dict[int, bool], findings: Findings) -> None:
+        self._chain = chain
+        self._sound = sound
+        self._findings = findings
+        known = [g.manifest for n, g in chain.generations.items() if g.manifest is not None and n in sound]
+        self._id = known[-1].chain if known else uuid.uuid4().hex
+        self._source = known[-1].source if known else _UNKNOWN_SOURCE
+        self._sha256: dict[int, str | None] = {}
+        self._made: dict[int, Manifest] = {}
+
+    def relink(self) -> None:
+        """Go through them from the oldest on; a new one changes what the next must say of its parent."""
+        for number, is_fine in sorted(self._sound.items()):
+            generation = self._chain.generations[number]
+            known = generation.manifest
+            if is_fine and known is not None and self._fits(known):
+                self._sha256[number], self._made[number] = generation.manifest_sha256, known
+                continue
+            parent = self._parent(number)
+            if is_fine and known is not None:
+                made, why = replace(known, chain=self._id, parent=parent), "follows another parent"
+            else:
+                made, why = self._rebuilt(generation, parent), "rebuilt"
+            self._made[number] = made
+            self._sha256[number] = manifest.sha256(made.to_bytes())
+            self._write(generation, made, why)
+
+    def _fits(self, known: Manifest) -> bool:
+        before = known.generation - 1
+        if before not in self._sound:
+            return True
+        return known.chain == self._id and known.parent in (Parent(before, self._sha256[before]), Parent(before, None))
+
+    def _parent(self, number: int) -> Parent | None:
+        return Parent(number - 1, self._sha256.get(number - 1)) if number > 1 else None
+
+    def _write(self, generation: Generation, made: Manifest, why: str) -> None:
+        exists = MANIFEST_SUFFIX in generation.suffixes
+        name = generation.name(MANIFEST_SUFFIX)
+
+        def write(chain: LockedChain) -> None:
+            with ExitStack() as stack:
+                temporary = f".{name}.tmp"
+                file = stack.enter_context(chain.directory.create(temporary))
+                stack.callback(chain.directory.unlink, temporary)
+                file.write(made.to_bytes())
+                file.finish()
+                if exists:
+                    chain.set_aside(name)
+                chain.directory.link(temporary, name)
+                chain.directory.sync()
+
+        self._findings.deeds.append(Deed(f"{generation.path(MANIFEST_SUFFIX)} {why}", write))
+
+    def _rebuilt(self, generation: Generation, parent: Parent | None) -> Manifest:
+        """Return a manifest that says what the files tell."""
+        known = generation.manifest
+        _strip(generation)
+        delta, table_suffix = generation.delta_suffix, generation.table_suffix
+        with generation.open_table() as table, merge.open_delta(generation) as raw:
+            file = HashedFile(raw)
+            last_end = 0
+            with merge.read_delta(generation, file) as reader:
+                for run in reader.runs():
+                    last_end = run.offset + run.length
+            stored = StoredFile(delta, self._size(generation, delta), file.sha256())
+            made = Manifest(
+                chain=self._id,
+                generation=generation.number,
+                parent=parent,
+                full=reader.blocks_carried == table.count,
+                delta_format=reader.format,
+                delta=stored,
+                table=StoredFile(table_suffix, self._size(generation, table_suffix), table.sha256()),
+                digest=generation.digest,
+                block_size=table.block_size,
+                image_size=reader.image_size,
+                blocks=table.count,
+                changed_blocks=reader.blocks_carried,
+                source=self._source,
+                consistency=_UNKNOWN_CONSISTENCY,
+                started=self._time(generation, delta),
+                finished=self._time(generation, delta),
+                notes=["rebuilt by blockdiff repair from the files of this generation"],
+                versions={"blockdiff": __version__},
+            )
+        if made.image_size is None:
+            made = replace(made, image_size=self._image_size(made, last_end))
+        if known is not None:  # what only the old one knew
+            made = replace(
+                made,
+                source=known.source,
+                consistency=known.consistency,
+                started=known.started,
+                finished=known.finished,
+                snapshot=known.snapshot,
+                quiesced=known.quiesced,
+                database=known.database,
+            )
+        return made
+
+    def _image_size(self, made: Manifest, last_end: int) -> int | None:
+        """Return the size of an image whose delta does not know it: the end of its last block, wherever that is."""
+        if block_count(last_end, made.block_size) == made.blocks:
+            return last_end
+        before = self._made.get(made.generation - 1)
+        if before is None:
+            return None
+        return before.image_size if before.blocks == made.blocks else made.blocks * made.block_size
+
+    def _size(self, generation: Generation, suffix: str) -> int:
+        size = generation.directory.size_of(generation.name(suffix))
+        if size is None:
+            raise StorageError(f"{generation.path(suffix)} vanished while it was read")
+        return size
+
+    def _time(self, generation: Generation, suffix: str) -> str:
+        written = generation.directory.modified(generation.name(suffix))
+        return datetime.fromtimestamp(written, timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,272 @@
+"""`blockdiff repair`: what can be derived is rebuilt, what is broken is set aside, and nothing sound is lost."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockdiff import repair
+from blockdiff.backup import Options
+from blockdiff.chain import Chain
+from blockdiff.commit import LockedChain
+from blockdiff.durable import Directory
+from blockdiff.errors import BlockdiffError, BusyError, StorageError
+from tests import chains, commands, faults
+from tests.chains import BLOCK, DAYS, SmallChain
+
+ORIGINAL = Options(block_size=BLOCK, delta_format=1, digest="md5")
+FULL = Options(block_size=BLOCK, full=True)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> SmallChain:
+    return chains.three_days(tmp_path)
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> SmallChain:
+    """A chain as the original leaves it: format 1, MD5, no manifests."""
+    return chains.without_manifests(chains.three_days(tmp_path, ORIGINAL))
+
+
+def repaired(chain: SmallChain) -> repair.Findings:
+    """Repair a chain as a dry run said, and see that nothing is left to do."""
+    before = chain.files()
+    with Chain(chain.name) as opened:
+        expected = repair.examine(opened)
+    assert chain.files() == before
+    told: list[str] = []
+    found = repair.repair(chain.name, told=told.append)
+    assert [deed.text for deed in found.deeds] == [deed.text for deed in expected.deeds]
+    assert told[-len(found.deeds) :] == [deed.text for deed in found.deeds] or not found.deeds
+    after = chain.files()
+    assert repair.repair(chain.name).deeds == []
+    assert chain.files() == after
+    return found
+
+
+def present(chain: SmallChain) -> list[int]:
+    with Chain(chain.name) as opened:
+        return list(opened.generations)
+
+
+def assert_exact(chain: SmallChain) -> None:
+    """What is there verifies, restores, and has a manifest; the next run goes on."""
+    for number in present(chain):
+        assert chain.verdict(number) is None
+        assert chain.restored(number) == chain.images[number]
+        assert chain.file(f".{number}.json").exists()
+    last = chain.last()
+    chain.add(DAYS[0])
+    assert chain.restored(last + 1) == DAYS[0]
+
+
+def test_nothing_is_done_to_a_sound_chain(chain: SmallChain) -> None:
+    before = chain.files()
+    assert repaired(chain) == repair.Findings()
+    assert chain.files() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"1\n"])
+def test_the_version_file_is_rebuilt(chain: SmallChain, content: bytes | None) -> None:
+    chain.file(".ver").unlink()
+    if content is not None:
+        chain.file(".ver").write_bytes(content)
+    found = repaired(chain)
+    assert [deed.text for deed in found.deeds] == [f"{chain.file('.ver')} says that 3 is the last generation"]
+    assert chain.file(".ver").read_bytes() == b"3\n" and found.lost == {}
+    assert_exact(chain)
+
+
+def test_a_version_file_that_is_ahead_is_put_back(chain: SmallChain) -> None:
+    chain.file(".ver").write_bytes(b"5\n")
+    found = repaired(chain)
+    assert found.lost == {4: "generations 4 to 5 are missing"}
+    assert chain.file(".ver").read_bytes() == b"3\n"
+    assert_exact(chain)
+
+
+@pytest.mark.parametrize("has_version", [True, False])
+def test_a_chain_of_the_original_gets_manifests(original: SmallChain, has_version: bool) -> None:
+    if not has_version:
+        original.file(".ver").unlink()
+    found = repaired(original)
+    assert len(found.deeds) == (3 if has_version else 4) and found.lost == {}
+    assert original.file(".ver").read_bytes() == b"3\n"
+    with Chain(original.name) as opened:
+        made = [generation.manifest for generation in opened.generations.values()]
+    assert [known and known.image_size for known in made] == [len(image) for image in DAYS]
+    assert [known and known.full for known in made] == [True, False, False]
+    assert len({known.chain for known in made if known is not None}) == 1
+    assert_exact(original)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("deed", ["missing", "flipped"])
+def test_a_manifest_is_rebuilt_and_the_next_ones_follow_it(chain: SmallChain, number: int, deed: str) -> None:
+    path = chain.file(f".{number}.json")
+    content = path.read_bytes()
+    path.unlink()
+    if deed == "flipped":
+        path.write_bytes(content.replace(b'"full"', b'"fulL"'))
+    found = repaired(chain)
+    assert [deed.text for deed in found.deeds] == [
+        f"{path} rebuilt",
+        *(f"{chain.file(f'.{later}.json')} follows another parent" for later in range(number + 1, 4)),
+    ]
+    assert found.lost == {}
+    with Chain(chain.name) as opened:
+        manifest = opened.generations[number].manifest
+    assert manifest is not None and manifest.source.path == str(chain.source)
+    assert any("rebuilt" in note for note in manifest.notes)
+    assert_exact(chain)
+
+
+def test_a_manifest_whose_delta_has_another_checksum_but_the_same_blocks_is_rebuilt(chain: SmallChain) -> None:
+    path = chain.file(".2.gz")
+    content = bytearray(path.read_bytes())
+    content[4] ^= 1  # the time in the header of a gzip member
+    path.write_bytes(content)
+    assert chain.bad() == [2]
+    assert repaired(chain).lost == {}
+    assert chain.bad() == []
+    assert_exact(chain)
+
+
+@pytest.mark.parametrize("suffix", [".3.gz", ".3.sha256"])
+def test_a_last_generation_that_is_broken_is_set_aside(chain: SmallChain, suffix: str) -> None:
+    path = chain.file(suffix)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    found = repaired(chain)
+    assert list(found.lost) == [3] and present(chain) == [1, 2]
+    assert chain.file(".ver").read_bytes() == b"2\n"
+    assert chain.file(suffix + ".aside-1").read_bytes() == content[:-1]
+    assert_exact(chain)
+
+
+def test_what_is_broken_before_the_last_sound_generation_stays_and_is_told(chain: SmallChain) -> None:
+    chain.add(DAYS[0], FULL)
+    chain.add(DAYS[1])
+    chain.file(".2.gz").unlink()
+    before = chain.files()
+    found = repaired(chain)
+    assert sorted(found.lost) == [2, 3] and found.deeds == []
+    assert chain.files() == before
+    chain.add(DAYS[2])
+    assert chain.restored() == DAYS[2]
+
+
+def test_a_delta_that_younger_generations_need_stays_though_its_own_table_is_gone(chain: SmallChain) -> None:
+    chain.file(".1.sha256").unlink()
+    found = repaired(chain)
+    assert list(found.lost) == [1] and found.deeds == []
+    assert chain.restored(3) == DAYS[2]
+
+
+def test_a_full_generation_of_another_chain_is_not_taken_in(chain: SmallChain, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = chains.three_days(tmp_path / "other", FULL)
+    for path in other.directory.glob("disk.3.*"):
+        (chain.directory / path.name).write_bytes(path.read_bytes())
+    found = repaired(chain)
+    assert list(found.lost) == [3] and present(chain) == [1, 2]
+    assert_exact(chain)
+
+
+def test_what_a_crash_left_is_set_aside(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+        chain.add(DAYS[0])
+    repair.repair(chain.name)
+    assert repair.repair(chain.name).deeds == []
+    assert present(chain) == [1, 2, 3] and chain.temporary() == []
+    assert_exact(chain)
+
+
+def test_a_chain_without_anything_sound_is_not_touched(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    chain.add(DAYS[0])
+    chain.file(".1.gz").write_bytes(b"short")
+    before = chain.files()
+    found = repaired(chain)
+    assert list(found.lost) == [1] and chain.files() == before
+
+
+def test_what_cannot_be_read_is_not_taken_for_broken(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = chain.files()
+    really = Directory.open
+
+    def fails(self: Directory, name: str) -> int:
+        if name == "disk.2.gz":
+            raise StorageError("cannot open disk.2.gz: Input/output error")
+        return really(self, name)
+
+    monkeypatch.setattr(Directory, "open", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        repair.repair(chain.name)
+    monkeypatch.undo()
+    assert chain.files() == before
+
+
+def test_a_chain_that_is_busy_is_left_alone(chain: SmallChain) -> None:
+    chain.file(".ver").unlink()
+    with LockedChain(chain.name, recovers=False), pytest.raises(BusyError):
+        repair.repair(chain.name)
+    assert not chain.file(".ver").exists()
+
+
+@given(seed=st.integers(0, 2**32), is_original=st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_is_damaged_what_is_left_is_exact_and_nothing_sound_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, is_original: bool
+) -> None:
+    place = tmp_path_factory.mktemp("repair")
+    chain = chains.three_days(place, ORIGINAL if is_original else None)
+    chain.add(DAYS[1], Options(block_size=BLOCK, full=True))
+    chain.add(DAYS[2])
+    if is_original:
+        chains.without_manifests(chain)
+    chooser = random.Random(seed)
+    for path in chooser.sample(sorted(chain.directory.glob("disk.*")), 2):
+        content = bytearray(path.read_bytes())
+        deed = chooser.randrange(3)
+        if deed == 0:
+            path.unlink()
+        elif deed == 1:
+            path.write_bytes(content[: chooser.randrange(len(content))])
+        else:
+            content[chooser.randrange(len(content))] ^= chooser.randrange(1, 256)
+            path.write_bytes(content)
+    restorable = {number for number in present(chain) if _restores(chain, number)}
+    found = repair.repair(chain.name)
+    after = chain.files()
+    assert repair.repair(chain.name).deeds == []
+    assert chain.files() == after
+    assert restorable <= {number for number in present(chain) if _restores(chain, number)}
+    for number in set(present(chain)) - set(found.lost):
+        assert chain.restored(number) == chain.images[number]
+        assert chain.verdict(number) is None
+
+
+def _restores(chain: SmallChain, number: int) -> bool:
+    try:
+        return chain.restored(number) == chain.images[number]
+    except BlockdiffError:
+        return False
+
+
+def test_the_command_says_what_it_does(chain: SmallChain) -> None:
+    assert commands.done("blockdiff", "repair", chain.name) == b""
+    chain.file(".ver").unlink()
+    line = f"{chain.file('.ver')} says that 3 is the last generation\n"
+    assert commands.done("blockdiff", "repair", "--dry-run", chain.name).decode() == f"would be done: {line}"
+    assert not chain.file(".ver").exists()
+    assert commands.done("blockdiff", "repair", chain.name).decode() == line
+    chain.file(".3.gz").write_bytes(b"short")
+    result = commands.run("blockdiff", "repair", chain.name)
+    assert result.returncode == 5 and b"generation 3 is lost: " in result.stderr
+    assert commands.done("blockdiff", "repair", chain.name) == b""
+    result = commands.run("blockdiff", "repair", f"{chain.name}-none")
+    assert result.returncode == 1 and b"there is no chain" in result.stderr
