@@ -39,10 +39,7 @@ def put_together(chain: Chain, number: int, advance: Callable[[int], object] = l
 
     `advance` is told the length of each part of the image.
     """
-    generation = chain.generations[number]
-    generation.check_files()
-    chain.check_manifest(generation)
-    chain.check_parent(generation)
+    _checked(chain, number)
     merge.merge(chain.needed(number), _Nowhere(), advance)
 
 
@@ -51,10 +48,7 @@ def alone(chain: Chain, number: int, advance: Callable[[int], object] = lambda l
 
     `advance` is told the length of each run of the delta.
     """
-    generation = chain.generations[number]
-    generation.check_files()
-    chain.check_manifest(generation)
-    chain.check_parent(generation)
+    generation = _checked(chain, number)
     with generation.open_table() as table:
         carried = _check_delta(generation, table, advance)
         first = carried.find(0)
@@ -67,6 +61,15 @@ def alone(chain: Chain, number: int, advance: Callable[[int], object] = lambda l
             if (old.block_size, parent.digest) != (table.block_size, generation.digest):
                 raise _unproven(generation, first * table.block_size, "the table before it has another form")
             _check_rest(generation, table, old, carried)
+
+
+def _checked(chain: Chain, number: int) -> Generation:
+    """Return a generation whose files and manifest look as they should."""
+    generation = chain.generations[number]
+    generation.check_files()
+    chain.check_manifest(generation)
+    chain.check_parent(generation)
+    return generation
 
 
 def _check_delta(generation: Generation, table: TableReader, advance: Callable[[int], object]) -> bytearray:
