@@ -216,12 +216,15 @@ class Chain:
             self._version_hint(),
         )
 
-    def _version_hint(self) -> str:
+    def last_pair(self) -> int:
+        """Return the number of the last generation that has a delta and a digest table, 0 where there is none."""
         deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
-        pairs = [n for n, g in self.generations.items() if g.suffixes & deltas and g.suffixes & tables]
-        if not pairs:
+        return max((n for n, g in self.generations.items() if g.suffixes & deltas and g.suffixes & tables), default=0)
+
+    def _version_hint(self) -> str:
+        last = self.last_pair()
+        if not last:
             return "move the files of this NAME away, or use another NAME"
-        last = max(pairs)
         path = shlex.quote(self.path_of(".ver"))
         return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {path}"
 

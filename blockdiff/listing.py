@@ -1,10 +1,10 @@
 """What `blockdiff list` says of a chain: one entry for each generation, from a cheap look at its files."""
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
+from blockdiff.clock import iso
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError
 from blockdiff.manifest import Quiesced, Snapshot
@@ -101,8 +101,7 @@ def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | 
 
 
 def _written(generation: Generation) -> str:
-    newest = max(generation.directory.modified(generation.name(suffix)) for suffix in generation.suffixes)
-    return datetime.fromtimestamp(newest, timezone.utc).isoformat(timespec="seconds")
+    return iso(max(generation.directory.modified(generation.name(suffix)) for suffix in generation.suffixes))
 
 
 def _digest(generation: Generation) -> str | None:

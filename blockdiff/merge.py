@@ -52,6 +52,20 @@ def read_delta(generation: Generation, file: codec.Readable) -> Iterator[DeltaRe
         yield reader
 
 
+def stretches(flags: bytearray, value: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) for each longest stretch of flags that are `value`, 0 or 1, from `start` up to `stop`.
+
+    `last` is excluded. Those of a stretch may be changed before the next one is asked for.
+    """
+    end = len(flags) if stop is None else stop
+    first = flags.find(value, start, end) if start < end else -1
+    while first >= 0:
+        last = flags.find(1 - value, first, end)
+        last = end if last < 0 else last
+        yield first, last
+        first = flags.find(value, last, end)
+
+
 class _Merger:
     """One restore: the digest table that everything is held against, and which blocks are done."""
 
@@ -112,15 +126,11 @@ class _Merger:
         size = self._table.block_size
         base = run.offset // size
         stop = min(base + block_count(run.length, size), self._table.count)
-        first = self._done.find(0, base, stop) if base < stop else -1
-        while first >= 0:
-            last = self._done.find(1, first, stop)
-            last = stop if last < 0 else last
+        for first, last in stretches(self._done, 0, base, stop):
             for start in range(first, last, _PART_BLOCKS):
                 yield self._part(run, start - base, min(start + _PART_BLOCKS, last) - base)
             self._done[first:last] = b"\1" * (last - first)
             self.remaining -= last - first
-            first = self._done.find(0, last, stop)
 
     def _part(self, run: Run, first: int, last: int) -> Run:
         size = self._table.block_size

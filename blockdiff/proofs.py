@@ -120,10 +120,7 @@ def _check_form(generation: Generation, reader: DeltaReader, table: TableReader)
 
 def _check_rest(generation: Generation, table: TableReader, old: TableReader, carried: bytearray) -> None:
     """Compare the digests of what the delta does not carry with those of the table before."""
-    first = carried.find(0)
-    while first >= 0:
-        last = carried.find(1, first)
-        last = len(carried) if last < 0 else last
+    for first, last in merge.stretches(carried, 0):
         for start in range(first, last, _COMPARE_BLOCKS):
             count = min(_COMPARE_BLOCKS, last - start)
             new, before = table.digests(start, count), old.digests(start, min(count, max(0, old.count - start)))
@@ -133,7 +130,6 @@ def _check_rest(generation: Generation, table: TableReader, old: TableReader, ca
                     i for i in range(count) if new[i * size : i * size + size] != before[i * size : i * size + size]
                 )
                 raise _unproven(generation, (start + bad) * table.block_size, "its digest changed all the same")
-        first = carried.find(0, last)
 
 
 def _unproven(generation: Generation, offset: int, why: str) -> DamagedError:

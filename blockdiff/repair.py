@@ -11,10 +11,9 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import partial
 
-from blockdiff import __version__, manifest, merge
+from blockdiff import __version__, clock, manifest, merge
 from blockdiff.blocks import block_count
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.commit import LockedChain
@@ -86,8 +85,7 @@ def _last(chain: Chain) -> int:
     try:
         return chain.last()
     except DamagedError:
-        deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
-        return max((n for n, g in chain.generations.items() if g.suffixes & deltas and g.suffixes & tables), default=0)
+        return chain.last_pair()
 
 
 def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dict[int, bool]:
@@ -203,6 +201,7 @@ class _Manifests:
         known = generation.manifest
         _strip(generation)
         delta, table_suffix = generation.delta_suffix, generation.table_suffix
+        written = clock.iso(generation.directory.modified(generation.name(delta)))
         with generation.open_table() as table, merge.open_delta(generation) as raw:
             file = HashedFile(raw)
             last_end = 0
@@ -225,8 +224,8 @@ class _Manifests:
                 changed_blocks=reader.blocks_carried,
                 source=self._source,
                 consistency=_UNKNOWN_CONSISTENCY,
-                started=self._time(generation, delta),
-                finished=self._time(generation, delta),
+                started=written,
+                finished=written,
                 notes=["rebuilt by blockdiff repair from the files of this generation"],
                 versions={"blockdiff": __version__},
             )
@@ -259,7 +258,3 @@ class _Manifests:
         if size is None:
             raise StorageError(f"{generation.path(suffix)} vanished while it was read")
         return size
-
-    def _time(self, generation: Generation, suffix: str) -> str:
-        written = generation.directory.modified(generation.name(suffix))
-        return datetime.fromtimestamp(written, timezone.utc).isoformat(timespec="seconds")

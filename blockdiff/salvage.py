@@ -174,13 +174,9 @@ class _Salvage:
             image_size = self._end if self._end is not None else self._table.count * size
         done = self._done.ljust(block_count(image_size, size), b"\0")  # a table may have lost its end
         lost = []
-        first = done.find(0)
-        while 0 <= first * size < image_size:
-            last = done.find(1, first)
-            last = len(done) if last < 0 else last
+        for first, last in merge.stretches(done, 0, stop=block_count(image_size, size)):
             offset = first * size
             lost.append((offset, min(last * size, image_size) - offset))
             self._target.zero(*lost[-1])
-            first = done.find(0, last)
         self._target.finish(image_size)
         return Salvaged(image_size, lost, list(dict.fromkeys(notes)))

@@ -82,13 +82,9 @@ class _Newest:
     def keep_only(self, carried: bytearray) -> "_Newest":
         """Return a copy that knows only the blocks that are marked in `carried`, and close this one."""
         copy = _Newest(self.digest, self.block_size)
-        first = carried.find(1)
-        while first >= 0:
-            last = carried.find(0, first)
-            last = len(carried) if last < 0 else last
+        for first, last in merge.stretches(carried, 1):
             for start in range(first, last, _COMPARE_BLOCKS):
                 copy.put(start, self.get(start, min(_COMPARE_BLOCKS, last - start)))
-            first = carried.find(1, last)
         self.close()
         return copy
 

@@ -1,5 +1,6 @@
 """Small chains, made quickly in this process, and what verify and restore make of them."""
 
+import random
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -151,6 +152,21 @@ def three_days(directory: Path, options: backup.Options | None = None) -> SmallC
     for image in DAYS:
         chain.add(image, options)
     return chain
+
+
+def harm(path: Path, chooser: random.Random) -> None:
+    """Remove a file, cut it, or change one to three of its bytes."""
+    content = bytearray(path.read_bytes())
+    deed = chooser.randrange(5)
+    if deed == 0:
+        path.unlink()
+        return
+    if deed == 1:
+        del content[chooser.randrange(len(content)) :]
+    else:
+        for _ in range(deed - 1):
+            content[chooser.randrange(len(content))] ^= chooser.randrange(1, 256)
+    path.write_bytes(content)
 
 
 def without_manifests(chain: SmallChain) -> SmallChain:

@@ -62,7 +62,7 @@ ORDER = """
     command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
-    cli.status  cli.verify  cli.repair
+    cli.restore  cli.status  cli.verify  cli.repair
     cli.modern  cli.original  cli.locking
     __main__
 """

@@ -230,15 +230,7 @@ def test_whatever_is_damaged_what_is_left_is_exact_and_nothing_sound_is_lost(
         chains.without_manifests(chain)
     chooser = random.Random(seed)
     for path in chooser.sample(sorted(chain.directory.glob("disk.*")), 2):
-        content = bytearray(path.read_bytes())
-        deed = chooser.randrange(3)
-        if deed == 0:
-            path.unlink()
-        elif deed == 1:
-            path.write_bytes(content[: chooser.randrange(len(content))])
-        else:
-            content[chooser.randrange(len(content))] ^= chooser.randrange(1, 256)
-            path.write_bytes(content)
+        chains.harm(path, chooser)
     restorable = {number for number in present(chain) if _restores(chain, number)}
     found = repair.repair(chain.name)
     after = chain.files()

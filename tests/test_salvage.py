@@ -120,16 +120,7 @@ def test_whatever_is_damaged_what_is_written_is_exact(
     chain = chains.three_days(tmp_path_factory.mktemp("salvage"), options)
     chooser = random.Random(seed)
     for path in chooser.sample(sorted(chain.directory.glob("disk.[123]*")), 3):
-        content = bytearray(path.read_bytes())
-        deed = chooser.randrange(4)
-        if deed == 0:
-            path.unlink()
-        elif deed == 1:
-            path.write_bytes(content[: chooser.randrange(len(content))])
-        else:
-            for _ in range(deed):
-                content[chooser.randrange(len(content))] ^= chooser.randrange(1, 256)
-            path.write_bytes(content)
+        chains.harm(path, chooser)
     for number in (1, 2, 3):
         target = MemoryTarget()
         try:

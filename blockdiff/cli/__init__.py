@@ -69,6 +69,13 @@ def split_name(text: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (text, None)
 
 
+def print_ranges(ranges: list[tuple[int, int]]) -> int:
+    """Print ranges as lines of offset and length in bytes, and return how many bytes they are together."""
+    for offset, length in ranges:
+        click.echo(f"{offset} {length}")
+    return sum(length for _offset, length in ranges)
+
+
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
     """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""

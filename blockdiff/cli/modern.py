@@ -1,25 +1,39 @@
-"""The `blockdiff` command: backup, list and restore; `verify`, `repair` and `status` have modules of their own."""
+"""The `blockdiff` command: backup and list; the others have modules of their own, imported when they are asked for."""
 
 import json
 import os
 import sys
 from dataclasses import asdict
 from datetime import datetime
+from importlib import import_module
 
 import click
 
-from blockdiff import __version__, address, backup, codec, coordinates, listing, merge, salvage, target, transport
+from blockdiff import __version__, address, backup, codec, coordinates, listing, transport
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, run, say, split_name, watched
-from blockdiff.cli.repair import repair_command
-from blockdiff.cli.status import status_command
-from blockdiff.cli.verify import verify_command
 from blockdiff.cli.volumes import volume_options
-from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, TargetError, UsageError, printable
+from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, UsageError, printable
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands; those that a backup has no use for cost it nothing."""
+
+    _LATER = ("repair", "restore", "status", "verify")
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return all names."""
+        return sorted([*super().list_commands(ctx), *self._LATER])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name."""
+        if cmd_name in self._LATER and cmd_name not in self.commands:
+            self.add_command(import_module(f"blockdiff.cli.{cmd_name}").command)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="blockdiff %(version)s")
 def cli() -> None:
     """Block-level incremental backups of volumes and disk images, pulled over SSH.
@@ -179,71 +193,10 @@ def _replica_statement(generation: Generation) -> str:
     return coordinates.replica_statement(generation.manifest.database)
 
 
-@cli.command("restore")
-@click.argument("name")
-@click.argument("path")
-@click.option("--force", is_flag=True, help="Replace an existing file; overwrite a device that holds data.")
-@click.option(
-    "--salvage", "salvages", is_flag=True, help="Restore what is sound of a damaged generation, list the rest."
-)
-def restore_command(name: str, path: str, force: bool, salvages: bool) -> None:
-    """Write the image of NAME@N (without @N: the newest) to PATH, a new file or a block device.
-
-    Every block is compared with the digests of its generation before it is written. With --salvage, blocks that are
-    lost become zeros, and are printed as lines of offset and length in bytes; the exit status is then never 0.
-    """
-    chain_name, number = split_name(name)
-    with Chain(chain_name) as chain, watched("restore") as progress:
-        generation = chain.generation(number)
-        if _same_directory(os.path.dirname(path), chain.directory.path):
-            raise TargetError(
-                f"{printable(path)} is in the directory of the chain itself",
-                "restore to another place: backups stay apart",
-            )
-        needed = chain.needed(generation.number)
-        image_size = generation.manifest.image_size if generation.manifest else None
-        progress.begin(image_size)
-        with target.open_target(path, force, image_size) as out:
-            if salvages:
-                found = salvage.salvage(chain, generation.number, out, progress.advance)
-            else:
-                merge.merge(needed, out, progress.advance)
-        if salvages:
-            _report_salvaged(found)
-        if generation.manifest_error is not None:
-            say(f"warning: {generation.manifest_error.message}; every block was restored and compared all the same")
-            sys.exit(EXIT_WARNING)
-
-
-cli.add_command(verify_command)
-cli.add_command(repair_command)
-cli.add_command(status_command)
-
-
-def _report_salvaged(found: salvage.Salvaged) -> None:
-    for note in found.notes:
-        say(f"note: {note}")
-    if not found.lost:
-        say("warning: --salvage, and nothing is lost: every block was found and compared")
-        sys.exit(EXIT_WARNING)
-    for offset, length in found.lost:
-        click.echo(f"{offset} {length}")
-    count = sum(length for _offset, length in found.lost)
-    say(f"{count} of {found.image_size} bytes are lost, and zero in what was restored")
-    sys.exit(EXIT_DAMAGED)
-
-
 def _period_suffix(period: str | None) -> str:
     """Return what --chain appends to NAME: the month, ISO week or day of the local time."""
     formats = {None: "", "monthly": "-%Y%m", "weekly": "-%GW%V", "daily": "-%Y%m%d"}
     return datetime.now().strftime(formats[period])
-
-
-def _same_directory(path: str, other: str) -> bool:
-    try:
-        return os.path.samefile(path or ".", other)
-    except OSError:
-        return False
 
 
 def _size(count: int | None) -> str:

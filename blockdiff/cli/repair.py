@@ -14,7 +14,7 @@ from blockdiff.errors import EXIT_DAMAGED, printable
 @click.command("repair")
 @click.argument("name")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-def repair_command(name: str, dry_run: bool) -> None:
+def command(name: str, dry_run: bool) -> None:
     """Put the chain NAME in order, and say what was done: run again, nothing is left to do.
 
     NAME.ver and manifests are rebuilt from what is there. Behind the last generation that can be restored, what cannot

@@ -33,7 +33,7 @@ class Age(click.ParamType[float]):
 @click.option("--max-age", type=Age(), default="26h", show_default=True, help="Of the last generation: 90m, 26h, 8d.")
 @click.option("--tap", is_flag=True, help="Print the Test Anything Protocol: a test for each chain.")
 @click.option("--prometheus", "metrics", metavar="FILE", help="Write metrics for the node exporter to FILE as well.")
-def status_command(names: tuple[str, ...], max_age: float, tap: bool, metrics: str | None) -> None:
+def command(names: tuple[str, ...], max_age: float, tap: bool, metrics: str | None) -> None:
     """Tell how the chains NAME... are doing: one line, with the exit statuses of Nagios plug-ins.
 
     0 ok, 1 warning, 2 critical (too old, missing or damaged), 3 unknown. NAME-DATE of `backup --chain` is found as

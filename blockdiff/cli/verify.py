@@ -2,14 +2,14 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import click
 
 from blockdiff import address, proofs, transport, verify
 from blockdiff.chain import Chain
-from blockdiff.cli import agent_prefix, say, say_error, split_name, watched
+from blockdiff.cli import agent_prefix, print_ranges, say, say_error, split_name, watched
 from blockdiff.compare import compare
 from blockdiff.errors import (
     EXIT_DAMAGED,
@@ -45,7 +45,7 @@ class Subset(click.ParamType[tuple[int, int]]):
 @click.option("--source", metavar="SOURCE", help="Compare the newest generation, or NAME@N, with a source instead.")
 @click.option("--transport", type=click.Choice(list(transport.NAMES)), help="To the SOURCE, as for backup.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
-def verify_command(
+def command(
     name: str,
     deep: bool,
     subset: tuple[int, int] | None,
@@ -58,7 +58,7 @@ def verify_command(
     Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
     """
     chain_name, number = split_name(name)
-    if (number is not None) + (subset is not None) > 1:
+    if number is not None and subset is not None:
         raise UsageError("--subset chooses among all generations: leave @N away")
     if source is not None:
         if deep or subset is not None:
@@ -83,16 +83,16 @@ def verify_command(
 def _verdicts(
     chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None, progress: Progress
 ) -> Iterator[Verdict]:
-    with verify.Verifier(chain, progress.advance) as verifier:
-        if number is not None:
-            found: Iterable[Verdict] = [verifier.one(number)]
+    for verdict in _quick(chain, number, progress) if subset is None else _part(chain, *subset, progress):
+        if deep and verdict.error is None:
+            yield Verdict(verdict.number, _error(proofs.put_together, chain, verdict.number, progress))
         else:
-            found = verifier.all() if subset is None else _part(chain, *subset, progress)
-        for verdict in found:
-            if deep and verdict.error is None:
-                yield Verdict(verdict.number, _error(proofs.put_together, chain, verdict.number, progress))
-            else:
-                yield verdict
+            yield verdict
+
+
+def _quick(chain: Chain, number: int | None, progress: Progress) -> Iterator[Verdict]:
+    with verify.Verifier(chain, progress.advance) as verifier:
+        yield from verifier.all() if number is None else [verifier.one(number)]
 
 
 def _part(chain: Chain, part: int, parts: int, progress: Progress) -> Iterator[Verdict]:
@@ -125,9 +125,7 @@ def _compare(name: str, number: int | None, source: str, transport: str | None, 
         if sys.stdout.isatty():
             click.echo(f"{printable(source)} is the image of generation {generation.number}")
         return
-    for offset, length in found.ranges:
-        click.echo(f"{offset} {length}")
-    differ = sum(length for _offset, length in found.ranges)
+    differ = print_ranges(found.ranges)
     sizes = (
         ""
         if found.image_size in (None, found.source_size)
