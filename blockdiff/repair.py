@@ -17,7 +17,7 @@ from blockdiff import __version__, clock, manifest, merge
 from blockdiff.blocks import block_count
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.commit import LockedChain
-from blockdiff.errors import DamagedError, StorageError
+from blockdiff.errors import StorageError
 from blockdiff.manifest import Manifest, Parent, Source, StoredFile
 from blockdiff.verify import HashedFile, Verifier
 
@@ -81,11 +81,11 @@ def repair(
 
 
 def _last(chain: Chain) -> int:
-    """Return the number of the last complete generation; where nothing tells, of the last that has both files."""
-    try:
-        return chain.last()
-    except DamagedError:
-        return chain.last_pair()
+    """Return the number of the last generation that may be complete: of the last with both files, if no ``.ver`` tells.
+
+    Manifests would tell as well, but one that is damaged would hide its generation; the files prove what they hold.
+    """
+    return chain.last_pair() if chain.version is None else chain.last()
 
 
 def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dict[int, bool]:

@@ -80,6 +80,14 @@ def test_the_version_file_is_rebuilt(chain: SmallChain, content: bytes | None) -
     assert_exact(chain)
 
 
+def test_a_last_generation_without_manifest_is_not_lost_with_the_version_file(chain: SmallChain) -> None:
+    chain.file(".ver").write_bytes(b"\xb0\x14")
+    chain.file(".3.json").write_bytes(b"garbage")
+    assert repaired(chain).lost == {}
+    assert chain.file(".ver").read_bytes() == b"3\n"
+    assert_exact(chain)
+
+
 def test_a_version_file_that_is_ahead_is_put_back(chain: SmallChain) -> None:
     chain.file(".ver").write_bytes(b"5\n")
     found = repaired(chain)
