@@ -272,7 +272,10 @@ class Session:
         room = allocate(length)
         memory.read_into(room, place)
         self._shared_bytes += length
-        self._link.send(wire.TAKEN_OUT)
+        try:
+            self._link.send(wire.TAKEN_OUT)
+        except ConnectionLost:
+            pass  # an agent that failed has said why: that is still to be read
         return Run(frame.offset, length, room)
 
     def finish(self) -> None:

@@ -40,6 +40,18 @@ def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def interrupt_main_thread(number: int, timeout_s: float = 20.0) -> None:
+    """Send the signal to this process until its handler has run and ignores it, as `blockdiff.signals` does.
+
+    One that comes just before a system call does not end it.
+    """
+    deadline = time.monotonic() + timeout_s
+    while signal.getsignal(number) != signal.SIG_IGN:
+        assert time.monotonic() < deadline, "the signal was not taken"
+        os.kill(os.getpid(), number)
+        time.sleep(0.02)
+
+
 def peak_rss(pid: int) -> int:
     """Return the most memory that a running process has held so far, in bytes; 0 where it has ended."""
     try:

@@ -94,25 +94,30 @@ def test_a_block_device_is_a_source(large_tmp_path: Path) -> None:
     commands.done("blockdiff", "verify", chain.name)
 
 
-class _Touch(Progress):
-    """Writes to the source while it is read."""
+#: More than the buffers and the pipe between agent and server hold: the agent cannot come to its end by itself.
+MUCH = 64 << 20
 
-    def __init__(self, source: Path, content: bytes) -> None:
+
+class _Touch(Progress):
+    """Changes the length of the source while it is read, by `change` bytes."""
+
+    def __init__(self, source: Path, change: int = 0) -> None:
         self._source = source
-        self._content = content
+        self._change = change
 
     def begin(self, total: int | None) -> None:
-        with self._source.open("r+b") as file:  # not emptied first: it may be read at any moment
-            file.write(self._content)
-            file.truncate()
+        assert total is not None
+        os.truncate(self._source, total + self._change)
         os.utime(self._source, (1, 1))
 
 
-def test_a_source_that_is_written_to_during_the_run_gives_a_warning(chain: SmallChain) -> None:
-    result = chain.add(DAYS[0], progress=_Touch(chain.source, DAYS[0]))
+def test_a_source_that_is_written_to_during_the_run_gives_a_warning(large_tmp_path: Path) -> None:
+    chain = chains.new_chain(large_tmp_path)
+    chain.source.write_bytes(random.Random(1).randbytes(MUCH))
+    result = chain.add(options=Options(), progress=_Touch(chain.source))
     assert result.manifest.consistency == "changing"
     assert len(result.warnings) == 1 and "was written to while it was read" in result.warnings[0]
-    assert chain.add().manifest.consistency == "still"
+    assert chain.add(options=Options()).manifest.consistency == "still"
     chain.assert_sound()
 
 
@@ -131,11 +136,13 @@ def test_the_warning_is_printed_and_the_command_exits_3(chain: SmallChain) -> No
     assert chain.restored() == chain.source.read_bytes()
 
 
-def test_a_source_that_shrinks_during_the_run_fails_it(chain: SmallChain) -> None:
+def test_a_source_that_shrinks_during_the_run_fails_it(large_tmp_path: Path) -> None:
+    chain = chains.new_chain(large_tmp_path)
     chain.add(DAYS[0])
     before = chain.files()
-    with pytest.raises(SourceError, match="shrank from 384 to 383 bytes while it was read"):
-        chain.add(DAYS[0], progress=_Touch(chain.source, DAYS[0][:-1]))
+    chain.source.write_bytes(random.Random(1).randbytes(MUCH))
+    with pytest.raises(SourceError, match=f"shrank from {MUCH} to {MUCH - 1} bytes while it was read"):
+        chain.add(options=Options(full=True), progress=_Touch(chain.source, -1))
     assert chain.files() == before
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from blockdiff import lvcheck, lvm, lvs
 from blockdiff.errors import Interrupted, ProcessError, SourceError
+from tests import processes
 from tests.fake_lvm import FakeLvm, Row, new_row
 
 LIMIT_S = 30.0
@@ -434,7 +435,7 @@ def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None
 
     def interrupt() -> None:
         wait_until((fake.directory / "waiting").exists)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        processes.interrupt_main_thread(signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handler)
     fake.order("lvcreate", "late")
@@ -445,8 +446,8 @@ def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None
         with pytest.raises(Interrupted), snapshot:
             pass
     finally:
-        signal.signal(signal.SIGUSR1, before)
         helper.join(LIMIT_S)
+        signal.signal(signal.SIGUSR1, before)
     assert fake.names() == ["lv"]
     assert len(fake.calls("lvremove")) == 1  # lvcreate had come to its end
 

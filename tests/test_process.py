@@ -1,6 +1,5 @@
 """Child processes: deadlines, children that are never killed, and signals that end the caller but not its child."""
 
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ import pytest
 
 from blockdiff import process
 from blockdiff.errors import Interrupted, ProcessError
+from tests import processes
 
 LIMIT_S = 30.0
 
@@ -132,10 +132,7 @@ def test_a_gentle_child_has_a_session_of_its_own() -> None:
 def test_a_signal_to_the_caller_does_not_end_a_gentle_child(tmp_path: Path) -> None:
     def interrupt() -> None:
         wait_for(tmp_path / "begun")
-        os.kill(os.getpid(), signal.SIGUSR1)
-        deadline = time.monotonic() + LIMIT_S
-        while signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN and time.monotonic() < deadline:
-            time.sleep(0.002)
+        processes.interrupt_main_thread(signal.SIGUSR1)
         (tmp_path / "go").touch()
 
     helper = threading.Thread(target=interrupt)
@@ -145,7 +142,7 @@ def test_a_signal_to_the_caller_does_not_end_a_gentle_child(tmp_path: Path) -> N
             process.run_gently(noting(tmp_path), LIMIT_S)
         assert (tmp_path / "done").exists()
         assert not (tmp_path / "signals").exists()
-    helper.join(LIMIT_S)
+        helper.join(LIMIT_S)
 
 
 def test_whenever_a_signal_comes_undisturbed_work_is_done_or_was_not_begun() -> None:
@@ -183,7 +180,7 @@ def test_undisturbed_work_is_told_of_a_signal_and_waited_for() -> None:
     cancelled, ended = threading.Event(), threading.Event()
 
     def work() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        processes.interrupt_main_thread(signal.SIGUSR1)
         assert cancelled.wait(LIMIT_S)
         ended.set()
 

@@ -16,6 +16,7 @@ from blockdiff import lvm, lvs, thin
 from blockdiff.errors import Interrupted, ProcessError
 from blockdiff.extents import DATA, HOLE, SAME, Extent
 from blockdiff.thin import HintError
+from tests import processes
 from tests.fake_lvm import FakeLvm
 
 BLOCK = 64 << 10
@@ -271,7 +272,7 @@ def test_a_signal_stops_thin_delta_and_releases_the_metadata_snapshot(
         deadline = time.monotonic() + 30
         while not (fake.directory / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        processes.interrupt_main_thread(signal.SIGUSR1)
 
     fake.order("thin_delta", "late")
     new = volume("bd_new")
