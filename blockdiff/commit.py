@@ -204,15 +204,17 @@ class NewGeneration:
     def commit(self, content: Manifest) -> None:
         """Make the generation a part of the chain. The link of the manifest is the moment that decides.
 
-        Every content is durable before any name appears, delta and table have their names before the manifest has, and
-        ``NAME.ver`` follows: whenever the power fails, what is found later is complete or not there. What takes room
-        is written before, so that a full disk cannot stop a commit halfway.
+        Every content is durable before any name appears, and so are the temporary names, which tell what is not
+        complete; delta and table have their names before the manifest has, and ``NAME.ver`` follows: whenever the power
+        fails, what is found later is complete or not there. What takes room is written before, so that a full disk
+        cannot stop a commit halfway.
         """
         delta_suffix, table_suffix, manifest_suffix = self._suffixes
         with self._create(manifest_suffix) as file:
             file.write(content.to_bytes())
             file.finish()
         self._chain.prepare_version(self.number)
+        self._directory.sync()
         for suffix in (delta_suffix, table_suffix):
             self._link(suffix)
         self._directory.sync()

@@ -89,7 +89,7 @@ def test_a_name_that_is_taken_is_never_overwritten(chain: SmallChain, monkeypatc
 def test_files_are_private_and_durable_before_they_have_names(
     chain: SmallChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every content is synced before the first link, and the directory between the links and after."""
+    """Every content is synced before the first link, and the directory before, between the links and after."""
     calls: list[str] = []
     for name in ("fsync", "link", "rename"):
         real = getattr(os, name)
@@ -102,7 +102,7 @@ def test_files_are_private_and_durable_before_they_have_names(
         monkeypatch.setattr(os, name, record)
     chain.add(DAYS[1])
     assert calls == [
-        *["fsync"] * 4,
+        *["fsync"] * 5,
         "link disk.2.gz",
         "link disk.2.sha256",
         "fsync",
