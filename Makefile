@@ -1,15 +1,18 @@
-# The only entrances: make demo, make test, make check, make lab, make bench.
+# The only entrances: make demo, make test, make torture, make check, make lab, make bench.
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: demo test check lab bench clean
+.PHONY: demo test torture check lab bench clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
 
 test: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not torture'
+
+torture: $(VENV)/installed-for-tests
+	$(PYTHON) -m pytest -n 2 --dist load -m torture
 
 check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .

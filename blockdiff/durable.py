@@ -111,7 +111,10 @@ class Directory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        os.close(self._fd)
+        try:
+            os.close(self._fd)
+        except OSError:
+            pass  # nothing was written through it: what was reported stays true
 
     def path_of(self, name: str) -> str:
         """Return the path of `name`, for messages."""

@@ -83,8 +83,8 @@ class FileTarget(_Target):
         super().__exit__(kind, error, tb)
         try:
             os.unlink(self._temporary)
-        except FileNotFoundError:
-            pass
+        except OSError:
+            pass  # it is gone already; or it stays, and the error that brought us here is the one to tell
 
     def _exists(self) -> TargetError:
         return TargetError(f"{self._shown} exists", "--force replaces it once the new one is complete")

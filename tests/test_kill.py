@@ -19,6 +19,8 @@ from tests import chains, commands, processes
 from tests.relay import Relay
 from tests.sshd import Sshd
 
+pytestmark = pytest.mark.torture
+
 #: Runs for each way of dying: 5 ways over ssh, 4 over paramiko, 3 locally, 102 runs in all.
 RUNS = {"ssh": 8, "paramiko": 8, "local": 10}
 BLOCK = 4096
