@@ -21,8 +21,9 @@ from blockdiff.manifest import Manifest
 class LockedChain(Chain):
     """A chain that this process alone may add to, after what a crash left was put in order.
 
-    Raises `BusyError` where another run holds it. `notes` says what was put in order. Without `recovers`, what is
-    beyond the last complete generation stays, and so does ``NAME.ver``.
+    Raises `BusyError` where another run holds it, and `StorageError` where others may write to the directory. `notes`
+    says what was put in order. Without `recovers`, what is beyond the last complete generation stays, and so does
+    ``NAME.ver``.
     """
 
     def __init__(self, name: str, recovers: bool = True) -> None:
@@ -54,6 +55,7 @@ class LockedChain(Chain):
         super().close()
 
     def _lock(self) -> None:
+        self.directory.refuse_others()
         self._lock_fd = self.directory.open_lock(f".{self.base}.lock")
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +133,7 @@ class LockedChain(Chain):
         """Write the next ``NAME.ver`` under its temporary name."""
         with self.directory.create(self.temporary_version) as file:
             file.write(b"%d\n" % number)
-            file.finish()
+            file.finish(0o600)  # other tools may write to it in place
 
     def publish_version(self, number: int) -> None:
         """Give the prepared ``NAME.ver`` its name."""

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shlex
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -81,12 +82,13 @@ class OutputFile:
                 self._hash.update(data)
                 self.size += len(data)
 
-    def finish(self) -> None:
-        """Make the content durable and close the file; raises `StorageError`."""
+    def finish(self, mode: int = 0o400) -> None:
+        """Give the file its mode, make it durable, and close it; raises `StorageError`."""
         assert self._fd is not None, "finished twice"
         fd, self._fd = self._fd, None
         with _named("write", self.path):
             try:
+                _change_mode(fd, mode)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -94,6 +96,13 @@ class OutputFile:
     def sha256(self) -> str:
         """Return the SHA-256 of what was written, in hexadecimal."""
         return self._hash.hexdigest()
+
+
+def _change_mode(fd: int, mode: int) -> None:
+    try:
+        os.fchmod(fd, mode)
+    except OSError:
+        pass  # a file system without modes; whatever else is wrong, fsync tells
 
 
 class Directory:
@@ -115,6 +124,16 @@ class Directory:
             os.close(self._fd)
         except OSError:
             pass  # nothing was written through it: what was reported stays true
+
+    def refuse_others(self) -> None:
+        """Raise `StorageError` where others than the owner may write to the directory."""
+        with _named("look at", self.path):
+            mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StorageError(
+                f"others may write to the backup directory {self.path} (mode {mode:04o}), and so replace backups",
+                f"chmod go-w {shlex.quote(self.path)}",
+            )
 
     def path_of(self, name: str) -> str:
         """Return the path of `name`, for messages."""

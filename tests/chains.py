@@ -90,6 +90,8 @@ class SmallChain:
         chosen = options or backup.Options(block_size=BLOCK)
         result = backup.backup(self.name, Address(None, str(self.source)), chosen, progress)
         self.images[result.manifest.generation] = self.source.read_bytes()
+        for path in self.directory.glob(f"{self.base}.*"):
+            path.chmod(0o600)  # tests do harm to them, and not everybody who runs them is root
         return result
 
     def files(self) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ def tmpfs(path: Path, *options: str) -> Iterator[Path]:
     """Mount a file system in memory at `path`, a new directory; options are like ``size=64k``. Skips without mount."""
     path.mkdir()
     program = conftest.require_program("mount")
-    words = [word for option in options for word in ("-o", option)]
+    words = [word for option in ("mode=700", *options) for word in ("-o", option)]
     mounted = os.getuid() == 0 and subprocess.run([program, "-t", "tmpfs", *words, "none", path], check=False)
     conftest.require(mounted and mounted.returncode == 0, "the right to mount")
     try:

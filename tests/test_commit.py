@@ -86,9 +86,7 @@ def test_a_name_that_is_taken_is_never_overwritten(chain: SmallChain, monkeypatc
     assert not chain.file(".2.gz").exists() and chain.temporary() == []
 
 
-def test_files_are_private_and_durable_before_they_have_names(
-    chain: SmallChain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_durable_before_they_have_names(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every content is synced before the first link, and the directory before, between the links and after."""
     calls: list[str] = []
     for name in ("fsync", "link", "rename"):
@@ -111,8 +109,26 @@ def test_files_are_private_and_durable_before_they_have_names(
         "rename disk.ver",
         "fsync",
     ]
-    for suffix in (".2.gz", ".2.sha256", ".2.json", ".ver"):
-        assert chain.file(suffix).stat().st_mode & 0o777 == 0o600
+
+
+def test_files_are_private_and_read_only(chain: SmallChain) -> None:
+    commands.done("blockdiff", "backup", chain.name, chain.source)
+    modes = {suffix: chain.file(suffix).stat().st_mode & 0o777 for suffix in (".2.gz", ".2.sha256", ".2.json", ".ver")}
+    assert modes == {".2.gz": 0o400, ".2.sha256": 0o400, ".2.json": 0o400, ".ver": 0o600}
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_directory_that_others_may_write_to_is_refused(chain: SmallChain, mode: int) -> None:
+    chain.directory.chmod(mode)
+    before = chain.files()
+    result = commands.run("blockdiff", "backup", chain.name, chain.source)
+    assert result.returncode == 1
+    assert result.stderr.decode() == (
+        f"blockdiff: others may write to the backup directory {chain.directory} (mode {mode:04o}), "
+        f"and so replace backups\n  chmod go-w {chain.directory}\n"
+    )
+    assert chain.files() == before
+    assert chain.restored(1) == chain.images[1]  # to restore is never refused
 
 
 # Two runs at once

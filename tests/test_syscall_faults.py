@@ -1,4 +1,4 @@
-"""Every system call that a run makes on a chain's files fails once, or is the last one: with strace, in real processes."""
+"""Every system call that a run makes on its files fails once, or is the last one: with strace, in real processes."""
 
 import re
 import shutil
@@ -129,8 +129,8 @@ def test_a_restore_in_which_a_call_fails(chain: SmallChain, strace: Strace, call
         path.unlink(missing_ok=True)
         if before is not None:
             path.write_bytes(before)
-        words = ["restore", *(["--force"] if force else []), chain.name, path]
-        ended = strace.run(fault, call, number, [], *words)
+        words = ["restore", "--force"] if force else ["restore"]
+        ended = strace.run(fault, call, number, [], *words, chain.name, path)
         assert_told(ended, fault)
         found = path.read_bytes() if path.exists() else None
         assert found == DAYS[0] or (ended.status != 0 and found == before)
