@@ -1,0 +1,280 @@
+"""A network that cuts, stalls, delays, repeats or garbles at every boundary of the stream, and what a run makes of it.
+
+Whatever happens, a run either adds a generation that restores exactly, or says why not, names the host, and leaves the
+chain as it was; no process outlives it, and the next run adds its generation.
+"""
+
+import re
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blockdiff import backup, bundle, wire
+from blockdiff.address import Address
+from blockdiff.errors import BlockdiffError, ProtocolError, TransportError
+from blockdiff.transport import openssh
+from tests import chains, commands, faulty_ssh, processes
+from tests.chains import BLOCK, DAYS, SmallChain
+from tests.faulty_ssh import BEGIN, DOWN, END, UP, Fault, Point
+
+HOST = "web1"
+#: What the disturbed run takes: there is all that an agent can say of an image in it.
+LATEST = chains.image_of("a", "h", "i", "0", "d", "k", "0", "l*9")
+#: How long the server waits after a fault for anything to come, in seconds.
+PATIENCE_S = 2.0
+#: How long the agent takes silence for life, and how often both sides say that they are there, in seconds.
+SILENCE_S = 5.0
+HEARTBEAT_S = 0.5
+#: No fault may keep a run for longer, in seconds: many times what the patience of both sides comes to.
+LIMIT_S = 60.0
+#: Runs at a time: most of them wait for something.
+WORKERS = 16
+#: Pieces of the start, which have no CRC, in front of the first frame.
+START = {UP: 4, DOWN: 1}
+NOWHERE = Point(UP, -1, BEGIN, 0)
+
+
+class Connection(openssh.SshConnection):
+    """Has little patience once the fault has happened, and as much as it takes before: no start is too slow for it."""
+
+    def __init__(self, address: Address, options: Sequence[str]) -> None:
+        super().__init__(address, options)
+        self._fault = faulty_ssh.from_option(options[0])
+        self._hurried = self._fault.kind not in (faulty_ssh.RECORD, faulty_ssh.DELAY)
+        self._readable = select.poll()
+        self._readable.register(self._output, select.POLLIN)
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        if not self._hurried:
+            return super().readinto(view, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while not (self._readable.poll(20) or self._fault.applied.exists()):
+            assert time.monotonic() < deadline, "nothing comes, and no fault is the reason"
+        return super().readinto(view, min(timeout_s, PATIENCE_S))
+
+    def wait(self, timeout_s: float) -> int | None:
+        return super().wait(min(timeout_s, PATIENCE_S) if self._hurried else timeout_s)
+
+
+class Scene:
+    """A chain of two days on a host behind the network, its third day, and the pieces of the run that takes that."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.chain = chains.new_chain(directory)
+        for day in DAYS[:2]:
+            self.chain.source.write_bytes(day)
+            self.run(self.chain, self._undisturbed("day"))
+        self.chain.source.write_bytes(LATEST)
+        recording = self._undisturbed("recorded")
+        self.run(self.chain.copy_to(directory / "copy"), recording)
+        self.pieces = {way: list(_recorded(recording, way)) for way in (UP, DOWN)}
+
+    def _undisturbed(self, name: str) -> Fault:
+        place = self._directory / name
+        place.mkdir(exist_ok=True)
+        return Fault(faulty_ssh.RECORD, NOWHERE, str(place))
+
+    def run(self, chain: SmallChain, fault: Fault) -> None:
+        """Take the source as it is; raises what a backup raises."""
+        options = backup.Options(block_size=BLOCK, transport="ssh", ssh_options=(fault.option(),))
+        result = backup.backup(chain.name, Address(HOST, str(chain.source)), options)
+        chain.images[result.manifest.generation] = chain.source.read_bytes()
+
+    def behind(self, way: str) -> list[Point]:
+        """Return where a fault can come after k bytes: k at every boundary, and one byte to either side."""
+        return [Point(way, 0, BEGIN, 0), *self._around(way, END)]
+
+    def bytes_of(self, way: str) -> list[Point]:
+        """Return the byte behind every boundary, and its neighbours."""
+        return [Point(way, 0, BEGIN, 0), *self._around(way, BEGIN)]
+
+    def boundaries(self, way: str) -> list[Point]:
+        return [point for point in self.behind(way) if not point.shift]
+
+    def _around(self, way: str, edge: str) -> list[Point]:
+        points = [Point(way, 0, BEGIN, 1)]
+        for number in range(1, len(self.pieces[way])):
+            points.append(Point(way, number - 1, END, -1))
+            points.append(Point(way, number, BEGIN, 0) if edge == BEGIN else Point(way, number - 1, END, 0))
+            points.append(Point(way, number, BEGIN, 1))
+        last = len(self.pieces[way]) - 1
+        return [*points, Point(way, last, END, -1), *([Point(way, last, END, 0)] if edge == END else [])]
+
+    def disturbed(self, faults: Sequence[Fault], directory: Path) -> list[BlockdiffError | None]:
+        """Run under one fault after the other, and then under none; return how the runs ended, None for a success.
+
+        Each finds what the ones before have left of the chain, as long as that did not grow.
+        """
+        ends: list[BlockdiffError | None] = []
+        chain = self.chain.copy_to(directory / "chain-0")
+        for number, fault in enumerate(faults, 1):
+            ends.append(self._under(fault, chain))
+            if ends[-1] is None:
+                chain = self.chain.copy_to(directory / f"chain-{number}")
+        self.run(chain, self._undisturbed("next"))
+        assert chain.last() == 3
+        chain.assert_sound()
+        return ends
+
+    def _under(self, fault: Fault, chain: SmallChain) -> BlockdiffError | None:
+        before, begun, ended = chain.files(), time.monotonic(), None
+        try:
+            self.run(chain, fault)
+        except (TransportError, ProtocolError) as error:
+            assert HOST in error.message and error.message.isprintable(), (fault, error)
+            assert "Traceback" not in error.message, (fault, error)
+            assert chain.files() == before, fault
+            ended = error
+        else:
+            assert chain.last() == 3
+        assert time.monotonic() - begun < LIMIT_S, fault
+        assert fault.applied.exists(), (fault, ended)
+        chain.assert_sound()
+        return ended
+
+
+def _recorded(recording: Fault, way: str) -> Iterator[bytes]:
+    with recording.recorded(way).open("rb") as file:
+        try:
+            yield from faulty_ssh.pieces(way, file.read)
+        except faulty_ssh.EndOfStreamError as end:
+            assert not end.rest
+
+
+@pytest.fixture(scope="module")
+def mark() -> Iterator[str]:
+    """A mark in the environment of all that is started here."""
+    found = processes.new_mark()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in processes.environment(found).items():
+            patch.setenv(name, value)
+        yield found
+    processes.end(found)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("network")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{faulty_ssh.install(directory)}:{commands.PATH}")
+        patch.setattr(openssh, "SshConnection", Connection)
+        yield Scene(directory)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the agent take the server for lost after a few seconds of silence; both say more often that they live."""
+    monkeypatch.setattr(wire.Heartbeat.__init__, "__defaults__", (HEARTBEAT_S,))
+    monkeypatch.setattr(bundle, "_source", _with_constants(bundle._source))
+    bundle._archive.cache_clear()
+    yield
+    bundle._archive.cache_clear()
+
+
+def _with_constants(source: Callable[[str], str]) -> Callable[[str], str]:
+    def changed(name: str) -> str:
+        text = source(name)
+        for constant, value in (("SILENCE_S", SILENCE_S), ("HEARTBEAT_S", HEARTBEAT_S)) if name == "wire" else ():
+            text, count = re.subn(f"^{constant} = .*", f"{constant} = {value}", text, flags=re.MULTILINE)
+            assert count == 1
+        return text
+
+    return changed
+
+
+Ends = dict[tuple[str, Point], BlockdiffError | None]
+
+
+class Trials:
+    """Runs of the scene, several at a time, each under a fault of its own."""
+
+    def __init__(self, scene: Scene, mark: str, directory: Path) -> None:
+        self.scene = scene
+        self._mark = mark
+        self._directory = directory
+
+    def ends(self, cases: Sequence[tuple[str, Point]]) -> Ends:
+        """Return how the run ended for each kind of fault and point; nothing of it is left when this returns."""
+        groups = [cases[start::WORKERS] for start in range(min(WORKERS, len(cases)))]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            found = list(pool.map(self._group, range(len(groups)), groups))
+        processes.wait_until_gone(self._mark)
+        return {case: end for group, ends in zip(groups, found) for case, end in zip(group, ends, strict=True)}
+
+    def _group(self, number: int, cases: Sequence[tuple[str, Point]]) -> list[BlockdiffError | None]:
+        faults: list[Fault] = []
+        for kind, point in cases:
+            place = self._directory / f"{number}-{len(faults)}"
+            place.mkdir()
+            faults.append(Fault(kind, point, str(place)))
+        place = self._directory / f"{number}"
+        place.mkdir()
+        return self.scene.disturbed(faults, place)
+
+
+@pytest.fixture
+def trials(scene: Scene, mark: str, tmp_path: Path) -> Trials:
+    return Trials(scene, mark, tmp_path)
+
+
+def succeeded(ends: Ends) -> list[tuple[str, Point]]:
+    return [case for case, error in ends.items() if error is None]
+
+
+def test_the_program_knows_frames_as_we_do(scene: Scene) -> None:
+    assert (faulty_ssh.HEADER.format, faulty_ssh.ALIVE) == (wire.HEADER.format, wire.ALIVE)
+    assert faulty_ssh.NONCE_SIZE == bundle.NONCE_SIZE
+    kinds = {way: [piece[0] for piece in scene.pieces[way][START[way] :]] for way in (UP, DOWN)}
+    assert kinds[UP] == [wire.REQUEST, wire.TAKE, wire.SCAN, wire.TABLE]
+    assert kinds[DOWN][:5] == [wire.HELLO, wire.READY, wire.TAKEN, wire.SOURCE, wire.WANT]
+    assert kinds[DOWN][-2:] == [wire.TOTALS, wire.END]
+    assert {wire.DATA, wire.ZERO, wire.PROGRESS} <= set(kinds[DOWN])
+
+
+@pytest.mark.parametrize("way", [UP, DOWN])
+def test_a_cut_anywhere_fails_the_run(trials: Trials, impatient: None, way: str) -> None:
+    ends = trials.ends([(faulty_ssh.CUT, point) for point in trials.scene.behind(way)])
+    assert {type(error) for error in ends.values()} == {TransportError}
+
+
+@pytest.mark.parametrize("way", [UP, DOWN])
+def test_a_garbled_byte_is_never_missed(trials: Trials, impatient: None, way: str) -> None:
+    ends = trials.ends([(faulty_ssh.GARBLE, point) for point in trials.scene.bytes_of(way)])
+    assert succeeded(ends) == []
+
+
+@pytest.mark.parametrize("way", [UP, DOWN])
+def test_a_delay_is_no_fault(trials: Trials, way: str) -> None:
+    ends = trials.ends([(faulty_ssh.DELAY, point) for point in trials.scene.boundaries(way)])
+    assert set(ends.values()) == {None}
+
+
+@pytest.mark.parametrize("way", [UP, DOWN])
+def test_what_comes_twice_never_gets_into_a_generation(trials: Trials, impatient: None, way: str) -> None:
+    """Behind the last order the agent may be done before it looks at what follows; so may the server behind END."""
+    kinds = (faulty_ssh.REPEAT_BYTE, faulty_ssh.REPEAT_PIECE)
+    points = trials.scene.boundaries(way)[1:]
+    ends = trials.ends([(kind, point) for kind in kinds for point in points])
+    assert {point for _, point in succeeded(ends)} <= {points[-1]}
+
+
+@pytest.mark.parametrize(
+    ("way", "kinds"),
+    [
+        (UP, (faulty_ssh.STALL, faulty_ssh.STALL_BOTH, faulty_ssh.CLOSE_SERVER_SIDE, faulty_ssh.CLOSE_HOST_SIDE)),
+        (DOWN, (faulty_ssh.STALL, faulty_ssh.CLOSE_SERVER_SIDE, faulty_ssh.CLOSE_HOST_SIDE)),
+    ],
+    ids=[UP, DOWN],
+)
+def test_a_connection_that_is_half_dead_is_given_up(
+    trials: Trials, impatient: None, way: str, kinds: tuple[str, ...]
+) -> None:
+    """Behind the last byte of a direction nothing is missing, and the run may be done."""
+    points = trials.scene.boundaries(way)
+    ends = trials.ends([(kind, point) for kind in kinds for point in points])
+    assert {point for _, point in succeeded(ends)} <= {points[-1]}
