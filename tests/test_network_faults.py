@@ -17,7 +17,7 @@ import pytest
 from blockdiff import backup, bundle, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ProtocolError, TransportError
-from blockdiff.transport import child, openssh
+from blockdiff.transport import child, connection, openssh
 from tests import chains, commands, faulty_ssh, processes
 from tests.chains import BLOCK, DAYS, SmallChain
 from tests.faulty_ssh import BEGIN, DOWN, END, UP, Fault, Point
@@ -302,3 +302,13 @@ def test_both_directions_blocked_with_both_sides_stuck_in_a_write(
     (tmp_path / "runs").mkdir()
     ends = Trials(large, mark, tmp_path / "runs").ends([(faulty_ssh.STALL_BOTH, point) for point in (sending, waiting)])
     assert succeeded(ends) == []
+
+
+def test_a_start_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe is as small as the system makes those of a user who has too many."""
+    monkeypatch.setattr(child, "PIPE_SIZE", 4096)
+    with (
+        child.ChildConnection(["sleep", "60"], HOST) as deaf,
+        pytest.raises(TransportError, match=f"lost the agent on {HOST}: silent for 0.2 s"),
+    ):
+        connection.push_agent(deaf, timeout_s=0.2)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import select
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,16 @@ class ChildConnection(Connection):
             if self._closed:
                 raise ConnectionLost("the connection is closed")
             self._pipe.write(parts)
+
+    def write_start(self, data: bytes, timeout_s: float) -> None:
+        """See `connection.Connection`."""
+        writable = select.poll()
+        writable.register(self._input, select.POLLOUT)
+        # a pipe that is ready takes so many bytes at once without blocking; ours may hold less than the agent
+        for begin in range(0, len(data), select.PIPE_BUF):
+            if not writable.poll(timeout_s * 1000):
+                raise ConnectionLost(f"silent for {timeout_s:g} s")
+            self.write([data[begin : begin + select.PIPE_BUF]])
 
     def wait(self, timeout_s: float) -> int | None:
         """See `connection.Connection`."""

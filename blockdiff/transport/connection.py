@@ -39,6 +39,14 @@ class Connection(wire.Stream):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def write_start(self, data: bytes, timeout_s: float) -> None:
+        """Write the first bytes that the command reads; raises `ConnectionLost` as `write` does.
+
+        No thread receives yet whose patience could end it, so it raises as well where `timeout_s` seconds pass without
+        a byte being taken, unless the connection has a deadline of its own for that.
+        """
+        self.write([data])
+
     @abstractmethod
     def wait(self, timeout_s: float) -> int | None:
         """Return the command's exit status once it has ended, None if it has not after `timeout_s` seconds.
@@ -96,7 +104,7 @@ def push_agent(
     """
     nonce = secrets.token_bytes(bundle.NONCE_SIZE)
     try:
-        connection.write([bundle.startup(nonce, prefix)])
+        connection.write_start(bundle.startup(nonce, prefix), timeout_s)
         _skip_to(connection, nonce, timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
