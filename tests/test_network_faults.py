@@ -27,7 +27,7 @@ HOST = "web1"
 LATEST = chains.image_of("a", "h", "i", "0", "d", "k", "0", "l*9")
 #: How long the server waits after a fault for anything to come, in seconds.
 PATIENCE_S = 2.0
-#: How long the agent takes silence for life, and how often both sides say that they are there, in seconds.
+#: How long the server may be silent before the agent gives up, and how often both say that they live, in seconds.
 SILENCE_S = 5.0
 HEARTBEAT_S = 0.5
 #: No fault may keep a run for longer, in seconds: many times what the patience of both sides comes to.
@@ -285,22 +285,19 @@ def test_a_connection_that_is_half_dead_is_given_up(
     assert {point for _, point in succeeded(ends)} <= {points[-1]}
 
 
-def test_both_directions_blocked_with_both_sides_stuck_in_a_write(
+def test_both_directions_blocked_with_either_side_stuck_in_a_write(
     scene: Scene, mark: str, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither side reads any more: one point comes while the server sends its table, the other while the agent sends.
-
-    Both have far more to send than fits in between.
-    """
+    """One point comes while the agent sends data, one while the server sends its table: more than fits in between."""
     monkeypatch.setattr(child, "PIPE_SIZE", 4096)
     (tmp_path / "large").mkdir()
     large = Scene(tmp_path / "large", [os.urandom(LARGE_SIZE)], os.urandom(LARGE_SIZE))
     assert sum(map(len, large.pieces[UP][START[UP] :])) > wire.TABLE_WINDOW
     kinds = [piece[0] for piece in large.pieces[DOWN][START[DOWN] :]]
-    sending = Point(DOWN, START[DOWN] + kinds.index(wire.DATA), BEGIN, 1)
-    waiting = Point(UP, len(large.pieces[UP]) - 12, BEGIN, 1)
+    agent = Point(DOWN, START[DOWN] + kinds.index(wire.DATA), BEGIN, 1)
+    server = Point(UP, len(large.pieces[UP]) - 12, BEGIN, 1)
     (tmp_path / "runs").mkdir()
-    ends = Trials(large, mark, tmp_path / "runs").ends([(faulty_ssh.STALL_BOTH, point) for point in (sending, waiting)])
+    ends = Trials(large, mark, tmp_path / "runs").ends([(faulty_ssh.STALL_BOTH, point) for point in (agent, server)])
     assert succeeded(ends) == []
 
 

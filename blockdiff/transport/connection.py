@@ -42,8 +42,8 @@ class Connection(wire.Stream):
     def write_start(self, data: bytes, timeout_s: float) -> None:
         """Write the first bytes that the command reads; raises `ConnectionLost` as `write` does.
 
-        No thread receives yet whose patience could end it, so it raises as well where `timeout_s` seconds pass without
-        a byte being taken, unless the connection has a deadline of its own for that.
+        Nobody receives yet whose patience could end it: where it may not fit into what is in between, this raises as
+        well once nothing was taken for `timeout_s` seconds.
         """
         self.write([data])
 
