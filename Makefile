@@ -1,9 +1,9 @@
-# The only entrances: make demo, make test, make torture, make check, make lab, make bench.
+# The only entrances: make demo, make test, make torture, make check, make lab, make bench, make fuzz.
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
-.PHONY: demo test torture check lab bench clean
+.PHONY: demo test torture check lab bench fuzz clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
@@ -26,6 +26,9 @@ lab: $(VENV)/installed-for-tests
 bench: $(VENV)/installed-for-tests
 	$(PYTHON) -m bench $(PEERS)
 
+fuzz: $(VENV)/installed-for-fuzzing
+	$(PYTHON) -m tests.fuzz $(TARGET) $(SECONDS)
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -38,4 +41,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 $(VENV)/installed-for-tests: $(VENV)/installed
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-for-fuzzing: $(VENV)/installed-for-tests
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,fuzz]'
 	touch $@

@@ -69,7 +69,7 @@ def _split_port(login: str, text: str) -> tuple[str, int | None]:
     head, colon, digits = login.rpartition(":")
     if not colon or digits.endswith("]"):
         return login, None
-    if not digits.isascii() or not digits.isdigit() or not 0 < int(digits) < 65536:
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 9 or not 0 < int(digits) < 65536:
         raise UsageError(f"{printable(text, 300)} has no port between 1 and 65535 behind its last colon", _FORMS)
     return head, int(digits)
 

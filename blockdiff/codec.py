@@ -372,11 +372,14 @@ def _sized_zstd(source: _Input, frame: bytes) -> Task:
 def _zstd_stream(source: _Input) -> Iterator[bytes]:
     """Yield the content of one frame whose size is not known beforehand, and put back what follows it.
 
-    A few bytes of zstd may hold 128 KiB, and `decompressobj` has no limit: small inputs bound what it returns.
+    A few bytes of zstd may hold 128 KiB, and `decompressobj` has no limit: small inputs bound what it returns, and
+    smaller ones keep that small while it goes on.
     """
+    least, most = 16, 512
+    count = least
     inflate = zstandard.ZstdDecompressor().decompressobj()
     while not inflate.eof:
-        data = source.read(512)
+        data = source.read(count)
         if not data:
             raise source.cut_off("zstd frame")
         try:
@@ -385,6 +388,7 @@ def _zstd_stream(source: _Input) -> Iterator[bytes]:
             raise source.damaged(error) from error
         if piece:
             yield piece
+        count = least if len(piece) > _CHUNK else min(2 * count, most)
     source.put_back(inflate.unused_data)
 
 

@@ -148,7 +148,7 @@ def parse_report(output: bytes) -> List[Volume]:
         report = json.loads(output.decode("utf-8", "replace"))["report"][0]
         rows = report["lv"] if "lv" in report else report["seg"]
         found = [_volume(row) for row in rows]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ProcessError(
             "lvs printed a report that cannot be understood: {}".format(printable(str(error)))
         ) from error
@@ -156,6 +156,11 @@ def parse_report(output: bytes) -> List[Volume]:
 
 
 def _volume(row: Dict[str, str]) -> Volume:
+    if not all(isinstance(value, str) for value in row.values()):
+        raise TypeError("a column is no text")
+    extent_size = int(row["vg_extent_size"])
+    if extent_size <= 0:
+        raise ValueError("the extents of a volume group have {} bytes".format(extent_size))
     return Volume(
         uuid=row["lv_uuid"],
         name=row["lv_name"].strip("[]"),
@@ -174,6 +179,6 @@ def _volume(row: Dict[str, str]) -> Volume:
         metadata_percent=float(row["metadata_percent"]) if row["metadata_percent"] else None,
         invalid=row["lv_snapshot_invalid"] not in ("", "0", "-1", "unknown") or row["lv_attr"][4:5] in ("I", "S"),
         group_free=int(row["vg_free"]),
-        extent_size=int(row["vg_extent_size"]),
+        extent_size=extent_size,
         thin_id=row["thin_id"],
     )

@@ -10,11 +10,14 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-from blockdiff import coordinates
+from blockdiff import codec, coordinates
+from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError
 
 VERSION = 1
+#: Largest whole number in one: more than anything there is to count, and a float can hold it.
+MAX_INTEGER = (1 << 63) - 1
 #: Largest manifest that is read, in bytes.
 MAX_BYTES = 16 << 20
 
@@ -154,11 +157,20 @@ class _Fields:
         self._path = path
 
     def get(self, name: str, kind: type[Value]) -> Value:
-        """Return a field; a number is whole and not negative."""
+        """Return a field; a number is whole, from 0 to `MAX_INTEGER`."""
         value = self._holder.get(name)
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or int(str(value)) < 0)):
-            raise DamagedError(f"{self._path} is damaged: {name} is missing or unfit")
+        if not isinstance(value, kind) or (kind is int and not _is_count(value)):
+            raise self.unfit(name)
         return value
+
+    def check(self, name: str, fits: bool) -> None:
+        """Raise the error for a field that `fits` not with the others."""
+        if not fits:
+            raise self.unfit(name)
+
+    def unfit(self, name: str) -> DamagedError:
+        """Return the error for a field."""
+        return DamagedError(f"{self._path} is damaged: {name} is missing or unfit")
 
     def optional(self, name: str, kind: type[Value]) -> Value | None:
         """Return a field that may be ``null`` or missing."""
@@ -190,8 +202,27 @@ class _Fields:
             raise DamagedError(f"{self._path} is damaged: {error} is missing or unfit") from error
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
+
+
 def _from_fields(found: dict[str, object], path: str) -> Manifest:
     fields = _Fields(found, path)
+    known = _known(fields)
+    _check(fields, known)
+    return known
+
+
+def _check(fields: _Fields, known: Manifest) -> None:
+    """What later steps calculate with must make sense: a checksum says who wrote a manifest to nobody."""
+    fields.check("delta_format", known.delta_format in (1, 2))
+    fields.check("block_size", MIN_BLOCK_SIZE <= known.block_size <= MAX_BLOCK_SIZE)
+    fields.check("digest", known.digest in DIGEST_SIZES)
+    fields.check("suffix", known.delta.suffix in codec.SUFFIXES.values() and known.table.suffix == "." + known.digest)
+    fields.check("blocks", known.image_size is None or known.blocks == block_count(known.image_size, known.block_size))
+
+
+def _known(fields: _Fields) -> Manifest:
     return Manifest(
         chain=fields.get("chain", str),
         generation=fields.get("generation", int),

@@ -69,6 +69,8 @@ class _Reader:
             return  # what the clients do not know they pass over
         if depth >= _DEPTH_LIMIT:
             raise UsageError(f"{place}: files include each other more than {_DEPTH_LIMIT} deep")
+        if "\0" in match[2]:
+            raise UsageError(f"{place}: a path cannot contain a NUL character")
         path = os.path.expanduser(match[2])
         if match[1] == "include":
             self.read(path, depth + 1)

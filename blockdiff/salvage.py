@@ -172,9 +172,13 @@ class _Salvage:
         image_size = self._image_size
         if image_size is None:
             image_size = self._end if self._end is not None else self._table.count * size
-        done = self._done.ljust(block_count(image_size, size), b"\0")  # a table may have lost its end
+        blocks, known = block_count(image_size, size), len(self._done)
+        stretches = list(merge.stretches(self._done, 0, stop=min(known, blocks)))
+        if known < blocks:  # the table has lost its end
+            first = stretches.pop()[0] if stretches and stretches[-1][1] == known else known
+            stretches.append((first, blocks))
         lost = []
-        for first, last in merge.stretches(done, 0, stop=block_count(image_size, size)):
+        for first, last in stretches:
             offset = first * size
             lost.append((offset, min(last * size, image_size) - offset))
             self._target.zero(*lost[-1])

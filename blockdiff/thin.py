@@ -203,7 +203,7 @@ class DeltaReader:
         self._depth: "List[str]" = []
         self._diffs = 0
         self._ranges: "List[Range]" = []
-        self._parser = expat.ParserCreate()
+        self._parser = expat.ParserCreate("utf-8")  # whatever it says: with some encodings, expat raises other errors
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.StartDoctypeDeclHandler = self._refuse_doctype
