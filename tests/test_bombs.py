@@ -15,6 +15,8 @@ from blockdiff.errors import EXIT_DAMAGED, EXIT_DONE
 from tests.conftest import require_program
 from tests.test_memory import SERVER_LIMIT
 
+pytestmark = pytest.mark.torture
+
 BLOCK = 4 << 20
 #: Blocks of zeros in a bomb: several times what the server may hold, and what its table says.
 BLOCKS, KNOWN_BLOCKS = 96, 2

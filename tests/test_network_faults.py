@@ -22,6 +22,8 @@ from tests import chains, commands, faulty_ssh, processes
 from tests.chains import BLOCK, DAYS, SmallChain
 from tests.faulty_ssh import BEGIN, DOWN, END, UP, Fault, Point
 
+pytestmark = pytest.mark.torture
+
 HOST = "web1"
 #: What the disturbed run takes: there is all that an agent can say of an image in it.
 LATEST = chains.image_of("a", "h", "i", "0", "d", "k", "0", "l*9")
