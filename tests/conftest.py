@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from blockdiff.mysqlaccount import Account
 from tests.mariadb import MariaDB
 from tests.sshd import Sshd
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # nohup and shells hand that down, and our commands respect it
+        signal.signal(number, handler)
 
 _SHM = Path("/dev/shm")
 #: Where large images go: memory, where the machine offers enough of it as a file system (containers often do not).
