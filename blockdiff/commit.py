@@ -61,7 +61,10 @@ class LockedChain(Chain):
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageError(f"cannot lock {self.path_of('.lock')}: {error.strerror}") from error
+                raise StorageError(
+                    f"cannot lock {self.path_of('.lock')}: {error.strerror}",
+                    "keep backups on a file system with flock(2)",
+                ) from error
             raise BusyError(
                 f"another run is busy with {printable(self.name)}", "let it finish, then run again"
             ) from error

@@ -1,0 +1,103 @@
+"""Many runs at once, readers beside a writer, and file systems that lack what keeps them apart."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from blockdiff.errors import EXIT_BUSY, BlockdiffError, StorageError
+from tests import chains, commands, faults
+from tests.chains import DAYS, SmallChain
+
+STARTS = 50
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> SmallChain:
+    chain = chains.new_chain(tmp_path)
+    chain.add(DAYS[0])
+    return chain
+
+
+@pytest.mark.torture
+def test_fifty_runs_at_once_make_generations_in_sequence(chain: SmallChain) -> None:
+    """Whoever finds the chain taken says so and exits 4; nobody disturbs another."""
+    words = [sys.executable, commands.BIN / "blockdiff", "backup", chain.name, chain.source]
+    running = [
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(STARTS)
+    ]
+    statuses = []
+    for process in running:
+        out, err = process.communicate(timeout=250)
+        assert out == b"" and (err == b"" or b"another run is busy with" in err), err
+        statuses.append(process.returncode)
+    assert set(statuses) <= {0, EXIT_BUSY}
+    last = chain.last()
+    assert last == 1 + statuses.count(0) > 1
+    chain.images.update(dict.fromkeys(range(2, last + 1), DAYS[0]))
+    chain.assert_sound()
+
+
+def test_whoever_reads_while_a_run_commits_sees_whole_generations(chain: SmallChain) -> None:
+    """Listing, verifying and restoring take no lock: they see a generation as a whole or not at all."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+    looks: list[int] = []
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                assert chain.bad() == []
+                last = chain.last()
+                assert chain.restored(last) == DAYS[(last - 1) % 3]
+                looks.append(last)
+        except (AssertionError, BlockdiffError) as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(1, 12):
+            chain.add(DAYS[number % 3])
+    finally:
+        done.set()
+        reader.join(60)
+    assert failures == []
+    assert looks == sorted(looks) and len(set(looks)) > 1
+    chain.assert_sound()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links_is_refused(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = chain.files()
+    with (
+        faults.at_step(monkeypatch, 1, number, ("link",)),
+        pytest.raises(StorageError, match=r"cannot create .*disk\.2\.gz: ") as caught,
+    ):
+        chain.add(DAYS[1])
+    assert caught.value.hint is not None and "a file system with hard links" in caught.value.hint
+    assert chain.files() == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_refused(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(_fd: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = chain.files()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=rf"cannot lock .*disk\.lock: {os.strerror(number)}") as caught:
+        chain.add(DAYS[1])
+    assert caught.value.hint == "keep backups on a file system with flock(2)"
+    assert chain.files() == before
+    assert chain.restored(1) == DAYS[0]
