@@ -27,7 +27,7 @@ def chain(tmp_path: Path) -> SmallChain:
 @pytest.mark.torture
 def test_fifty_runs_at_once_make_generations_in_sequence(chain: SmallChain) -> None:
     """Whoever finds the chain taken says so and exits 4; nobody disturbs another."""
-    words = [sys.executable, commands.BIN / "blockdiff", "backup", chain.name, chain.source]
+    words: list[str | Path] = [sys.executable, commands.BIN / "blockdiff", "backup", chain.name, chain.source]
     running = [
         subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(STARTS)

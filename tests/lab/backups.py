@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tests import commands
 from tests.lab.guest import Guest
+from tests.mariadb import wait_for
 from tests.relay import Relay
 
 #: How long whatever should take a moment may take, in seconds: the guest is slow, and the machine may be busy.
@@ -19,10 +19,7 @@ PATIENCE_S = 120.0
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Return as soon as `condition` holds."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.05)
+    wait_for(condition, "what is waited for", PATIENCE_S)
 
 
 def device_digest(guest: Guest, path: str) -> str:
