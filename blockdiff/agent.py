@@ -33,6 +33,7 @@ from blockdiff.errors import (
 )
 from blockdiff.extents import Audit, aligned
 from blockdiff.freeze import Freeze
+from blockdiff.grant import Grant
 from blockdiff.relay import Relay
 from blockdiff.sharedbuffers import MIN_RUN, SharedBuffers
 from blockdiff.sources import LiveSource, Source, VolumeSource, Wish, locate
@@ -66,10 +67,11 @@ class Throttle:
 
 
 class Agent:
-    """One session with the server."""
+    """One session with the server, which gets what is granted and no more."""
 
-    def __init__(self, link: wire.Link) -> None:
+    def __init__(self, link: wire.Link, grant: Grant) -> None:
         self._link = link
+        self._grant = grant
         self._orders: "queue.Queue[Tuple[int, Dict[str, object]]]" = queue.Queue()
         self._feed: "Optional[TableFeed]" = None
         self._shared: "Optional[SharedBuffers]" = None
@@ -147,7 +149,8 @@ class Agent:
         """Connect to a socket of this machine for the server; one that cannot be reached is no reason to end."""
         (port,) = wire.integers(order, "port")
         try:
-            self._relay = Relay(self._link, relay.connect(wire.texts(order, "sockets"), port), wire.BYTES)
+            sockets, port = self._grant.check_sockets(wire.texts(order, "sockets"), port)
+            self._relay = Relay(self._link, relay.connect(sockets, port), wire.BYTES)
         except SourceError as error:
             self._link.send_json(wire.OPEN, to_wire(error))
             return
@@ -156,6 +159,9 @@ class Agent:
 
     def _serve(self, request: Dict[str, object]) -> None:
         """Take all sources at one moment, and scan one after the other."""
+        paths = [os.fsdecode(bytes.fromhex(path)) for path in wire.texts(request, "paths")]
+        commands = [wire.text(request, name) for name in ("before", "after") if request.get(name) is not None]
+        self._grant.check_sources(paths, commands)
         with ExitStack() as stack:
             sources = [stack.enter_context(source) for source in _sources(request)]
             self._link.send_json(wire.READY, _ready(sources, request))
@@ -312,9 +318,10 @@ def lower_priority() -> None:
         pass
 
 
-def main(nonce: bytes) -> None:
+def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:
     """Run the agent on standard input and output, and end the process. `nonce` tells the server where we begin.
 
+    `granted` are the words of a `Grant`.
     The descriptors are moved away first: nothing that prints by accident can get between the frames.
     """
     pipe = wire.Pipe(os.dup(0), os.dup(1))
@@ -327,7 +334,7 @@ def main(nonce: bytes) -> None:
         pipe.write([nonce])
         link = wire.Link(pipe)
         try:
-            Agent(link).run()
+            Agent(link, Grant(granted)).run()
             status = 0
         except (ConnectionLost, Interrupted):
             raise

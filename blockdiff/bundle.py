@@ -5,18 +5,19 @@ The same bytes serve hosts behind SSH, local sources, and the tests.
 
 import hashlib
 import json
+import shlex
 import sys
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-from blockdiff import loader
+from blockdiff import __version__, loader
 
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
     *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "dump", "lvs", "lvcheck", "lvm", "thin"),
-    *("freeze", "sources", "tablefeed", "sharedbuffers", "relay", "agent"),
+    *("freeze", "sources", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
 )
 
 NONCE_SIZE = 16
@@ -65,6 +66,29 @@ def remote_command() -> str:
     return f"exec /bin/sh -c '{script}'"
 
 
+def pinned_command(granted: Sequence[str]) -> str:
+    """Return the command line for ``command=`` in ``authorized_keys`` that accepts this very agent and no other.
+
+    `granted` says what it may be asked for: see `blockdiff.grant`. Each word is quoted for the login shell.
+    """
+    run = "import sys,zlib;exec(zlib.decompress(bytes.fromhex(sys.argv[2])))"
+    source = zlib.compress(_source("loader").encode("utf-8"), 9).hex()
+    return f"python3 -Ic {shlex.quote(run)} {loader.PINNED} {source} {agent_id()} {shlex.join(granted)}"
+
+
+def pinned_script() -> str:
+    """Return the same as a program to install on the host: what is granted are its arguments."""
+    return (
+        f"#!/usr/bin/python3 -I\n# accepts the agent of blockdiff {__version__}, for what its arguments grant\n"
+        f'import sys\nsys.argv[1:1] = ["{loader.PINNED}", "", "{agent_id()}"]\n{_source("loader")}'
+    )
+
+
+def agent_id() -> str:
+    """Return the SHA-256 of the shipped modules, in hexadecimal: what a pinned key accepts."""
+    return hashlib.sha256(_modules()).hexdigest()
+
+
 def startup(nonce: bytes, prefix: Sequence[str] = ()) -> bytes:
     """Return what the started command reads from standard input to become the agent, which begins with `nonce`.
 
@@ -83,7 +107,11 @@ def _with_loader(header: dict[str, object]) -> bytes:
 
 @cache
 def _archive() -> bytes:
-    return zlib.compress(json.dumps([(name, _source(name)) for name in SHIPPED]).encode("utf-8"), 9)
+    return zlib.compress(_modules(), 9)
+
+
+def _modules() -> bytes:
+    return json.dumps([(name, _source(name)) for name in SHIPPED]).encode("utf-8")
 
 
 @cache

@@ -88,7 +88,7 @@ def connect(paths: Sequence[str], port: int) -> socket.socket:
     if not port:
         raise SourceError(
             "there is no database socket: {}".format(printable(", ".join(paths))),
-            "is the database running there? --mysql 'ssh?socket=/path' names another",
+            "is the database running there? --mysql 'mysql+ssh://USER@/?socket=/path' names another",
         )
     return _connected(socket.socket(socket.AF_INET), ("127.0.0.1", port), "127.0.0.1:{}".format(port))
 

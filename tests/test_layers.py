@@ -33,6 +33,7 @@ ORDER = """
     tablefeed
     sharedbuffers
     relay
+    grant
     agent
     bundle  durable  address  clock  progress
     lzop
@@ -62,7 +63,7 @@ ORDER = """
     command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
-    cli.restore  cli.status  cli.verify  cli.repair
+    cli.restore  cli.status  cli.verify  cli.repair  cli.authorize
     cli.modern  cli.original  cli.locking
     __main__
 """

@@ -227,7 +227,11 @@ def test_a_port_of_the_host_is_reached_where_none_of_the_sockets_is_there(image:
 @pytest.mark.parametrize(
     ("name", "words", "hint"),
     [
-        ("none", "localhost: there is no database socket: {path}", "--mysql 'ssh?socket=/path' names another"),
+        (
+            "none",
+            "localhost: there is no database socket: {path}",
+            "--mysql 'mysql+ssh://USER@/?socket=/path' names another",
+        ),
         ("dead", "localhost: cannot connect to the database at {path}: Connection refused", "is it running there"),
         ("none/" + 200 * "x", "localhost: there is no database socket: {path}", "is the database running there?"),
     ],

@@ -20,7 +20,7 @@ from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, ChainError, UsageError,
 class _Commands(click.Group):
     """The commands; those that a backup has no use for cost it nothing."""
 
-    _LATER = ("repair", "restore", "status", "verify")
+    _LATER = ("authorize", "repair", "restore", "status", "verify")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names."""

@@ -139,6 +139,10 @@ def failed_start(connection: Connection, error: ConnectionLost) -> BlockdiffErro
         loader.NO_PYTHON: (f"{where} has no python3", "install python3 (3.6 or newer) there; nothing else is needed"),
         loader.TOO_OLD: (f"{where} has no python3 of version 3.6 or newer", "install a newer python3 there"),
         loader.DAMAGED: (f"the agent arrived damaged at {where}", "run again; if it stays so, suspect the network"),
+        loader.OTHER_AGENT: (
+            f"the key for {where} accepts the agent of another version of blockdiff only",
+            "make the line for its authorized_keys, or the script there, anew: blockdiff authorize",
+        ),
         loader.NO_PREFIX: (f"{where} cannot run the agent under SSH_BLOCKDIFF_PREFIX: {said}", "correct the command"),
     }
     if status in reasons:

@@ -1,0 +1,160 @@
+"""A key that may do one thing: this very agent, for some sources, through a real sshd, and behind sudo."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockdiff import bundle, loader
+from tests import chains, commands
+from tests.chains import DAYS, SmallChain
+from tests.conftest import require, require_program
+from tests.sshd import Sshd
+
+#: Takes a key's line for authorized_keys, and returns the options of a login with that key.
+Login = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> SmallChain:
+    chain = chains.new_chain(tmp_path)
+    chain.source.write_bytes(DAYS[0])
+    chain.images[1] = DAYS[0]
+    return chain
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=60)
+    return path
+
+
+def authorize(key: Path, *granted: str | Path) -> str:
+    return commands.done("blockdiff", "authorize", "--key", key.with_suffix(".pub"), *granted).decode()
+
+
+def allow(sshd: Sshd, line: str) -> None:
+    with (sshd.directory / "authorized_keys").open("a") as file:
+        file.write(line)
+
+
+def backup(sshd: Sshd, key: Path, chain: SmallChain, *more: str) -> "subprocess.CompletedProcess[bytes]":
+    options = [f"IdentityFile={key}", f"UserKnownHostsFile={sshd.known_hosts}"]
+    words = [word for option in options for word in ("--ssh-option", option)]
+    return commands.run("blockdiff", "backup", chain.name, sshd.url(chain.source), *words, *more)
+
+
+def refused(result: "subprocess.CompletedProcess[bytes]", *words: str) -> None:
+    assert (result.returncode, result.stdout) == (1, b""), result
+    said = result.stderr.decode()
+    assert said.startswith("blockdiff: ") and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("transport", ["ssh", "paramiko"])
+def test_a_pinned_key_backs_up_its_source(sshd: Sshd, key: Path, chain: SmallChain, transport: str) -> None:
+    line = authorize(key, chain.source)
+    assert line.startswith('restrict,command="') and line.endswith("\n") and line.count("\n") == 1
+    allow(sshd, line)
+    result = backup(sshd, key, chain, "--transport", transport)
+    assert (result.returncode, result.stderr) == (0, b"")
+    chain.assert_sound()
+
+
+def test_a_pinned_key_reads_nothing_else_and_runs_nothing(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    other = chain.source.with_name('it\'s "other"')
+    other.write_bytes(DAYS[1])
+    allow(sshd, authorize(key, other, "mysql:/nowhere/mysqld.sock"))
+    refused(backup(sshd, key, chain), f"this key may not read {chain.source}", "blockdiff authorize")
+    refused(backup(sshd, key, chain, "--lvm"), f"this key may not read {chain.source}")
+    options = [f"IdentityFile={key}", f"UserKnownHostsFile={sshd.known_hosts}"]
+    command = ["ssh", "-F", "none", *(word for option in options for word in ("-o", option))]
+    marker = chain.source.with_name("marker")
+    login = [*command, "-p", str(sshd.port), sshd.login, f"touch {shlex.quote(str(marker))}"]
+    assert subprocess.run(login, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode != 0
+    assert not marker.exists()
+    chain.source = other
+    chain.images[1] = DAYS[1]
+    assert backup(sshd, key, chain).returncode == 0
+    chain.assert_sound()
+
+
+def test_a_pinned_key_takes_no_command_and_no_prefix(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    allow(sshd, authorize(key, chain.source))
+    marker = chain.source.with_name("marker")
+    refused(backup(sshd, key, chain, "--lvm", "--before", f"touch {marker}"), "this key may not run commands: touch")
+    os.environ["SSH_BLOCKDIFF_PREFIX"] = f"sh -c 'touch {marker}'"
+    try:
+        refused(backup(sshd, key, chain), "this key runs nothing but the agent")
+    finally:
+        del os.environ["SSH_BLOCKDIFF_PREFIX"]
+    assert not marker.exists()
+
+
+def test_a_pinned_key_connects_to_no_other_socket(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    allow(sshd, authorize(key, chain.source, "mysql:/nowhere/mysqld.sock"))
+    for url in ("mysql+ssh://root@/?socket=/run/other.sock", "ssh"):
+        refused(backup(sshd, key, chain, "--lvm", "--mysql", url), "this key may not connect to a database there")
+    result = backup(sshd, key, chain, "--lvm", "--mysql", "mysql+ssh://root@/?socket=/nowhere/mysqld.sock")
+    refused(result, "there is no database socket: /nowhere/mysqld.sock")
+
+
+def test_a_key_that_is_pinned_to_another_agent_says_so(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    line = authorize(key, chain.source)
+    allow(sshd, line.replace(bundle.agent_id(), "0" * 64))
+    refused(backup(sshd, key, chain), "accepts the agent of another version of blockdiff only", "blockdiff authorize")
+
+
+def test_a_forged_agent_is_not_run() -> None:
+    """The loader that comes with it neither: the first bytes are passed over."""
+    command = ["sh", "-c", f"exec {bundle.pinned_command(['/x'])}"]
+    forged = bundle.startup(bytes(16)).replace(b"import hashlib", b"open('/forged'", 1)
+    forged = forged[:-1] + bytes([forged[-1] ^ 1])
+    done = subprocess.run(command, input=forged, capture_output=True, timeout=60, check=False)
+    assert done.returncode != 0 and not Path("/forged").exists()
+    harmless = bundle.startup(bytes(16))
+    other = harmless.replace(b"def load", b"def lood", 1)  # of the same length: not looked at, not run
+    done = subprocess.run(command, input=other, capture_output=True, timeout=60, check=False)
+    assert done.stdout.startswith(bytes(16))
+
+
+def test_a_script_serves_an_unprivileged_user_behind_sudo(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    """A user that may run one command line as root reads with it what it is for, and could not read itself."""
+    require(os.getuid() == 0, "root")
+    sudo, unshare = require_program("sudo"), require_program("unshare")
+    script = chain.source.with_name("blockdiff-agent")
+    script.write_bytes(commands.done("blockdiff", "authorize", "--script"))
+    script.write_text(script.read_text().replace("#!/usr/bin/python3", f"#!{sys.executable}", 1))
+    script.chmod(0o755)
+    chain.source.chmod(0o600)
+    rules = chain.source.with_name("sudoers")
+    rules.write_text(f"nobody ALL=(root) NOPASSWD: {script} {chain.source}\n")
+    rules.chmod(0o440)
+    for granted, does in ((str(chain.source), True), ("/etc/shadow", False)):
+        within = f"mount --bind {rules} /etc/sudoers; exec setpriv --reuid nobody --regid nogroup --clear-groups "
+        within += f"{sudo} -n {script} {granted}"
+        login = chain.source.with_name("login")
+        login.write_text(f"#!/bin/sh\nexec {unshare} -m sh -c {shlex.quote(within)}\n")
+        login.chmod(0o755)
+        keys = sshd.directory / "authorized_keys"
+        before = keys.read_text()
+        allow(sshd, f'restrict,command="{login}" {key.with_suffix(".pub").read_text()}')
+        result = backup(sshd, key, chain)
+        keys.write_text(before)
+        assert result.returncode == (0 if does else 1), result
+    chain.assert_sound()
+
+
+def test_what_is_not_asked_for_sensibly_is_a_usage_error(key: Path) -> None:
+    public = key.with_suffix(".pub")
+    for words in ([], ["--script", "/x"], ["--key", public], ["--key", public, "--script"], ["--key", public, "vg/lv"]):
+        result = commands.run("blockdiff", "authorize", *words)
+        assert result.returncode == 2 and b"Traceback" not in result.stderr
+
+
+def test_the_loader_knows_its_label() -> None:
+    assert loader.PINNED in bundle.pinned_command(["/x"])
