@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands
+from tests.mariadb import wait_for
 
 EXITED = "command exited with code:%d"
 HOST = socket.gethostname()
@@ -81,7 +82,7 @@ def test_lines_are_logged_as_they_come(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     with commands.started("cronlog", "-l", log, "sh", "-c", f"echo first; cat {fifo}") as child:
         with fifo.open("wb"):  # the command is behind its first line now, and not at its end
-            assert log.read_text().splitlines()[-1] == "first"
+            wait_for(lambda: log.read_text().splitlines()[-1] == "first", "the line")
         assert child.wait(30) == 0
 
 
