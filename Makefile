@@ -12,7 +12,7 @@ test: $(VENV)/installed-for-tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not torture'
 
 torture: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest -n 2 --dist load -m torture
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m torture
 
 check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .
