@@ -1,5 +1,6 @@
 """One sitting: every tool in every phase, in turn, A B A B, over the same images."""
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -66,11 +67,13 @@ class Contest:
             shutil.rmtree(store, ignore_errors=True)
             store.mkdir()
             measure.run(tool.preparation(store), tool.environment(store), self._directory)
-        elif phase == INCREMENTAL and not before.exists():
-            shutil.copytree(store, before, symlinks=True)
         elif phase == INCREMENTAL:
-            shutil.rmtree(store)
-            shutil.copytree(before, store, symlinks=True)
+            if before.exists():
+                shutil.rmtree(store)
+                shutil.copytree(before, store, symlinks=True)
+            else:
+                shutil.copytree(store, before, symlinks=True)
+            _write_out(before)
         stored = measure.size_of(store)
         cost = self._measure(tool, phase, number, self._reserve)
         series.costs.append(cost)
@@ -99,3 +102,12 @@ class Contest:
 
     def _store(self, tool: Tool) -> Path:
         return self._directory / f"store-{tool.name.replace(' ', '_')}"
+
+
+def _write_out(directory: Path) -> None:
+    """See to it that nothing of the files below is left to be written, or in the memory that is measured next."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,12 +8,12 @@ The agent writes nothing to the host's disk.
 """
 
 import os
-import platform
 import pwd
 import queue
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -30,6 +30,7 @@ from blockdiff.errors import (
     SourceError,
     printable,
     to_wire,
+    without_memory,
 )
 from blockdiff.extents import Audit, aligned
 from blockdiff.freeze import Freeze
@@ -159,9 +160,8 @@ class Agent:
 
     def _serve(self, request: Dict[str, object]) -> None:
         """Take all sources at one moment, and scan one after the other."""
-        paths = [os.fsdecode(bytes.fromhex(path)) for path in wire.texts(request, "paths")]
-        commands = [wire.text(request, name) for name in ("before", "after") if request.get(name) is not None]
-        self._grant.check_sources(paths, commands)
+        commands = [command for command in _commands(request) if command is not None]
+        self._grant.check_sources([os.fsdecode(path) for path in _paths(request)], commands)
         with ExitStack() as stack:
             sources = [stack.enter_context(source) for source in _sources(request)]
             self._link.send_json(wire.READY, _ready(sources, request))
@@ -250,9 +250,19 @@ def _shared(order: Dict[str, object], size: int) -> "Optional[SharedBuffers]":
         return None
 
 
+def _paths(request: Dict[str, object]) -> List[bytes]:
+    """Return the paths of the sources that a request names."""
+    return [bytes.fromhex(path) for path in wire.texts(request, "paths")]
+
+
+def _commands(request: Dict[str, object]) -> List[Optional[str]]:
+    """Return the user's commands around the moment, before and after it; None for none."""
+    return [wire.text(request, name) if request.get(name) is not None else None for name in ("before", "after")]
+
+
 def _sources(request: Dict[str, object]) -> List[Source]:
     """Return the sources that a request names; raises `ProtocolError`."""
-    paths = [bytes.fromhex(path) for path in wire.texts(request, "paths")]
+    paths = _paths(request)
     if not request.get("snapshot"):
         return [LiveSource(path) for path in paths]
     size = wire.text(request, "snapshot_size")
@@ -266,16 +276,15 @@ def _sources(request: Dict[str, object]) -> List[Source]:
 def _ready(sources: List[Source], request: Dict[str, object]) -> Dict[str, object]:
     """Check the sources, and find out on which of them the directories lie that the server asks for."""
     prepared = [source.prepare() for source in sources]
-    paths = [os.fsdecode(bytes.fromhex(path)) for path in wire.texts(request, "paths")]
+    paths = [os.fsdecode(path) for path in _paths(request)]
     located = [locate(directory, paths) for directory in wire.texts(request, "directories")]
     return {"sources": prepared, "directories": located, "notes": [note for source in sources for note in source.notes]}
 
 
 def _take(sources: List[Source], request: Dict[str, object]) -> int:
     """Take the moment of all sources, between the user's commands; return how long it took, in microseconds."""
-    commands = [wire.text(request, name) if request.get(name) is not None else None for name in ("before", "after")]
     begun = time.monotonic()
-    with Freeze(*commands):
+    with Freeze(*_commands(request)):
         for source in sources:
             source.take()
     return int((time.monotonic() - begun) * 1e6)
@@ -294,7 +303,7 @@ def hello() -> Dict[str, object]:
     """Return what the server should know of this machine."""
     return {
         "protocol": wire.PROTOCOL,
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "hostname": socket.gethostname(),
         "user": _user(),
         "digests": sorted(blocks.AVAILABLE),
@@ -342,9 +351,12 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:
             signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, to_wire(error))
         except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
-            os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
             signal.alarm(LAST_WORD_S)
-            link.send_json(wire.ERROR, {"message": "the agent failed: {}: {}".format(type(error).__name__, error)})
+            known = without_memory(error)
+            if known is None:
+                os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
+                known = BlockdiffError("the agent failed: {}: {}".format(type(error).__name__, error))
+            link.send_json(wire.ERROR, to_wire(known))
     except (BlockdiffError, Interrupted) as error:
         os.write(2, "blockdiff agent: {}\n".format(printable(str(error))).encode("utf-8", "backslashreplace"))
     finally:

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-import platform
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from blockdiff.progress import Progress
 from blockdiff.quiesce import Moment, Quiesce
 from blockdiff.rules import Opened, Totals, Volume
 from blockdiff.session import Request, Scan, Session, Wanted
+from blockdiff.transport.connection import Connection
 
 Value = TypeVar("Value")
 
@@ -108,11 +109,16 @@ def backup(name: str, address: Address, options: Options, progress: Progress | N
 
 
 def backup_together(
-    targets: Sequence[tuple[str, str]], address: Address, options: Options, progress: Progress | None = None
+    targets: Sequence[tuple[str, str]],
+    address: Address,
+    options: Options,
+    progress: Progress | None = None,
+    begun: Connection | None = None,
 ) -> list[Result]:
     """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return what was made.
 
     All are taken at one moment where they are taken through snapshots, and committed together, after all were read.
+    `begun` is a connection of `transport.begin`, where there is one already.
     Raises a `BlockdiffError` when that was not possible; the chains are then as they were.
     """
     compress = codec.compressor(options.compression, options.level)
@@ -120,7 +126,7 @@ def backup_together(
     with ExitStack() as stack:
         jobs = _jobs(targets, address, options, stack)
         started = now()
-        session = stack.enter_context(_session(address, options))
+        session = stack.enter_context(_session(address, options, begun))
         for job in jobs:
             session.check_digest(job.hasher.digest)
         moment = _take(session, jobs, options)
@@ -137,8 +143,8 @@ def backup_together(
         return results
 
 
-def _session(address: Address, options: Options) -> Session:
-    return Session(address, options.transport, options.ssh_options, prefix=options.prefix or ())
+def _session(address: Address, options: Options, begun: Connection | None = None) -> Session:
+    return Session(address, options.transport, options.ssh_options, options.prefix or (), begun)
 
 
 def _jobs(targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack) -> list[_Job]:
@@ -295,4 +301,4 @@ def _warnings(job: _Job) -> list[str]:
 
 
 def _versions(session: Session) -> dict[str, str]:
-    return {"blockdiff": __version__, "python": platform.python_version(), "host_python": session.host["python"]}
+    return {"blockdiff": __version__, "python": sys.version.split()[0], "host_python": session.host["python"]}

@@ -5,12 +5,12 @@ The same bytes serve hosts behind SSH, local sources, and the tests.
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
 from blockdiff import __version__, loader
 
@@ -107,7 +107,7 @@ def _with_loader(header: dict[str, object]) -> bytes:
 
 @cache
 def _archive() -> bytes:
-    return zlib.compress(_modules(), 9)
+    return zlib.compress(_modules())
 
 
 def _modules() -> bytes:
@@ -116,4 +116,5 @@ def _modules() -> bytes:
 
 @cache
 def _source(name: str) -> str:
-    return files("blockdiff").joinpath(f"{name}.py").read_text("utf-8")
+    with open(os.path.join(os.path.dirname(__file__), f"{name}.py"), encoding="utf-8") as file:
+        return file.read()

@@ -22,6 +22,7 @@ TABLE_SUFFIXES = tuple("." + name for name in DIGEST_SIZES)
 MANIFEST_SUFFIX = ".json"
 
 _COMPRESSION = {suffix: name for name, suffix in codec.SUFFIXES.items()}
+_TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
 _VERSION = re.compile(rb"([1-9][0-9]{0,17})\n?")
 
 
@@ -80,7 +81,8 @@ class Generation:
 
     def _present(self, suffix: str) -> str:
         if suffix not in self.suffixes:
-            raise DamagedError(f"{self.path(suffix)} is missing", "restore it from a copy")
+            hint = _TABLE_HINT if suffix in TABLE_SUFFIXES else "restore it from a copy"
+            raise DamagedError(f"{self.path(suffix)} is missing", hint)
         return suffix
 
     def _only(self, candidates: tuple[str, ...], what: str) -> str:
@@ -111,7 +113,7 @@ class Generation:
         table = TableReader(self.directory.open(self.name(suffix)), self.path(suffix), DIGEST_SIZES[self.digest])
         if self.manifest is not None and table.sha256() != self.manifest.table.sha256:
             table.__exit__()
-            raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest")
+            raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
         return table
 
     def stored_bytes(self) -> int:

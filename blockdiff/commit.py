@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import re
-import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 
 from blockdiff import manifest
@@ -117,6 +118,19 @@ class LockedChain(Chain):
         self.directory.rename(name, f"{name}.aside-{count}")
         return f"{name}.aside-{count}"
 
+    def replace(self, name: str, write: Callable[[OutputFile], object]) -> None:
+        """Give `name` to a new file, durable when it gets it, that `write` writes; what has that name is set aside."""
+        temporary = f".{name}.tmp"
+        with ExitStack() as stack:
+            file = stack.enter_context(self.directory.create(temporary))
+            stack.callback(self.directory.unlink, temporary)
+            write(file)
+            file.finish()
+            if self.directory.size_of(name) is not None:
+                self.set_aside(name)
+            self.directory.link(temporary, name)
+            self.directory.sync()
+
     def write_version(self, number: int) -> None:
         """Let ``NAME.ver`` say that `number` is the last complete generation."""
         try:
@@ -147,7 +161,7 @@ class LockedChain(Chain):
         """Return the identifier that the chain's manifests share; a new one where there is no manifest yet."""
         known = [(number, generation.manifest) for number, generation in self.generations.items()]
         newest = max(((n, found.chain) for n, found in known if found is not None), default=None)
-        return newest[1] if newest is not None else uuid.uuid4().hex
+        return newest[1] if newest is not None else os.urandom(16).hex()
 
     def begin(self, delta_suffix: str, table_suffix: str) -> "NewGeneration":
         """Return the next generation, to be written."""

@@ -6,6 +6,7 @@ An error names the thing and the place in one lowercase sentence; ``hint`` says 
 connection as data (`to_wire`, `from_wire`), so that the agent's errors arrive at the server with their type.
 """
 
+import errno
 from typing import Dict, Optional, Type
 
 EXIT_DONE = 0
@@ -100,6 +101,22 @@ class StorageError(BlockdiffError):
 
 class DatabaseError(BlockdiffError):
     """The database refused the login, the lock, or lost it."""
+
+
+def without_memory(error: BaseException) -> Optional[BlockdiffError]:
+    """Return what to say of `error` where it is how Python says that there is no more memory; None for any other.
+
+    It says so in one way for objects, in another for the system, and in a third for threads.
+    """
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't start new thread" in str(error))
+    ):
+        return BlockdiffError(
+            "there is not enough memory", "run fewer backups at the same time, or raise the limit (ulimit -v)"
+        )
+    return None
 
 
 _BY_NAME: Dict[str, Type[BlockdiffError]] = {

@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from typing import List, Optional
 
 from blockdiff import lvs, process
@@ -124,7 +123,7 @@ class Snapshot:
         self.created_s = 0.0
         self.level: "Optional[float]" = None
         self.notes: "List[str]" = []
-        self._name = PREFIX + uuid.uuid4().hex[:16]
+        self._name = PREFIX + os.urandom(8).hex()
         self._selection = 'lv_name="{}"'.format(self._name)
         self._process_tag = process_tag(os.getpid())
         self._command = self._lvcreate(size, extra_tag)

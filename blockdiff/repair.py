@@ -1,19 +1,19 @@
 """Put a chain in order: rebuild what can be derived, set aside what is broken.
 
-A generation whose blocks are proven by its digest table stays, and gets a manifest where it has none that fits. Behind
-the last of these, what cannot be restored is set aside: renamed, not removed; the chain then goes on there. Before it,
-what is broken stays, because younger generations may need its delta. Where nothing can be restored, nothing is touched.
+A generation whose blocks are proven by its digest table stays, and gets a manifest where it has none that fits, or its
+digest table where only that is lost (`rebuild`). Behind the last of these, what cannot be restored is set aside:
+renamed, not removed; the chain then goes on there. Before it, what is broken stays, because younger generations may
+need its delta. Where nothing can be restored, nothing is touched.
 
 What is to be done is found first, by reading only, so that a dry run tells the same; run again, nothing is left to do.
 """
 
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from blockdiff import __version__, clock, manifest, merge
+from blockdiff import __version__, clock, manifest, merge, rebuild
 from blockdiff.blocks import block_count
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.commit import LockedChain
@@ -90,13 +90,17 @@ def _last(chain: Chain) -> int:
 
 def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dict[int, bool]:
     """Return the generations that can be restored: True for those whose manifest is as it should be as well."""
-    found = _proven(chain, last, advance, with_manifests=True)
+    found, without_table = _proven(chain, last, advance, with_manifests=True)
+    for n in without_table:
+        _rebuild_table(findings, chain.generations[n])
+        found[n] = None
     sound = {n: chain.generations[n].manifest is not None for n, error in found.items() if error is None}
     if len(sound) < len(found):
         with Chain(chain.name) as bare:
             for generation in bare.generations.values():
-                _strip(generation)
-            without = _proven(bare, last, advance, with_manifests=False)
+                if generation.number not in without_table:
+                    _strip(generation)
+            without, _ = _proven(bare, last, advance, with_manifests=False)
         ours = {chain.generations[n].chain_id for n, has_manifest in sound.items() if has_manifest}
         for n, error in without.items():
             # a generation of another chain may be sound in itself, and is not ours
@@ -106,18 +110,25 @@ def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dic
     return sound
 
 
-def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> dict[int, str | None]:
-    """Return what is wrong with each generation; raises `StorageError` where that cannot be told."""
+def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> tuple[dict[int, str | None], list[int]]:
+    """Return what is wrong with each generation, and those of which the digest table follows from the deltas.
+
+    Raises `StorageError` where that cannot be told.
+    """
     found: dict[int, str | None] = {}
+    without_table: list[int] = []
     if not last:
-        return found
+        return found, without_table
     with Verifier(chain, advance, with_manifests) as verifier:
         for verdict in verifier.all(last):
             for error in (verdict.error, verdict.error and verdict.error.__cause__):
                 if isinstance(error, StorageError):  # what cannot be read now need not be broken
                     raise error
             found[verdict.number] = None if verdict.error is None else verdict.error.message
-    return found
+            generation = chain.generations.get(verdict.number)
+            if verdict.error is not None and generation is not None and rebuild.can_rebuild(verifier, generation):
+                without_table.append(verdict.number)
+    return found, without_table
 
 
 def _strip(generation: Generation) -> None:
@@ -132,6 +143,12 @@ def _set_aside(findings: Findings, generation: Generation, why: str) -> None:
     for suffix in sorted(generation.suffixes):
         text = f"{generation.path(suffix)} set aside: generation {generation.number} {why}"
         findings.deeds.append(Deed(text, partial(_aside, generation.name(suffix))))
+
+
+def _rebuild_table(findings: Findings, generation: Generation) -> None:
+    assert generation.manifest is not None
+    text = f"{generation.path(generation.manifest.table.suffix)} rebuilt from the deltas"
+    findings.deeds.append(Deed(text, partial(rebuild.rebuild, generation.number)))
 
 
 def _aside(name: str, chain: LockedChain) -> None:
@@ -179,20 +196,10 @@ class _Manifests:
         return Parent(number - 1, self._sha256.get(number - 1)) if number > 1 else None
 
     def _write(self, generation: Generation, made: Manifest, why: str) -> None:
-        exists = MANIFEST_SUFFIX in generation.suffixes
-        name = generation.name(MANIFEST_SUFFIX)
+        name, content = generation.name(MANIFEST_SUFFIX), made.to_bytes()
 
         def write(chain: LockedChain) -> None:
-            with ExitStack() as stack:
-                temporary = f".{name}.tmp"
-                file = stack.enter_context(chain.directory.create(temporary))
-                stack.callback(chain.directory.unlink, temporary)
-                file.write(made.to_bytes())
-                file.finish()
-                if exists:
-                    chain.set_aside(name)
-                chain.directory.link(temporary, name)
-                chain.directory.sync()
+            chain.replace(name, lambda file: file.write(content))
 
         self._findings.deeds.append(Deed(f"{generation.path(MANIFEST_SUFFIX)} {why}", write))
 

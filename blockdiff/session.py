@@ -19,6 +19,7 @@ from blockdiff.rules import Opened, Ready, Rules, Totals
 from blockdiff.sharedmemory import SharedMemory
 from blockdiff.tablesender import TableSender
 from blockdiff.transport import connection
+from blockdiff.transport.connection import Connection
 from blockdiff.tunnel import Tunnel
 
 
@@ -76,7 +77,8 @@ class Session:
     `finish`. Entering raises `TransportError` where no agent can be started. All of them raise what the agent reports,
     `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` where it breaks a rule.
 
-    `host` is what the agent says of its machine: text, made printable. `prefix` is a command to run the agent under.
+    `host` is what the agent says of its machine: text, made printable. `prefix` is a command to run the agent under,
+    `begun` a connection of `transport.begin`, where there is one already.
     """
 
     def __init__(
@@ -85,19 +87,21 @@ class Session:
         transport_name: str | None = None,
         options: Sequence[str] = (),
         prefix: Sequence[str] = (),
+        begun: Connection | None = None,
     ) -> None:
         self.address = address
         self.totals: Totals | None = None
         self._transport_name = transport_name
         self._options = options
         self._prefix = prefix
+        self._begun = begun
         self._digests: list[str] = []
         self._shared_bytes = 0
         self._sender: TableSender | None = None
         self._tunnel: Tunnel | None = None
 
     def __enter__(self) -> "Session":
-        self._connection = transport.connect(self.address, self._transport_name, self._options)
+        self._connection = self._begun or transport.connect(self.address, self._transport_name, self._options)
         try:
             self._link = connection.push_agent(self._connection, self._prefix)
             self._heartbeat = wire.Heartbeat(self._link)

@@ -15,10 +15,11 @@ from typing import BinaryIO
 from blockdiff import merge, pipeline
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
-from blockdiff.deltafile import DeltaReader
-from blockdiff.digesttable import TableReader
+from blockdiff.deltafile import DeltaReader, Sink
+from blockdiff.digesttable import TableReader, TableWriter, sparse_count
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, DamagedError, StorageError
+from blockdiff.manifest import Manifest
 
 _COMPARE_BLOCKS = 65536
 
@@ -105,6 +106,7 @@ class Verifier:
         self._limit = max(map(_most_blocks, chain.generations.values()), default=0)
         self._format = 0
         self._carried_end = 0
+        self._is_as_written = False
 
     def __enter__(self) -> "Verifier":
         return self
@@ -123,6 +125,22 @@ class Verifier:
         for older in range(oldest, number):
             self._verify(older)
         return self._verify(number)
+
+    def write_table(self, known: Manifest, sink: Sink) -> bool:
+        """Write the digest table that the deltas make for the generation of the last verdict (manifest: `known`).
+
+        Return whether it is the one that the manifest knows, and so is the generation's delta.
+        """
+        if not self._is_as_written:
+            return False
+        newest = self._newest
+        assert newest is not None, "a delta was read"
+        hasher = Hasher(newest.digest, newest.block_size)
+        writer = TableWriter(sink, hasher, sparse_count(hasher, known.delta_format, known.image_size))
+        for first in range(0, known.blocks, _COMPARE_BLOCKS):
+            writer.append(newest.get(first, min(_COMPARE_BLOCKS, known.blocks - first)))
+        writer.finish()
+        return writer.sha256() == known.table.sha256
 
     def _forget(self) -> None:
         if self._newest is not None:
@@ -160,6 +178,7 @@ class Verifier:
         held against tables of their own, do not suffer from that.
         """
         carried = bytearray()
+        self._is_as_written = False
         try:
             with ExitStack() as stack:
                 file = HashedFile(stack.enter_context(merge.open_delta(generation)))
@@ -173,7 +192,8 @@ class Verifier:
             raise
         self._format = reader.format
         known = generation.manifest
-        if known is not None and file.sha256() != known.delta.sha256:
+        self._is_as_written = known is not None and file.sha256() == known.delta.sha256
+        if known is not None and not self._is_as_written:
             raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
         if reader.table_sha256 is not None:
             self._check_table(generation, reader.table_sha256)

@@ -19,11 +19,15 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 120,
     pass_fds: Sequence[int] = (),
+    under: Sequence[str] = (),
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a command of ``bin/`` (its first word) and return what it printed; the caller checks the exit status."""
+    """Run a command of ``bin/`` (its first word) and return what it printed; the caller checks the exit status.
+
+    `under` is a command to run it under, such as prlimit(1).
+    """
     program = BIN / os.fsdecode(arguments[0])
     return subprocess.run(
-        [sys.executable, program, *arguments[1:]],
+        [*under, sys.executable, program, *arguments[1:]],
         input=stdin,
         cwd=cwd,
         env={**os.environ, "PATH": PATH, **(env or {})},

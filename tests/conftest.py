@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def require_program(name: str) -> str:
     path = shutil.which(name)
     require(path, f"the program {name}")
     assert path is not None
+    return path
+
+
+def require_strace() -> str:
+    """Return the path of strace, or skip the test where processes cannot be traced."""
+    path = require_program("strace")
+    probe = subprocess.run([path, "-o", os.devnull, "true"], capture_output=True, timeout=60, check=False)
+    require(probe.returncode == 0, "the right to trace processes")
     return path
 
 

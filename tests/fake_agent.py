@@ -117,7 +117,7 @@ class FakeConnection(Connection):
         self.closed = False
         self.failure: BaseException | None = None
         self._status = 0
-        self._read_lock = threading.Lock()
+        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         ours, self._theirs = socket.socketpair()
         self._ours = ours
         self._pipe = wire.Pipe(ours.fileno(), ours.fileno())
@@ -141,7 +141,10 @@ class FakeConnection(Connection):
             return self._pipe.readinto(view, timeout_s)
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
-        self._pipe.write(parts)
+        with self._write_lock:  # nor while a heartbeat writes: its number would soon be that of another connection
+            if self.closed:
+                raise ConnectionLost("the connection is closed")
+            self._pipe.write(parts)
 
     def wait(self, timeout_s: float) -> int | None:
         self._thread.join(timeout_s)
@@ -155,7 +158,7 @@ class FakeConnection(Connection):
         self._ours.shutdown(socket.SHUT_RDWR)
         self._thread.join(30)
         assert not self._thread.is_alive(), "the script did not notice that the connection is closed"
-        with self._read_lock:
+        with self._read_lock, self._write_lock:
             self._ours.close()
         self._theirs.close()
         if self.failure is not None:

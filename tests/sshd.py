@@ -56,6 +56,11 @@ class Sshd:
         with (known_hosts or self.known_hosts).open("a") as file:
             file.write(f"[127.0.0.1]:{port} {kind} {key}\n")
 
+    def allow(self, line: str) -> None:
+        """Add a line to the authorized keys."""
+        with (self.directory / "authorized_keys").open("a") as file:
+            file.write(line)
+
     def login_through(self, script: str) -> list[str]:
         """Return the options of a login whose shell is a script; it finds the command in SSH_ORIGINAL_COMMAND."""
         key = self.directory / f"key-{len(list(self.directory.iterdir()))}"
@@ -63,8 +68,7 @@ class Sshd:
         shell.write_text(script)
         shell.chmod(0o755)
         _make_key(key)
-        with (self.directory / "authorized_keys").open("a") as file:
-            file.write(f'command="{shell}" {key.with_suffix(".pub").read_text()}')
+        self.allow(f'command="{shell}" {key.with_suffix(".pub").read_text()}')
         return [f"IdentityFile={key}", "IdentitiesOnly=yes", f"UserKnownHostsFile={self.known_hosts}"]
 
     def __enter__(self) -> "Sshd":

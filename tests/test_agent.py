@@ -16,7 +16,7 @@ from blockdiff import agent, wire
 from blockdiff.errors import SourceError
 from blockdiff.transport.child import ChildConnection
 from tests import agents, loop
-from tests.conftest import require, require_program
+from tests.conftest import require_program, require_strace
 from tests.descriptors import all_closed
 
 BLOCK = 4096
@@ -176,10 +176,7 @@ def test_a_block_device(tmp_path: Path) -> None:
 
 def traced(*options: str) -> list[str]:
     """Return what runs the agent under strace; skips the test where that is not possible."""
-    strace = require_program("strace")
-    probe = subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True, timeout=60, check=False)
-    require(probe.returncode == 0, "the right to trace processes")
-    return [strace, "-f", *options, *agents.command()]
+    return [require_strace(), "-f", *options, *agents.command()]
 
 
 def test_a_read_error_of_the_disk_names_the_offset(image: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,6 @@ from tests import chains, commands
 from tests.chains import DAYS, SmallChain
 from tests.conftest import require, require_program
 from tests.sshd import Sshd
-
-#: Takes a key's line for authorized_keys, and returns the options of a login with that key.
-Login = Callable[[str], list[str]]
 
 
 @pytest.fixture
@@ -38,14 +34,12 @@ def authorize(key: Path, *granted: str | Path) -> str:
     return commands.done("blockdiff", "authorize", "--key", key.with_suffix(".pub"), *granted).decode()
 
 
-def allow(sshd: Sshd, line: str) -> None:
-    with (sshd.directory / "authorized_keys").open("a") as file:
-        file.write(line)
+def options(sshd: Sshd, key: Path) -> list[str]:
+    return [f"IdentityFile={key}", f"UserKnownHostsFile={sshd.known_hosts}"]
 
 
 def backup(sshd: Sshd, key: Path, chain: SmallChain, *more: str) -> "subprocess.CompletedProcess[bytes]":
-    options = [f"IdentityFile={key}", f"UserKnownHostsFile={sshd.known_hosts}"]
-    words = [word for option in options for word in ("--ssh-option", option)]
+    words = [word for option in options(sshd, key) for word in ("--ssh-option", option)]
     return commands.run("blockdiff", "backup", chain.name, sshd.url(chain.source), *words, *more)
 
 
@@ -59,7 +53,7 @@ def refused(result: "subprocess.CompletedProcess[bytes]", *words: str) -> None:
 def test_a_pinned_key_backs_up_its_source(sshd: Sshd, key: Path, chain: SmallChain, transport: str) -> None:
     line = authorize(key, chain.source)
     assert line.startswith('restrict,command="') and line.endswith("\n") and line.count("\n") == 1
-    allow(sshd, line)
+    sshd.allow(line)
     result = backup(sshd, key, chain, "--transport", transport)
     assert (result.returncode, result.stderr) == (0, b"")
     chain.assert_sound()
@@ -68,11 +62,10 @@ def test_a_pinned_key_backs_up_its_source(sshd: Sshd, key: Path, chain: SmallCha
 def test_a_pinned_key_reads_nothing_else_and_runs_nothing(sshd: Sshd, key: Path, chain: SmallChain) -> None:
     other = chain.source.with_name('it\'s "other"')
     other.write_bytes(DAYS[1])
-    allow(sshd, authorize(key, other, "mysql:/nowhere/mysqld.sock"))
+    sshd.allow(authorize(key, other, "mysql:/nowhere/mysqld.sock"))
     refused(backup(sshd, key, chain), f"this key may not read {chain.source}", "blockdiff authorize")
     refused(backup(sshd, key, chain, "--lvm"), f"this key may not read {chain.source}")
-    options = [f"IdentityFile={key}", f"UserKnownHostsFile={sshd.known_hosts}"]
-    command = ["ssh", "-F", "none", *(word for option in options for word in ("-o", option))]
+    command = ["ssh", "-F", "none", *(word for option in options(sshd, key) for word in ("-o", option))]
     marker = chain.source.with_name("marker")
     login = [*command, "-p", str(sshd.port), sshd.login, f"touch {shlex.quote(str(marker))}"]
     assert subprocess.run(login, stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode != 0
@@ -83,20 +76,19 @@ def test_a_pinned_key_reads_nothing_else_and_runs_nothing(sshd: Sshd, key: Path,
     chain.assert_sound()
 
 
-def test_a_pinned_key_takes_no_command_and_no_prefix(sshd: Sshd, key: Path, chain: SmallChain) -> None:
-    allow(sshd, authorize(key, chain.source))
+def test_a_pinned_key_takes_no_command_and_no_prefix(
+    sshd: Sshd, key: Path, chain: SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sshd.allow(authorize(key, chain.source))
     marker = chain.source.with_name("marker")
     refused(backup(sshd, key, chain, "--lvm", "--before", f"touch {marker}"), "this key may not run commands: touch")
-    os.environ["SSH_BLOCKDIFF_PREFIX"] = f"sh -c 'touch {marker}'"
-    try:
-        refused(backup(sshd, key, chain), "this key runs nothing but the agent")
-    finally:
-        del os.environ["SSH_BLOCKDIFF_PREFIX"]
+    monkeypatch.setenv("SSH_BLOCKDIFF_PREFIX", f"sh -c 'touch {marker}'")
+    refused(backup(sshd, key, chain), "this key runs nothing but the agent")
     assert not marker.exists()
 
 
 def test_a_pinned_key_connects_to_no_other_socket(sshd: Sshd, key: Path, chain: SmallChain) -> None:
-    allow(sshd, authorize(key, chain.source, "mysql:/nowhere/mysqld.sock"))
+    sshd.allow(authorize(key, chain.source, "mysql:/nowhere/mysqld.sock"))
     for url in ("mysql+ssh://root@/?socket=/run/other.sock", "ssh"):
         refused(backup(sshd, key, chain, "--lvm", "--mysql", url), "this key may not connect to a database there")
     result = backup(sshd, key, chain, "--lvm", "--mysql", "mysql+ssh://root@/?socket=/nowhere/mysqld.sock")
@@ -105,7 +97,7 @@ def test_a_pinned_key_connects_to_no_other_socket(sshd: Sshd, key: Path, chain: 
 
 def test_a_key_that_is_pinned_to_another_agent_says_so(sshd: Sshd, key: Path, chain: SmallChain) -> None:
     line = authorize(key, chain.source)
-    allow(sshd, line.replace(bundle.agent_id(), "0" * 64))
+    sshd.allow(line.replace(bundle.agent_id(), "0" * 64))
     refused(backup(sshd, key, chain), "accepts the agent of another version of blockdiff only", "blockdiff authorize")
 
 
@@ -142,7 +134,7 @@ def test_a_script_serves_an_unprivileged_user_behind_sudo(sshd: Sshd, key: Path,
         login.chmod(0o755)
         keys = sshd.directory / "authorized_keys"
         before = keys.read_text()
-        allow(sshd, f'restrict,command="{login}" {key.with_suffix(".pub").read_text()}')
+        sshd.allow(f'restrict,command="{login}" {key.with_suffix(".pub").read_text()}')
         result = backup(sshd, key, chain)
         keys.write_text(before)
         assert result.returncode == (0 if does else 1), result
@@ -151,8 +143,12 @@ def test_a_script_serves_an_unprivileged_user_behind_sudo(sshd: Sshd, key: Path,
 
 def test_what_is_not_asked_for_sensibly_is_a_usage_error(key: Path) -> None:
     public = key.with_suffix(".pub")
-    for words in ([], ["--script", "/x"], ["--key", public], ["--key", public, "--script"], ["--key", public, "vg/lv"]):
+    keyed: list[str | Path] = ["--key", public]
+    for words in ([], ["--script", "/x"], keyed, [*keyed, "--script"]):
         result = commands.run("blockdiff", "authorize", *words)
+        assert result.returncode == 2 and b"Traceback" not in result.stderr
+    for word in ("vg/lv", "3306", "mysql:", "mysql:name"):
+        result = commands.run("blockdiff", "authorize", *keyed, word)
         assert result.returncode == 2 and b"Traceback" not in result.stderr
 
 

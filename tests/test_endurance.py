@@ -86,7 +86,7 @@ def test_a_year_of_daily_runs(large_tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def now(cls, tz: object = None) -> "Clock":
             return cls(today.year, today.month, today.day, today.hour)
 
-    monkeypatch.setattr(modern, "datetime", Clock)
+    monkeypatch.setattr("blockdiff.cli.backup.datetime", Clock)
     for path in (source, expected):
         path.touch()
     for day in range(DAYS):

@@ -58,12 +58,13 @@ ORDER = """
     quiesce  streams  compare
     plan
     apply  target  verify  listing
-    proofs  salvage  repair
+    proofs  salvage  rebuild
+    repair
     descriptors
     command_backup  backup  cronlog  status
     cli.progressbar
     cli  cli.volumes
-    cli.restore  cli.status  cli.verify  cli.repair  cli.authorize
+    cli.backup  cli.list  cli.restore  cli.status  cli.verify  cli.repair  cli.authorize
     cli.modern  cli.original  cli.locking
     __main__
 """

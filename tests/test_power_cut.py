@@ -78,9 +78,7 @@ def told(history: History) -> int:
 
 def backup_history(place: Path, before: int, monkeypatch: pytest.MonkeyPatch) -> tuple[SmallChain, History]:
     """Return a chain that gets one generation after `before` others, and what was done to its directory."""
-    chain = chains.new_chain(place)
-    for number in range(before):
-        chain.add(DAYS[number])
+    chain = chains.some_days(place, before)
     with powercut.recorded(monkeypatch, durable, chain.directory) as history:
         chain.add(DAYS[before])
     return chain, history
@@ -151,17 +149,29 @@ def _damaged_last(chain: SmallChain) -> None:
     chain.file(".3.gz").write_bytes(b"damaged")
 
 
-@pytest.mark.parametrize("harm", [_without_version, _damaged_version, _without_manifest, _damaged_last])
+def _without_table(chain: SmallChain) -> None:
+    chain.file(".3.sha256").unlink()
+
+
+def _damaged_table(chain: SmallChain) -> None:
+    chain.file(".3.sha256").write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [_without_version, _damaged_version, _without_manifest, _damaged_last, _without_table, _damaged_table],
+)
 def test_a_repair(place: Path, harm: Callable[[SmallChain], None], monkeypatch: pytest.MonkeyPatch) -> None:
     chain = chains.three_days(place)
     harm(chain)
     sound = 2 if harm is _damaged_last else 3
+    restorable = 2 if harm in (_damaged_last, _without_table, _damaged_table) else 3
     finder = Finder(chain, place, sound)
 
     def check(found: Found, complete: bool) -> None:
         left = finder.chain(found)
         for again in range(2):
-            for number in range(1, sound + 1):
+            for number in range(1, (sound if again else restorable) + 1):
                 assert left.restored(number) == chain.images[number]
             told = repair.repair(left.name)
             assert not (again or complete) or told.deeds == []

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdiff import repair
+from blockdiff import digesttable, repair
 from blockdiff.backup import Options
 from blockdiff.chain import Chain
 from blockdiff.commit import LockedChain
 from blockdiff.durable import Directory
-from blockdiff.errors import BlockdiffError, BusyError, StorageError
+from blockdiff.errors import BlockdiffError, BusyError, DamagedError, StorageError
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 
@@ -45,6 +45,13 @@ def repaired(chain: SmallChain) -> repair.Findings:
     assert repair.repair(chain.name).deeds == []
     assert chain.files() == after
     return found
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def present(chain: SmallChain) -> list[int]:
@@ -133,26 +140,71 @@ def test_a_manifest_is_rebuilt_and_the_next_ones_follow_it(chain: SmallChain, nu
 
 
 def test_a_manifest_whose_delta_has_another_checksum_but_the_same_blocks_is_rebuilt(chain: SmallChain) -> None:
-    path = chain.file(".2.gz")
-    content = bytearray(path.read_bytes())
-    content[4] ^= 1  # the time in the header of a gzip member
-    path.write_bytes(content)
+    flip(chain.file(".2.gz"), 4)  # the time in the header of a gzip member
     assert chain.bad() == [2]
     assert repaired(chain).lost == {}
     assert chain.bad() == []
     assert_exact(chain)
 
 
-@pytest.mark.parametrize("suffix", [".3.gz", ".3.sha256"])
-def test_a_last_generation_that_is_broken_is_set_aside(chain: SmallChain, suffix: str) -> None:
-    path = chain.file(suffix)
+def test_a_last_generation_that_is_broken_is_set_aside(chain: SmallChain) -> None:
+    path = chain.file(".3.gz")
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     found = repaired(chain)
     assert list(found.lost) == [3] and present(chain) == [1, 2]
     assert chain.file(".ver").read_bytes() == b"2\n"
-    assert chain.file(suffix + ".aside-1").read_bytes() == content[:-1]
+    assert chain.file(".3.gz.aside-1").read_bytes() == content[:-1]
     assert_exact(chain)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (2,), (3,), (1, 2, 3)])
+@pytest.mark.parametrize("deed", ["missing", "flipped", "cut"])
+def test_a_digest_table_is_rebuilt_from_the_deltas(chain: SmallChain, numbers: tuple[int, ...], deed: str) -> None:
+    paths = [chain.file(f".{number}.sha256") for number in numbers]
+    before = chain.files()
+    for path in paths:
+        if deed == "missing":
+            path.unlink()
+        elif deed == "flipped":
+            flip(path, 7)
+        else:
+            path.write_bytes(path.read_bytes()[:-1])
+    found = repaired(chain)
+    assert [deed.text for deed in found.deeds] == [f"{path} rebuilt from the deltas" for path in paths]
+    assert found.lost == {} and chain.files().items() >= before.items()
+    assert all(chain.file(f".{number}.sha256.aside-1").exists() == (deed != "missing") for number in numbers)
+    assert_exact(chain)
+
+
+def test_a_large_sparse_digest_table_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digesttable, "PLAIN_LIMIT", 100)
+    chain = chains.three_days(tmp_path)
+    before = chain.file(".3.sha256").read_bytes()
+    assert before.startswith(b"\0\0\0\0BDt2")
+    chain.file(".3.sha256").unlink()
+    assert repaired(chain).lost == {}
+    assert chain.file(".3.sha256").read_bytes() == before
+    assert_exact(chain)
+
+
+@pytest.mark.parametrize("suffix", [".2.gz", ".1.gz"])
+def test_a_digest_table_is_not_rebuilt_from_deltas_that_are_damaged_too(chain: SmallChain, suffix: str) -> None:
+    chain.file(".2.sha256").unlink()
+    path = chain.file(suffix)
+    flip(path, path.stat().st_size // 2)
+    assert 2 in repaired(chain).lost
+    assert not chain.file(".2.sha256").exists()
+
+
+def test_a_digest_table_that_the_deltas_no_longer_make_is_not_written(chain: SmallChain) -> None:
+    chain.file(".2.sha256").unlink()
+    with Chain(chain.name) as opened:
+        (deed,) = repair.examine(opened).deeds
+    chain.file(".1.gz").unlink()
+    with LockedChain(chain.name) as locked, pytest.raises(DamagedError, match=r"do not make .*\.2\.sha256 any more"):
+        deed.do(locked)
+    assert not chain.file(".2.sha256").exists() and chain.temporary() == []
 
 
 def test_what_is_broken_before_the_last_sound_generation_stays_and_is_told(chain: SmallChain) -> None:
@@ -169,9 +221,18 @@ def test_what_is_broken_before_the_last_sound_generation_stays_and_is_told(chain
 
 def test_a_delta_that_younger_generations_need_stays_though_its_own_table_is_gone(chain: SmallChain) -> None:
     chain.file(".1.sha256").unlink()
+    flip(chain.file(".1.gz"), 4)  # the time in the header of a gzip member: no longer the delta that the manifest knows
     found = repaired(chain)
     assert list(found.lost) == [1] and found.deeds == []
     assert chain.restored(3) == DAYS[2]
+
+
+def test_a_generation_is_sound_by_its_files_where_a_table_before_it_is_rebuilt(chain: SmallChain) -> None:
+    chain.file(".1.sha256").unlink()
+    chain.file(".2.json").unlink()
+    found = repaired(chain)
+    assert found.lost == {} and len(found.deeds) == 3
+    assert_exact(chain)
 
 
 def test_a_full_generation_of_another_chain_is_not_taken_in(chain: SmallChain, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from blockdiff.commit import LockedChain
 from tests import chains, commands
 from tests.chains import DAYS, SmallChain
-from tests.conftest import require, require_program
+from tests.conftest import require_strace
 
 pytestmark = pytest.mark.torture
 
@@ -38,10 +38,8 @@ class Strace:
     """Runs the command `blockdiff` with a fault in it. `log` is a file of ours."""
 
     def __init__(self, log: Path) -> None:
-        self._program = require_program("strace")
+        self._program = require_strace()
         self._log = log
-        probe = subprocess.run([self._program, "-o", log, "true"], capture_output=True, timeout=60, check=False)
-        require(probe.returncode == 0, "the right to trace processes")
 
     def run(self, fault: str, call: str, number: int, paths: Sequence[Path], *words: str | Path) -> Ended:
         """Let `call` number `number` (from 1) of those on the files `paths` fail; without `paths`, of all."""
@@ -69,8 +67,7 @@ def strace(tmp_path: Path) -> Strace:
 
 @pytest.fixture
 def chain(large_tmp_path: Path) -> SmallChain:
-    chain = chains.new_chain(large_tmp_path)
-    chain.add(DAYS[0])
+    chain = chains.some_days(large_tmp_path, 1)
     chain.source.write_bytes(DAYS[1])
     return chain
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import click
 
 from blockdiff import pipeline, signals
-from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable
+from blockdiff.errors import EXIT_FAILED, BlockdiffError, Interrupted, UsageError, printable, without_memory
 from blockdiff.progress import Progress
 
 #: How long the user lets something take.
@@ -76,6 +76,18 @@ def print_ranges(ranges: list[tuple[int, int]]) -> int:
     return sum(length for _offset, length in ranges)
 
 
+def human_size(count: int | None) -> str:
+    """Return a number of bytes for people: 1.5G, powers of 1024, and a dash for None."""
+    if count is None:
+        return "-"
+    value, unit = float(count), ""
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1024 or unit == "T":
+            break
+        value /= 1024
+    return f"{value:.0f}" if unit == "" else f"{value:.1f}{unit}"
+
+
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
     """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""
@@ -108,6 +120,9 @@ def run(command: click.Command, name: str) -> None:
     except click.Abort:
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001  # the boundary
+        if (known := without_memory(error)) is not None:
+            say_error(known)
+            sys.exit(EXIT_FAILED)
         traceback.print_exc()
         say(f"this is a fault in blockdiff: {type(error).__name__}: {printable(str(error), 500)}")
         sys.exit(EXIT_FAILED)

@@ -1,5 +1,6 @@
 """``blockdiff authorize``: narrow what a key may do on a host."""
 
+import re
 from typing import TextIO
 
 import click
@@ -26,7 +27,7 @@ def command(granted: tuple[str, ...], key: TextIO | None, script: bool) -> None:
     if script or key is None or not granted:
         raise UsageError("authorize takes either --key FILE and what is granted, or --script alone")
     for word in granted:
-        if not word.removeprefix(MYSQL).startswith("/") and not word.removeprefix(MYSQL).isdigit():
+        if not re.fullmatch(rf"({MYSQL})?/.+|{MYSQL}[0-9]+", word, re.DOTALL):
             raise UsageError(f"{word} is neither a path nor mysql:SOCKET nor mysql:PORT")
     line = bundle.pinned_command(granted)
     escaped = line.replace("\\", "\\\\").replace('"', '\\"')

@@ -17,8 +17,9 @@ from blockdiff.errors import EXIT_DAMAGED, printable
 def command(name: str, dry_run: bool) -> None:
     """Put the chain NAME in order, and say what was done: run again, nothing is left to do.
 
-    NAME.ver and manifests are rebuilt from what is there. Behind the last generation that can be restored, what cannot
-    is set aside: renamed to ….aside-1, not removed. Reads everything. Exit status 5 where generations are lost.
+    NAME.ver, manifests and digest tables are rebuilt from what is there. Behind the last generation that can be
+    restored, what cannot is set aside: renamed to ….aside-1, not removed. Reads everything. Exit status 5 where
+    generations are lost.
     """
     with ExitStack() as stack:
         progress = stack.enter_context(watched("repair"))

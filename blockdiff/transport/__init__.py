@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from blockdiff.address import Address
 from blockdiff.errors import TransportError
 from blockdiff.transport import child, openssh
-from blockdiff.transport.connection import Connection
+from blockdiff.transport.connection import Connection, send_agent
 
 NAMES = ("ssh", "paramiko")
 
@@ -29,3 +29,19 @@ def connect(address: Address, name: str | None = None, options: Sequence[str] = 
     from blockdiff.transport import paramiko_ssh  # here, because its import takes longer than a small backup
 
     return paramiko_ssh.ParamikoConnection(address, options)
+
+
+def begin(
+    address: Address, name: str | None = None, options: Sequence[str] = (), prefix: Sequence[str] = ()
+) -> Connection:
+    """Return a connection as `connect` does, on which the agent is on its way: the host works on it from now on.
+
+    `prefix` is a command to run the agent under. Raises `TransportError` where that cannot be sent.
+    """
+    connection = connect(address, name, options)
+    try:
+        send_agent(connection, prefix)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

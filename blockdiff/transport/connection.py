@@ -27,11 +27,13 @@ LOST_HINT = "nothing of this run was kept; run again"
 class Connection(wire.Stream):
     """A running command on the other side. A context manager that leaves nothing running.
 
-    `login` is what messages call the other side, `memory` what a command on this machine has inherited.
+    `login` is what messages call the other side, `memory` what a command on this machine has inherited. `nonce` is what
+    the agent will begin with, once it was sent.
     """
 
     login: str
     memory: SharedMemory | None = None
+    nonce: bytes | None = None
 
     def __enter__(self) -> "Connection":
         return self
@@ -91,6 +93,16 @@ class Tail:
         return printable(lines[-1], 500) if lines else ""
 
 
+def send_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: float = START_TIMEOUT_S) -> None:
+    """Send what makes the command the agent; `push_agent` then waits for it. Raises `TransportError`."""
+    nonce = secrets.token_bytes(bundle.NONCE_SIZE)
+    try:
+        connection.write_start(bundle.startup(nonce, prefix), timeout_s)
+    except ConnectionLost as error:
+        raise failed_start(connection, error) from error
+    connection.nonce = nonce
+
+
 def push_agent(
     connection: Connection,
     prefix: Sequence[str] = (),
@@ -102,10 +114,11 @@ def push_agent(
     What the login shell printed before, up to `NOISE_LIMIT` bytes, is skipped: the agent begins with a random nonce
     that we gave it. Raises `TransportError` where no agent answers.
     """
-    nonce = secrets.token_bytes(bundle.NONCE_SIZE)
+    if connection.nonce is None:
+        send_agent(connection, prefix, timeout_s)
+    assert connection.nonce is not None
     try:
-        connection.write_start(bundle.startup(nonce, prefix), timeout_s)
-        _skip_to(connection, nonce, timeout_s)
+        _skip_to(connection, connection.nonce, timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
     return wire.Link(connection, silence_s, wire.STALL_S, isal_zlib.crc32)

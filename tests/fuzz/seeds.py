@@ -150,4 +150,4 @@ def options() -> list[bytes]:
 
 def sources() -> list[bytes]:
     """Words of a command line."""
-    return [b"/dev/vg/lv", b"root@web1:/dev/vg/lv", b"ssh://root@[::1]:2222/dev/a%20b", b"ssh://web1/x", b"web1"][:4]
+    return [b"/dev/vg/lv", b"root@web1:/dev/vg/lv", b"ssh://root@[::1]:2222/dev/a%20b", b"ssh://web1/x"]

@@ -110,29 +110,29 @@ def _salvager(data: bytes) -> None:
             assert run.data is not None and len(run.data) == run.length
 
 
-def _decompress(data: bytes, name: str | None) -> bytes:
+def _joined(pieces: Iterator[bytes]) -> bytes:
+    """Return what the pieces hold, up to the one that makes it enough."""
     parts = []
     left = _ENOUGH
-    pieces = codec.decompressed(io.BytesIO(data), "delta", name)
     for piece in pieces:
-        assert 0 < len(piece) <= codec.MAX_MEMBER
         parts.append(piece)
         left -= len(piece)
         if left < 0:
             break
-    del pieces  # what is left half read is a generator with threads behind it
     return b"".join(parts)
+
+
+def _decompress(data: bytes, name: str | None) -> bytes:
+    def pieces() -> Iterator[bytes]:
+        for piece in codec.decompressed(io.BytesIO(data), "delta", name):
+            assert 0 < len(piece) <= codec.MAX_MEMBER
+            yield piece
+
+    return _joined(pieces())
 
 
 def _sound(data: bytes, name: str) -> bytes:
-    parts = []
-    left = _ENOUGH
-    for piece in codec.sound_pieces(io.BytesIO(data), "delta", name):
-        parts.append(piece.data)
-        left -= len(piece.data)
-        if left < 0:
-            break
-    return b"".join(parts)
+    return _joined(piece.data for piece in codec.sound_pieces(io.BytesIO(data), "delta", name))
 
 
 def _compressed(name: str) -> Callable[[bytes], None]:

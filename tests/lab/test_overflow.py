@@ -32,12 +32,15 @@ def overwrite(guest: Guest, path: str, count_mib: int) -> None:
     guest.run(f"dd if=/dev/urandom of={path} bs=1M count={count_mib} oflag=direct conv=notrunc status=none")
 
 
+def size_mib(group: VolumeGroup, name: str) -> float:
+    return float(group.guest.output(f"lvs --noheadings --units m --nosuffix -o lv_size {group.name}/{name}"))
+
+
 def overflowed_size(group: VolumeGroup) -> str:
     """Return the size of the snapshot, which has overflowed: a slow guest gives the run time to extend it before."""
     name = snapshot_of(group)
     assert group.volumes()[name][4] == "I"
-    size = group.guest.output(f"lvs --noheadings --units m --nosuffix -o lv_size {group.name}/{name}")
-    return f"{float(size):g} MiB"
+    return f"{size_mib(group, name):g} MiB"
 
 
 def assert_overflowed(chain: VolumeChain, group: VolumeGroup, ended: tuple[int, str, str], size: str) -> None:
@@ -101,8 +104,7 @@ def test_a_snapshot_that_fills_is_extended_while_the_group_has_room(
     with chain.slowly(MIB, "--full", "--snapshot-size", "16M") as (_hold, end):
         snapshot = snapshot_of(volume_group)
         overwrite(chain.guest, chain.path, 13)
-        size = f"lvs --noheadings --units m --nosuffix -o lv_size {volume_group.name}/{snapshot}"
-        wait_until(lambda: float(chain.guest.output(size)) > 16)
+        wait_until(lambda: size_mib(volume_group, snapshot) > 16)
         overwrite(chain.guest, chain.path, 20)
         status, out, err = end()
     assert (status, err) == (0, "")

@@ -1,0 +1,83 @@
+"""``blockdiff list``: the generations of a chain."""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime
+
+import click
+
+from blockdiff import coordinates, listing
+from blockdiff.chain import Chain, Generation
+from blockdiff.cli import human_size, split_name
+from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
+
+
+@click.command("list")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--replica-statement", is_flag=True, help="Print the statement that makes NAME@N, restored, a replica.")
+def command(name: str, as_json: bool, replica_statement: bool) -> None:
+    """Show the generations of the chain NAME (or NAME@N: one of them)."""
+    chain_name, number = split_name(name)
+    with Chain(chain_name) as chain:
+        if replica_statement:
+            click.echo(_replica_statement(chain.generation(number)), nl=False)
+            return
+        found = listing.entries(chain)
+        if not found or number is not None:
+            chain.generation(number)  # says what is not there
+            found = [entry for entry in found if entry.generation == number]
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+    else:
+        _print_table(found)
+    if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
+        sys.exit(EXIT_DAMAGED)
+
+
+def _replica_statement(generation: Generation) -> str:
+    """Return the statement for a generation; raises `ChainError` where it knows nothing of a database."""
+    if generation.manifest_error is not None:
+        raise generation.manifest_error
+    if generation.manifest is None or generation.manifest.database is None:
+        raise ChainError(
+            f"generation {generation.number} was made without a database lock, and has no coordinates",
+            "use --mysql for backups that replicas are to be seeded from",
+        )
+    return coordinates.replica_statement(generation.manifest.database)
+
+
+def _when(text: str | None) -> str:
+    """Return a time of the manifest in local time."""
+    if text is None:
+        return "-"
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return printable(text, 40)
+
+
+def _print_table(found: list[listing.Entry]) -> None:
+    kinds = {True: "full", False: "incremental", None: "-"}
+    rows = [("gen", "when", "kind", "image", "changed", "stored", "consistency", "state")]
+    rows += [
+        (
+            str(entry.generation),
+            _when(entry.when),
+            kinds[entry.full],
+            human_size(entry.image_size),
+            human_size(entry.changed),
+            human_size(entry.stored),
+            entry.consistency or "-",
+            entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
+        )
+        for entry in found
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in (0, 3, 4, 5) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        click.echo("  ".join([*cells, row[7]]).rstrip())
