@@ -78,8 +78,12 @@ class Shop:
         """Return how often LVM has changed the group so far: for every snapshot that was made, if only for a while."""
         return int(self.guest.output(f"vgs --noheadings -o vg_seqno {self.group.name}"))
 
+    def snapshots(self) -> list[str]:
+        """Return the names of the group's snapshots, and of the volumes that have some."""
+        return [name for name, attributes in self.group.volumes().items() if attributes[0] in "sSoO"]
+
     def assert_no_snapshot(self) -> None:
-        assert [name for name, attributes in self.group.volumes().items() if attributes[0] in "sSoO"] == []
+        assert self.snapshots() == []
 
 
 @contextmanager
