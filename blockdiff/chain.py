@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from blockdiff import codec, manifest
+from blockdiff import checksum, codec, manifest
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import Directory
@@ -111,7 +111,7 @@ class Generation:
         """
         suffix = self.table_suffix
         table = TableReader(self.directory.open(self.name(suffix)), self.path(suffix), DIGEST_SIZES[self.digest])
-        if self.manifest is not None and table.sha256() != self.manifest.table.sha256:
+        if self.manifest is not None and checksum.of_sha256(table.sha256()) != self.manifest.table.checksum:
             table.__exit__()
             raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
         return table

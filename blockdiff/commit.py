@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
-from blockdiff import manifest
+from blockdiff import checksum, manifest
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import OutputFile
@@ -183,7 +183,7 @@ class NewGeneration:
         self._linked: list[str] = []
         self._files: list[OutputFile] = []
         try:
-            self.delta = self._create(delta_suffix)
+            self.delta = self._create(delta_suffix, checksum.OF_DELTAS)
             self.table = self._create(table_suffix)
         except BaseException:
             self._undo()
@@ -195,8 +195,8 @@ class NewGeneration:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._undo()
 
-    def _create(self, suffix: str) -> OutputFile:
-        file = self._directory.create(self._temporary(suffix))
+    def _create(self, suffix: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
+        file = self._directory.create(self._temporary(suffix), algorithm)
         self._files.append(file)
         return file
 
@@ -216,8 +216,8 @@ class NewGeneration:
         self.delta.finish()
         self.table.finish()
         return (
-            manifest.StoredFile(delta_suffix, self.delta.size, self.delta.sha256()),
-            manifest.StoredFile(table_suffix, self.table.size, self.table.sha256()),
+            manifest.StoredFile(delta_suffix, self.delta.size, self.delta.checksum()),
+            manifest.StoredFile(table_suffix, self.table.size, self.table.checksum()),
         )
 
     def commit(self, content: Manifest) -> None:

@@ -6,7 +6,6 @@ dropped the data and report success the next time.
 """
 
 import errno
-import hashlib
 import os
 import shlex
 import stat
@@ -14,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from blockdiff import checksum
 from blockdiff.blocks import MAX_IMAGE_SIZE
+from blockdiff.checksum import Checksum
 from blockdiff.errors import StorageError
 
 _READ_SIZE = 1 << 20
@@ -40,16 +41,16 @@ def _named(action: str, path: str) -> Iterator[None]:
 
 
 class OutputFile:
-    """A new file that is being written; counts and hashes what is written to it. A context manager.
+    """A new file that is being written; counts what is written to it, and knows its checksum. A context manager.
 
-    `size` is in bytes; `sha256()` is that of everything written so far.
+    `size` is in bytes; `checksum()` is that of everything written so far, by `algorithm`.
     """
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, algorithm: str = checksum.OF_OTHERS) -> None:
         self.path = path
         self.size = 0
         self._fd: int | None = fd
-        self._hash = hashlib.sha256()
+        self._checksum = Checksum(algorithm)
 
     def __enter__(self) -> "OutputFile":
         return self
@@ -66,7 +67,7 @@ class OutputFile:
         with _named("write", self.path):
             while view:
                 view = view[os.write(self._fd, view) :]
-        self._hash.update(data)
+        self._checksum.update(data)
         self.size += len(data)
 
     def fileno(self) -> int:
@@ -75,11 +76,11 @@ class OutputFile:
         return self._fd
 
     def take_in(self) -> None:
-        """Count and hash what another process has written through the descriptor; raises `StorageError`."""
-        self._hash, self.size = hashlib.sha256(), 0
+        """Count what another process has written through the descriptor, with its checksum; raises `StorageError`."""
+        self._checksum, self.size = Checksum(self._checksum.algorithm), 0
         with _named("read", self.path):
             while data := os.pread(self.fileno(), _READ_SIZE, self.size):
-                self._hash.update(data)
+                self._checksum.update(data)
                 self.size += len(data)
 
     def finish(self, mode: int = 0o400) -> None:
@@ -93,9 +94,9 @@ class OutputFile:
             finally:
                 os.close(fd)
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of what was written, in hexadecimal."""
-        return self._hash.hexdigest()
+    def checksum(self) -> str:
+        """Return the checksum of what was written."""
+        return self._checksum.text()
 
 
 def _change_mode(fd: int, mode: int) -> None:
@@ -184,11 +185,11 @@ class Directory:
         with _named("open", self.path_of(name)):
             return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._fd)
 
-    def create(self, name: str) -> OutputFile:
-        """Make a new file of mode 0600; raises `StorageError` where the name is taken."""
+    def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
+        """Make a new file of mode 0600, whose checksum is by `algorithm`; raises `StorageError` where the name is taken."""
         with _named("create", self.path_of(name)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            return OutputFile(os.open(name, flags, 0o600, dir_fd=self._fd), self.path_of(name))
+            return OutputFile(os.open(name, flags, 0o600, dir_fd=self._fd), self.path_of(name), algorithm)
 
     def link(self, name: str, new_name: str) -> None:
         """Give a file a second name; raises `StorageError` where that is taken: nothing is ever overwritten."""

@@ -10,12 +10,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-from blockdiff import codec, coordinates
+from blockdiff import checksum, codec, coordinates
 from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError
 
-VERSION = 1
+#: What is written. Version 1, in which a file had its SHA-256 in place of a checksum with a name, is read as well.
+VERSION = 2
 #: Largest whole number in one: more than anything there is to count, and a float can hold it.
 MAX_INTEGER = (1 << 63) - 1
 #: Largest manifest that is read, in bytes.
@@ -35,11 +36,11 @@ class Parent:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a generation: the `suffix` that follows ``NAME.N``, size in bytes, and SHA-256."""
+    """A file of a generation: the `suffix` that follows ``NAME.N``, size in bytes, and `checksum` (see there)."""
 
     suffix: str
     size: int
-    sha256: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,10 @@ def from_bytes(content: bytes, path: str) -> Manifest:
         version = int(fields["blockdiff_manifest"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{path} is not a manifest", "restore it from a copy, or move it away") from error
-    if version != VERSION:
-        raise DamagedError(f"{path} has manifest version {version}, this blockdiff knows {VERSION}", "use a newer one")
+    if not 1 <= version <= VERSION:
+        raise DamagedError(
+            f"{path} has manifest version {version}, this blockdiff knows 1 to {VERSION}", "use a newer one"
+        )
     blank = content.replace(claimed.encode("ascii", "replace"), _NO_DIGEST.encode("ascii"), 1)
     if hashlib.sha256(blank).hexdigest() != claimed:
         raise DamagedError(f"{path} is damaged: its checksum does not match", "restore it from a copy")
@@ -219,6 +222,8 @@ def _check(fields: _Fields, known: Manifest) -> None:
     fields.check("block_size", MIN_BLOCK_SIZE <= known.block_size <= MAX_BLOCK_SIZE)
     fields.check("digest", known.digest in DIGEST_SIZES)
     fields.check("suffix", known.delta.suffix in codec.SUFFIXES.values() and known.table.suffix == "." + known.digest)
+    fields.check("checksum", checksum.algorithm(known.delta.checksum) is not None)
+    fields.check("checksum", checksum.algorithm(known.table.checksum) == checksum.OF_OTHERS)
     fields.check("blocks", known.image_size is None or known.blocks == block_count(known.image_size, known.block_size))
 
 
@@ -256,7 +261,9 @@ def _parent(fields: _Fields | None) -> Parent | None:
 
 
 def _stored(fields: _Fields) -> StoredFile:
-    return StoredFile(fields.get("suffix", str), fields.get("size", int), fields.get("sha256", str))
+    of_version_1 = fields.optional("sha256", str)
+    known = fields.get("checksum", str) if of_version_1 is None else checksum.of_sha256(of_version_1)
+    return StoredFile(fields.get("suffix", str), fields.get("size", int), known)
 
 
 def _source(fields: _Fields) -> Source:

@@ -14,7 +14,7 @@ from blockdiff.deltafile import DeltaReader
 from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, printable
-from blockdiff.verify import HashedFile, short_runs
+from blockdiff.verify import CheckedFile, short_runs
 
 Proof = Callable[[Chain, int, Callable[[int], object]], None]
 
@@ -82,7 +82,7 @@ def _check_delta(generation: Generation, table: TableReader, advance: Callable[[
         return run, hasher.run_digests(run.length, run.data)
 
     with merge.open_delta(generation) as raw:
-        file = HashedFile(raw)
+        file = CheckedFile(raw, generation.manifest)
         with merge.read_delta(generation, file) as reader:
             _check_form(generation, reader, table)
             for run, found in pipeline.in_order(digest, short_runs(reader)):
@@ -97,7 +97,7 @@ def _check_delta(generation: Generation, table: TableReader, advance: Callable[[
                 carried[first : first + count] = b"\1" * count
                 advance(run.length)
         known = generation.manifest
-        if known is not None and file.sha256() != known.delta.sha256:
+        if known is not None and file.checksum() != known.delta.checksum:
             raise DamagedError(f"{where} is damaged: its checksum is not the manifest's", "restore it from a copy")
         if reader.table_sha256 not in (None, table.sha256()):
             raise DamagedError(

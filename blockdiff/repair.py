@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from blockdiff import __version__, clock, manifest, merge, rebuild
+from blockdiff import __version__, checksum, clock, manifest, merge, rebuild
 from blockdiff.blocks import block_count
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.commit import LockedChain
 from blockdiff.errors import StorageError
 from blockdiff.manifest import Manifest, Parent, Source, StoredFile
-from blockdiff.verify import HashedFile, Verifier
+from blockdiff.verify import CheckedFile, Verifier
 
 Advance = Callable[[int], object]
 
@@ -210,12 +210,12 @@ class _Manifests:
         delta, table_suffix = generation.delta_suffix, generation.table_suffix
         written = clock.iso(generation.directory.modified(generation.name(delta)))
         with generation.open_table() as table, merge.open_delta(generation) as raw:
-            file = HashedFile(raw)
+            file = CheckedFile(raw)
             last_end = 0
             with merge.read_delta(generation, file) as reader:
                 for run in reader.runs():
                     last_end = run.offset + run.length
-            stored = StoredFile(delta, self._size(generation, delta), file.sha256())
+            stored = StoredFile(delta, self._size(generation, delta), file.checksum())
             made = Manifest(
                 chain=self._id,
                 generation=generation.number,
@@ -223,7 +223,9 @@ class _Manifests:
                 full=reader.blocks_carried == table.count,
                 delta_format=reader.format,
                 delta=stored,
-                table=StoredFile(table_suffix, self._size(generation, table_suffix), table.sha256()),
+                table=StoredFile(
+                    table_suffix, self._size(generation, table_suffix), checksum.of_sha256(table.sha256())
+                ),
                 digest=generation.digest,
                 block_size=table.block_size,
                 image_size=reader.image_size,

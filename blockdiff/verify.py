@@ -5,16 +5,16 @@ exactly if and only if these digests are those of its table, which is what a res
 cannot be read takes everything older with it: a restore that gets so far fails there, too.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from blockdiff import merge, pipeline
+from blockdiff import checksum, merge, pipeline
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
+from blockdiff.checksum import Checksum
 from blockdiff.deltafile import DeltaReader, Sink
 from blockdiff.digesttable import TableReader, TableWriter, sparse_count
 from blockdiff.dump import Run
@@ -32,22 +32,23 @@ class Verdict:
     error: BlockdiffError | None
 
 
-class HashedFile:
-    """A file whose SHA-256 is known when it has been read."""
+class CheckedFile:
+    """A file of a delta whose checksum is known when it was read: by the algorithm of its manifest, if it has one."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, known: Manifest | None = None) -> None:
         self._file = file
-        self._hash = hashlib.sha256()
+        algorithm = checksum.algorithm(known.delta.checksum) if known is not None else None
+        self._checksum = Checksum(algorithm or checksum.OF_DELTAS)
 
     def read(self, count: int) -> bytes:
         """Return up to `count` bytes."""
         data = self._file.read(count)
-        self._hash.update(data)
+        self._checksum.update(data)
         return data
 
-    def sha256(self) -> str:
-        """Return the checksum of what was read, in hexadecimal."""
-        return self._hash.hexdigest()
+    def checksum(self) -> str:
+        """Return the checksum of what was read."""
+        return self._checksum.text()
 
 
 class _Newest:
@@ -140,7 +141,7 @@ class Verifier:
         for first in range(0, known.blocks, _COMPARE_BLOCKS):
             writer.append(newest.get(first, min(_COMPARE_BLOCKS, known.blocks - first)))
         writer.finish()
-        return writer.sha256() == known.table.sha256
+        return checksum.of_sha256(writer.sha256()) == known.table.checksum
 
     def _forget(self) -> None:
         if self._newest is not None:
@@ -181,7 +182,7 @@ class Verifier:
         self._is_as_written = False
         try:
             with ExitStack() as stack:
-                file = HashedFile(stack.enter_context(merge.open_delta(generation)))
+                file = CheckedFile(stack.enter_context(merge.open_delta(generation)), generation.manifest)
                 reader = stack.enter_context(merge.read_delta(generation, file))
                 self._prepare(generation, reader)
                 self._carried_end = 0
@@ -192,7 +193,7 @@ class Verifier:
             raise
         self._format = reader.format
         known = generation.manifest
-        self._is_as_written = known is not None and file.sha256() == known.delta.sha256
+        self._is_as_written = known is not None and file.checksum() == known.delta.checksum
         if known is not None and not self._is_as_written:
             raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
         if reader.table_sha256 is not None:

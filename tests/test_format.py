@@ -142,8 +142,8 @@ MANIFEST = Manifest(
     parent=Parent(1, "ab" * 32),
     full=False,
     delta_format=2,
-    delta=StoredFile(".gz", 100, "cd" * 32),
-    table=StoredFile(".sha256", 36, "ef" * 32),
+    delta=StoredFile(".gz", 100, "xxh3:" + "cd" * 16),
+    table=StoredFile(".sha256", 36, "sha256:" + "ef" * 32),
     digest="sha256",
     block_size=4,
     image_size=3,
@@ -209,8 +209,9 @@ def test_a_manifest_of_another_version_or_with_unfit_fields_is_refused() -> None
 
     fields = json.loads(MANIFEST.to_bytes())
     assert manifest.from_bytes(sealed({**fields, "a newer field": [1]}), "m") == MANIFEST
-    with pytest.raises(DamagedError, match="has manifest version 2, this blockdiff knows 1"):
-        manifest.from_bytes(sealed({**fields, "blockdiff_manifest": 2}), "m")
+    for version in (0, 3):
+        with pytest.raises(DamagedError, match=f"has manifest version {version}, this blockdiff knows 1 to 2"):
+            manifest.from_bytes(sealed({**fields, "blockdiff_manifest": version}), "m")
     optional = {"image_size", "bytes_read", "bytes_received", "run", "snapshot", "quiesced", "database", "notes"}
     for name in set(fields) - {"blockdiff_manifest", "sha256", "parent"} - optional:
         with pytest.raises(DamagedError, match="is missing or unfit"):

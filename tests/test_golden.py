@@ -10,7 +10,7 @@ from tests import commands, conftest
 from tests.protocol import BLOCK, GOLDEN, IMAGES, snapshot
 
 PERL = ("perl-plain", "perl-gzip", "perl-lzop")
-OWN = ("own-none", "own-gzip", "own-zstd", "own-md5")
+OWN = ("own-none", "own-gzip", "own-zstd", "own-md5", "own-manifest2")
 ENV = {"BLOCKSIZE": str(BLOCK)}
 NEXT = b"new" * 300 + bytes(600) + IMAGES[1]
 

@@ -35,7 +35,8 @@ ORDER = """
     relay
     grant
     agent
-    bundle  durable  address  clock  progress
+    bundle  checksum  address  clock  progress
+    durable
     lzop
     codec
     mysqloptions  coordinates

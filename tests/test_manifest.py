@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from blockdiff import manifest
 from blockdiff.coordinates import Channel, Coordinates
@@ -21,8 +22,8 @@ EXAMPLE = manifest.Manifest(
     parent=manifest.Parent(1, "ab" * 32),
     full=False,
     delta_format=2,
-    delta=manifest.StoredFile(".gz", 100, "cd" * 32),
-    table=manifest.StoredFile(".sha256", 36, "ef" * 32),
+    delta=manifest.StoredFile(".gz", 100, "xxh3:" + "cd" * 16),
+    table=manifest.StoredFile(".sha256", 36, "sha256:" + "ef" * 32),
     digest="sha256",
     block_size=65536,
     image_size=1000,
@@ -37,6 +38,7 @@ EXAMPLE = manifest.Manifest(
     versions={"blockdiff": "1.0"},
 )
 
+EXAMPLES = {name: dataclasses.asdict(stored) for name, stored in (("delta", EXAMPLE.delta), ("table", EXAMPLE.table))}
 
 CHANNEL = Channel("", "db99", 3306, "binlog.000009", 4, None)
 SNAPSHOT = dataclasses.replace(
@@ -153,9 +155,42 @@ def test_what_older_manifests_do_not_tell_is_not_known(name: str) -> None:
 
 
 def test_another_version_is_refused_in_words_that_help() -> None:
-    with pytest.raises(DamagedError, match="x has manifest version 2, this blockdiff knows 1") as caught:
-        manifest.from_bytes(_signed(lambda fields: fields.update(blockdiff_manifest=2)), "x")
+    with pytest.raises(DamagedError, match="x has manifest version 3, this blockdiff knows 1 to 2") as caught:
+        manifest.from_bytes(_signed(lambda fields: fields.update(blockdiff_manifest=3)), "x")
     assert caught.value.hint == "use a newer one"
+
+
+def test_version_1_has_a_sha256_of_both_files() -> None:
+    def age(fields: dict[str, object]) -> None:
+        fields["blockdiff_manifest"] = 1
+        for name, digits in (("delta", "cd" * 32), ("table", "ef" * 32)):
+            stored = fields[name]
+            assert isinstance(stored, dict)
+            del stored["checksum"]
+            stored["sha256"] = digits
+
+    delta = manifest.StoredFile(".gz", 100, "sha256:" + "cd" * 32)
+    assert manifest.from_bytes(_signed(age), "x") == dataclasses.replace(EXAMPLE, delta=delta)
+
+
+@pytest.mark.parametrize(
+    "checksum", ["", "sha256", "sha256:", "md5:" + "0" * 32, "xxh3:" + "0" * 31 + "G", "xxh3:" + "0" * 64]
+)
+@pytest.mark.parametrize("name", ["delta", "table"])
+def test_a_checksum_that_makes_no_sense_is_refused(name: str, checksum: str) -> None:
+    def change(fields: dict[str, object]) -> None:
+        fields[name] = {**EXAMPLES[name], "checksum": checksum}
+
+    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or unfit$"):
+        manifest.from_bytes(_signed(change), "x")
+
+
+def test_a_table_that_is_not_known_by_its_sha256_is_refused() -> None:
+    def change(fields: dict[str, object]) -> None:
+        fields["table"] = {**EXAMPLES["table"], "checksum": "xxh3:" + "0" * 32}
+
+    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or unfit$"):
+        manifest.from_bytes(_signed(change), "x")
 
 
 @pytest.mark.parametrize(
@@ -191,10 +226,9 @@ def test_a_manifest_describes_the_files_and_the_image(tmp_path: Path) -> None:
     chain = chains.new_chain(tmp_path)
     chain.add(DAYS[0])
     made = chain.add(DAYS[1]).manifest
-    for stored, suffix in ((made.delta, ".2.gz"), (made.table, ".2.sha256")):
-        content = chain.file(suffix).read_bytes()
-        assert (".2" + stored.suffix, stored.size) == (suffix, len(content))
-        assert stored.sha256 == hashlib.sha256(content).hexdigest()
+    delta, table = (chain.file(suffix).read_bytes() for suffix in (".2.gz", ".2.sha256"))
+    assert made.delta == manifest.StoredFile(".gz", len(delta), f"xxh3:{xxhash.xxh3_128_hexdigest(delta)}")
+    assert made.table == manifest.StoredFile(".sha256", len(table), f"sha256:{hashlib.sha256(table).hexdigest()}")
     assert (made.image_size, made.blocks, made.changed_blocks, made.full) == (len(DAYS[1]), 7, 3, False)
     assert made.source == manifest.Source(None, os.fspath(chain.source), "file")
     assert made.started <= made.finished and made.finished.endswith("+00:00")
