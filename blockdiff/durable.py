@@ -186,7 +186,7 @@ class Directory:
             return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._fd)
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
-        """Make a new file of mode 0600, whose checksum is by `algorithm`; raises `StorageError` where the name is taken."""
+        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken."""
         with _named("create", self.path_of(name)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             return OutputFile(os.open(name, flags, 0o600, dir_fd=self._fd), self.path_of(name), algorithm)
