@@ -46,6 +46,9 @@ ORDER_TIMEOUT_S = 600.0
 #: How long the agent may try to tell why it failed, in seconds; then SIGALRM ends it.
 LAST_WORD_S = 60
 
+#: The server hears this often how far a scan has come, in seconds: a frame for each batch would keep it busy.
+PROGRESS_S = 0.1
+
 #: Added to the niceness, and the level in the best-effort class of I/O priorities (7 is the lowest): a backup yields to
 #: production but is never starved, because a snapshot that is kept for long fills up.
 NICENESS = 10
@@ -205,8 +208,9 @@ class Agent:
         self, source: dump.FileSource, hasher: blocks.Hasher, throttle: Throttle, audit: "Optional[Audit]"
     ) -> "Tuple[int, int]":
         """Send every changed run; neighbouring runs of zeros go as one. Returns bytes read and blocks sent."""
-        read = changed = 0
+        read = changed = position = 0
         zeros = (0, 0)
+        reported_s = time.monotonic()
         pool = self._shared or dump.buffers_for(hasher.block_size)
         for batch in dump.scan(source, hasher, pool, self._feed, with_digests=False):
             for run in batch.runs:
@@ -222,7 +226,10 @@ class Agent:
                     self._send_data(batch, run, run.data)
             read += batch.read
             changed += batch.changed
-            self._link.send(wire.PROGRESS, offset=batch.offset + batch.length)
+            position = batch.offset + batch.length
+            if time.monotonic() - reported_s > PROGRESS_S or position == source.size:
+                self._link.send(wire.PROGRESS, offset=position)
+                reported_s = time.monotonic()
         self._send_zeros(*zeros)
         if self._shared is not None:
             self._shared.finish()

@@ -3,11 +3,11 @@
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockdiff import __version__, codec, pipeline, process
+from blockdiff import __version__, codec, merge, process
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.clock import now
@@ -15,7 +15,6 @@ from blockdiff.commit import LockedChain, NewGeneration
 from blockdiff.deltafile import DeltaReader
 from blockdiff.descriptors import DELTA_FD, NEW_TABLE_FD, OLD_TABLE_FD
 from blockdiff.digesttable import TableReader
-from blockdiff.dump import Run
 from blockdiff.errors import ChainError, DamagedError, ProcessError, printable
 from blockdiff.manifest import Manifest, Parent, Source
 
@@ -128,11 +127,13 @@ def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Fi
         if reader.block_size != table.block_size:
             raise DamagedError(f"{where} has blocks of {reader.block_size} bytes, its table of {table.block_size}")
         checked = end = 0
-        for first, count, digests, stop in _digests(reader):
+        hasher = Hasher(digest_named(_DIGEST), reader.block_size)
+        for run, digests in merge.digested(reader.runs(), hasher):
+            first, count = run.offset // reader.block_size, block_count(run.length, reader.block_size)
             _check_kept(table, old, checked, first)
             if table.digests(first, count) != digests:
                 raise DamagedError(f"{where} does not match the new digest table at offset {first * table.block_size}")
-            checked, end = first + count, stop
+            checked, end = first + count, run.offset + run.length
         _check_kept(table, old, checked, table.count)
         if checked > table.count or reader.table_sha256 not in (None, table.sha256()):
             raise DamagedError(f"{where} and the new digest table do not belong together")
@@ -140,18 +141,6 @@ def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Fi
         if size is None and reader.blocks_carried and checked == table.count:
             size = end
         return _Findings(reader.format, reader.block_size, table.count, reader.blocks_carried, size)
-
-
-def _digests(reader: DeltaReader) -> Iterator[tuple[int, int, bytes, int]]:
-    """Yield first block, count, joined digests and end offset of each run of the delta."""
-    hasher = Hasher(digest_named(_DIGEST), reader.block_size)
-
-    def digest(run: Run) -> tuple[int, int, bytes, int]:
-        joined = hasher.run_digests(run.length, run.data)
-        count = block_count(run.length, reader.block_size)
-        return run.offset // reader.block_size, count, joined, run.offset + run.length
-
-    return pipeline.in_order(digest, reader.runs())
 
 
 def _check_kept(table: TableReader, old: TableReader | None, first: int, stop: int) -> None:

@@ -65,6 +65,24 @@ def end(delta_format: int, blocks: int, carried: int, table_sha256: str) -> byte
     return _RECORD.pack(_END, blocks, carried) + bytes.fromhex(table_sha256)
 
 
+def together(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Yield the runs of a `DeltaReader` in groups, in order: those of one decompressed member, `_RUN_BLOCKS` at most.
+
+    Scattered blocks make short runs: to hand each to a thread by itself would cost more than what the thread does.
+    """
+    group: list[Run] = []
+    piece: object = None
+    for run in runs:
+        its = None if run.data is None else run.data.obj
+        if group and ((its is not None and its is not piece) or len(group) >= _RUN_BLOCKS):
+            yield group
+            group = []
+        group.append(run)
+        piece = piece if its is None else its
+    if group:
+        yield group
+
+
 class _Cursor:
     """The pieces of a decompressed delta as one stream; gives views of a piece where it can, copies where it must."""
 

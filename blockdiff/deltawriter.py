@@ -6,6 +6,7 @@ whoever sent it. Blocks that did not change keep the digests of the previous tab
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from blockdiff import deltafile, digesttable, pipeline
 from blockdiff.blocks import Hasher, block_count
@@ -101,10 +102,12 @@ class DeltaWriter:
         raise comes through.
         """
         self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
-        for encoded in pipeline.in_order(self._encode, self._members(runs)):
-            self._delta.write(encoded.data)
-            for offset, length, digests in encoded.digests:
-                self._append_digests(offset, length, digests)
+        with pipeline.Follower() as follower:
+            for encoded in pipeline.in_order(self._encode, self._members(runs)):
+                follower.give(partial(self._delta.write, encoded.data))
+                for offset, length, digests in encoded.digests:
+                    self._append_digests(offset, length, digests)
+            follower.finish()
         assert self.image_size is not None, "the image's size must be known at its end"
         blocks = block_count(self.image_size, self._hasher.block_size)
         self._keep_until(blocks)

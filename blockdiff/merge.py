@@ -5,11 +5,11 @@ read. Every block is compared with the digest table of the generation that is re
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
-from blockdiff import codec, pipeline
+from blockdiff import codec, deltafile, pipeline
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.deltafile import DeltaReader
@@ -52,6 +52,16 @@ def read_delta(generation: Generation, file: codec.Readable) -> Iterator[DeltaRe
         yield reader
 
 
+def digested(runs: Iterable[Run], hasher: Hasher) -> Iterator[tuple[Run, bytes]]:
+    """Yield the runs of a delta with the joined digests of their blocks, computed by several threads."""
+
+    def digest(group: list[Run]) -> list[tuple[Run, bytes]]:
+        return [(run, hasher.run_digests(run.length, run.data)) for run in group]
+
+    for group in pipeline.in_order(digest, deltafile.together(runs)):
+        yield from group
+
+
 def stretches(flags: bytearray, value: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield (first, last) for each longest stretch of flags that are `value`, 0 or 1, from `start` up to `stop`.
 
@@ -90,10 +100,11 @@ class _Merger:
                 self.image_size = reader.image_size if self.image_size is None else self.image_size
                 self._check_size()
 
-            def check_and_write(run: Run) -> int:
-                return self._check_and_write(generation, run)
+            def check_and_write(runs: list[Run]) -> int:
+                return sum(self._check_and_write(generation, run) for run in runs)
 
-            for length in pipeline.in_order(check_and_write, self._missing(reader, generation is self._generation)):
+            missing = self._missing(reader, generation is self._generation)
+            for length in pipeline.in_order(check_and_write, deltafile.together(missing)):
                 advance(length)
             if generation is self._generation and reader.table_sha256 not in (None, self._table.sha256()):
                 raise DamagedError(

@@ -87,6 +87,43 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
         crew.dismiss()
 
 
+class Follower:
+    """A thread that does what it is given, in order, while the caller goes on; at most `behind` tasks wait for it.
+
+    What a task raises is raised by one of the next calls. A context manager: without `finish`, what was not begun is
+    not done; what was is waited for.
+    """
+
+    def __init__(self, behind: int = 4) -> None:
+        self._behind = behind
+        self._crew = Crew()
+        self._pending: "Deque[Task[object]]" = deque()
+
+    def __enter__(self) -> "Follower":
+        try:
+            self._crew.start(1)
+        except BaseException:
+            self._crew.dismiss()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._crew.forget()
+        self._crew.dismiss()
+        self._crew.wait()
+
+    def give(self, work: Callable[[], object]) -> None:
+        """Let the thread do `work` when it has done all else; waits while it is too far behind."""
+        while len(self._pending) >= self._behind:
+            self._pending.popleft().result()
+        self._pending.append(self._crew.give(work))
+
+    def finish(self) -> None:
+        """Wait until everything is done."""
+        while self._pending:
+            self._pending.popleft().result()
+
+
 class Task(Generic[Result]):
     """Something that a thread does once."""
 

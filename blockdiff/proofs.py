@@ -7,12 +7,11 @@ each can be looked at on another day.
 
 from collections.abc import Callable
 
-from blockdiff import merge, pipeline
+from blockdiff import merge
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.deltafile import DeltaReader
 from blockdiff.digesttable import TableReader
-from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, printable
 from blockdiff.verify import CheckedFile, short_runs
 
@@ -78,14 +77,11 @@ def _check_delta(generation: Generation, table: TableReader, advance: Callable[[
     hasher = Hasher(digest_named(generation.digest), table.block_size)
     carried = bytearray(table.count)
 
-    def digest(run: Run) -> tuple[Run, bytes]:
-        return run, hasher.run_digests(run.length, run.data)
-
     with merge.open_delta(generation) as raw:
         file = CheckedFile(raw, generation.manifest)
         with merge.read_delta(generation, file) as reader:
             _check_form(generation, reader, table)
-            for run, found in pipeline.in_order(digest, short_runs(reader)):
+            for run, found in merge.digested(short_runs(reader), hasher):
                 first, count = run.offset // table.block_size, block_count(run.length, table.block_size)
                 if first + count > table.count:
                     raise DamagedError(f"{where} has blocks beyond the digest table", "restore both from a copy")

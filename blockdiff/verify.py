@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from blockdiff import checksum, merge, pipeline
+from blockdiff import checksum, merge
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.checksum import Checksum
@@ -221,9 +221,6 @@ class Verifier:
         assert self._newest is not None
         hasher = Hasher(self._newest.digest, reader.block_size)
 
-        def digest(run: Run) -> tuple[Run, bytes]:
-            return run, hasher.run_digests(run.length, run.data)
-
         failures: list[BlockdiffError] = []
 
         def readable() -> Iterator[Run]:
@@ -233,7 +230,7 @@ class Verifier:
             except (DamagedError, StorageError) as error:
                 failures.append(error)
 
-        for run, digests in pipeline.in_order(digest, readable()):
+        for run, digests in merge.digested(readable(), hasher):
             first, end = run.offset // reader.block_size, block_count(run.offset + run.length, reader.block_size)
             self._carried_end = end
             end = min(end, self._limit)  # no restore needs blocks beyond, and a damaged offset can be anything

@@ -65,6 +65,10 @@ CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay
 LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
 TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
 
+# Bytes that are read at once where less is asked for: many small frames come with one call, and little of a large one's
+# payload is copied twice.
+_AHEAD = 16 << 10
+
 #: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
 TABLE_WINDOW = 1 << 20
 
@@ -155,6 +159,8 @@ class Link:
         self._sent = 0
         self._received = 0
         self._header = bytearray(HEADER.size)
+        self._ahead = memoryview(bytearray(_AHEAD))
+        self._waiting = self._ahead[:0]  # what was read and not asked for yet
         self._remaining = 0
         self._crc = 0
         self._expected_crc = 0
@@ -250,13 +256,25 @@ class Link:
             raise ProtocolError("frame {} was damaged on the way".format(self._received - 1))
 
     def _fill(self, view: memoryview) -> None:
+        """Fill `view` with what comes next; what is short is read together with what follows it, if that is there."""
         filled, size = 0, len(view)
         while filled < size:
-            count = self._stream.readinto(view[filled:], self.silence_s)
-            if count == 0:
-                raise ConnectionLost("the connection ended")
+            if not self._waiting and size - filled < _AHEAD:
+                self._waiting = self._ahead[: self._read(self._ahead)]
+            if self._waiting:
+                count = min(len(self._waiting), size - filled)
+                view[filled : filled + count] = self._waiting[:count]
+                self._waiting = self._waiting[count:]
+            else:
+                count = self._read(view[filled:])
             filled += count
-            self.bytes_received += count
+        self.bytes_received += size
+
+    def _read(self, view: memoryview) -> int:
+        count = self._stream.readinto(view, self.silence_s)
+        if count == 0:
+            raise ConnectionLost("the connection ended")
+        return count
 
 
 class Heartbeat:
