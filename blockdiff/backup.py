@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -113,25 +114,30 @@ def backup_together(
     address: Address,
     options: Options,
     progress: Progress | None = None,
-    begun: Connection | None = None,
+    begun: Sequence[Connection] = (),
 ) -> list[Result]:
     """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return what was made.
 
     All are taken at one moment where they are taken through snapshots, and committed together, after all were read.
-    `begun` is a connection of `transport.begin`, where there is one already.
+    `begun` are connections of `transport.begin`, as many of the run's as there are already.
     Raises a `BlockdiffError` when that was not possible; the chains are then as they were.
     """
     compress = codec.compressor(options.compression, options.level)
     watcher = progress or Progress()
+    connections = deque(begun)
+
+    def connect() -> Session:
+        return _session(address, options, connections.popleft() if connections else None)
+
     with ExitStack() as stack:
         jobs = _jobs(targets, address, options, stack)
         started = now()
-        session = stack.enter_context(_session(address, options, begun))
+        session = stack.enter_context(connect())
         for job in jobs:
             session.check_digest(job.hasher.digest)
         moment = _take(session, jobs, options)
         for job in jobs:
-            _dump(session, job, address, options, compress, watcher, stack)
+            _dump(session, job, connect, options, compress, watcher, stack)
         session.finish()
         run = secrets.token_hex(8) if len(jobs) > 1 else None
         results = []
@@ -143,7 +149,7 @@ def backup_together(
         return results
 
 
-def _session(address: Address, options: Options, begun: Connection | None = None) -> Session:
+def _session(address: Address, options: Options, begun: Connection | None) -> Session:
     return Session(address, options.transport, options.ssh_options, options.prefix or (), begun)
 
 
@@ -211,7 +217,7 @@ def _owner(name: str, period: str) -> str:
 def _dump(
     session: Session,
     job: _Job,
-    address: Address,
+    connect: Callable[[], Session],
     options: Options,
     compress: Callable[[bytes | memoryview], bytes],
     watcher: Progress,
@@ -225,7 +231,7 @@ def _dump(
     hinted = trusted and not audited
     bandwidth = options.bandwidth if options.bandwidth is None else max(1, options.bandwidth // options.streams)
     scan = Scan(plan.block_size, job.hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
-    with streams.opened(session, scan, job.path, lambda: _session(address, options)) as found:
+    with streams.opened(session, scan, job.path, connect) as found:
         job.opened = opened = found.opened
         watcher.begin(opened.size)
         job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))

@@ -267,7 +267,8 @@ def test_a_connection_that_goes_silent_anywhere_fails_the_run(
             sshd.trust(relay.port)
             ended = broken(mine, sshd, relay, transport, "ConnectTimeout=4")
         assert isinstance(ended, TransportError), (limit, ended)
-        assert re.search("silent|imed? ?out|Timeout", ended.message), (limit, ended)
+        # whose patience ends first, paramiko's with the greeting or ours with the whole, is left to the machine
+        assert re.search("silent|imed? ?out|Timeout|no SSH server answered", ended.message), (limit, ended)
         assert mine.files() == chain.files()
 
     limits = (1, 600, 1500, 1700, 2000, 2500, 3500, 300_000)

@@ -15,10 +15,10 @@ from blockdiff import backup, streams
 from blockdiff.address import Address
 from blockdiff.blocks import digest_named
 from blockdiff.dump import Run
-from blockdiff.errors import ProtocolError
+from blockdiff.errors import ProtocolError, SourceError
 from blockdiff.extents import DATA, HOLE, SAME, Extent, striped
 from blockdiff.rules import Opened
-from blockdiff.session import Scan, Session
+from blockdiff.session import Request, Scan, Session, Wanted
 from blockdiff.transport import NAMES
 from tests import chains, commands, processes
 from tests.mariadb import wait_for
@@ -98,7 +98,7 @@ def test_over_ssh(sshd: Sshd, transport: str, chain: chains.SmallChain) -> None:
 @pytest.mark.parametrize("which", ["first", "last"])
 def test_an_agent_that_is_killed_ends_the_run(sshd: Sshd, chain: chains.SmallChain, which: str) -> None:
     sparse_image(chain.source)
-    words = ("--streams", "3", "--bwlimit", "600K", *sshd.arguments)
+    words = ("--streams", "3", "--bwlimit", "3M", *sshd.arguments)
 
     def agents() -> list[int]:
         marked = processes.marked(sshd.mark)
@@ -116,14 +116,35 @@ def test_an_agent_that_is_killed_ends_the_run(sshd: Sshd, chain: chains.SmallCha
     processes.wait_until_gone(sshd.mark)
 
 
-def test_streams_that_find_different_sizes_are_refused(sshd: Sshd, chain: chains.SmallChain) -> None:
+def test_streams_that_find_different_sizes_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    sparse_image(source)
+
+    def later() -> Session:
+        os.truncate(source, source.stat().st_size + MIB)
+        return Session(Address(None, str(source)))
+
+    with Session(Address(None, str(source))) as main:
+        main.prepare(Request([Wanted(os.fsencode(source))]))
+        main.begin_take()
+        main.end_take()
+        scan = Scan(BLOCK, digest_named("sha256"), streams=2)
+        refused = pytest.raises(SourceError, match="source changed while several streams opened it")
+        with refused as caught, streams.opened(main, scan, str(source), later):
+            pass
+    assert caught.value.hint == "run again"
+
+
+def test_a_stream_that_cannot_connect_fails_the_run_and_the_others_end(sshd: Sshd, chain: chains.SmallChain) -> None:
     sparse_image(chain.source)
-    grow = f"#!/bin/sh\ntruncate -s +1M '{chain.source}'\nexec /bin/sh -c \"$SSH_ORIGINAL_COMMAND\"\n"
-    options = [word for option in sshd.login_through(grow) for word in ("--ssh-option", option)]
-    result = commands.run("blockdiff", "backup", chain.name, "--streams", "2", *options, sshd.url(chain.source))
-    assert result.returncode == 1
-    assert f"{chain.source} changed while several streams opened it".encode() in result.stderr
-    assert chain.last() == 0
+    marker = chain.source.with_name("first")
+    once = f"#!/bin/sh\nmkdir '{marker}' || exit 1\nexec /bin/sh -c \"$SSH_ORIGINAL_COMMAND\"\n"
+    options = [word for option in sshd.login_through(once) for word in ("--ssh-option", option)]
+    result = commands.run("blockdiff", "backup", chain.name, "--streams", "3", *options, sshd.url(chain.source))
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert b"Traceback" not in result.stderr
+    assert chain.last() == 0 and chain.temporary() == []
+    processes.wait_until_gone(sshd.mark)
 
 
 class _Told(Session):

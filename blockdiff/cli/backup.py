@@ -3,16 +3,18 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
 
-from blockdiff import address, codec, transport
+from blockdiff import address, codec, pipeline, transport
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, human_size, say, watched
 from blockdiff.errors import EXIT_WARNING, UsageError, printable
+from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
     from blockdiff.backup import Result
@@ -83,7 +85,14 @@ def command(
         raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
     suffix = _period_suffix(period)
     targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
-    with transport.begin(where, via, ssh_options, prefix or ()) as connection:
+    with ExitStack() as stack:
+
+        def begin(_number: int) -> Connection:
+            return stack.enter_context(transport.begin(where, via, ssh_options, prefix or ()))
+
+        # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
+        count = 1 if volumes["lvm"] else streams
+        begun = list(pipeline.in_order(begin, range(count), workers=count, ahead=count))
         from blockdiff import backup  # here: these imports take as long as the agent does to begin
         from blockdiff.cli.volumes import volume_options
 
@@ -103,7 +112,7 @@ def command(
             prefix=prefix,
         )
         with watched(os.path.basename(name + suffix)) as progress:
-            results = backup.backup_together(targets, where, options, progress, connection)
+            results = backup.backup_together(targets, where, options, progress, begun)
     for result in results:
         _report(result, as_json)
     if as_json:
