@@ -205,13 +205,12 @@ def test_a_source_that_is_no_volume_is_a_failed_run(tmp_path: Path, fake: FakeLv
 
 
 def test_a_snapshot_that_cannot_be_read_to_its_end_is_a_failed_run(chain: SmallChain, fake: FakeLvm) -> None:
-    class Shrinking(Progress):
-        def update(self, offset: int, received: int) -> None:
-            (name,) = fake.snapshots()
-            os.truncate(fake.directory / "vg" / name, MIB)
+    def shrink() -> None:
+        (name,) = fake.snapshots()
+        os.truncate(fake.directory / "vg" / name, MIB)
 
     chain.source.write_bytes(IMAGE * 4)  # more than the agent reads ahead
-    error = failed(chain, progress=Shrinking())
+    error = failed(chain, progress=At(shrink))
     assert re.search(rf"^localhost: .*bd_\w+ shrank from {24 * MIB} to {MIB} bytes", error.message)
     assert fake.snapshots() == []
 
