@@ -209,9 +209,9 @@ def test_a_snapshot_that_cannot_be_read_to_its_end_is_a_failed_run(chain: SmallC
         (name,) = fake.snapshots()
         os.truncate(fake.directory / "vg" / name, MIB)
 
-    chain.source.write_bytes(IMAGE * 4)  # more than the agent reads ahead
+    chain.source.write_bytes(IMAGE * 8)  # more than the agent reads ahead
     error = failed(chain, progress=At(shrink))
-    assert re.search(rf"^localhost: .*bd_\w+ shrank from {24 * MIB} to {MIB} bytes", error.message)
+    assert re.search(rf"^localhost: .*bd_\w+ shrank from {48 * MIB} to {MIB} bytes", error.message)
     assert fake.snapshots() == []
 
 
