@@ -163,7 +163,8 @@ class _Manifests:
         self._chain = chain
         self._sound = sound
         self._findings = findings
-        known = [g.manifest for n, g in chain.generations.items() if g.manifest is not None and n in sound]
+        told = [generation.manifest for generation in chain.generations.values() if generation.manifest is not None]
+        known = [each for each in told if each.generation in sound] or told  # sound ones know better
         self._id = known[-1].chain if known else uuid.uuid4().hex
         self._source = known[-1].source if known else _UNKNOWN_SOURCE
         self._sha256: dict[int, str | None] = {}
@@ -182,6 +183,7 @@ class _Manifests:
                 made, why = replace(known, chain=self._id, parent=parent), "follows another parent"
             else:
                 made, why = self._rebuilt(generation, parent), "rebuilt"
+            self._set_stranger_aside(number - 1)
             self._made[number] = made
             self._sha256[number] = manifest.sha256(made.to_bytes())
             self._write(generation, made, why)
@@ -194,6 +196,19 @@ class _Manifests:
 
     def _parent(self, number: int) -> Parent | None:
         return Parent(number - 1, self._sha256.get(number - 1)) if number > 1 else None
+
+    def _set_stranger_aside(self, number: int) -> None:
+        """Move the manifest of a generation away that is broken and says that it is of another chain.
+
+        The one after it could never be its child.
+        """
+        generation = self._chain.generations.get(number)
+        known = generation.manifest if generation is not None else None
+        if generation is None or known is None or number in self._sound or known.chain == self._id:
+            return
+        name = generation.name(MANIFEST_SUFFIX)
+        text = f"{generation.path(MANIFEST_SUFFIX)} set aside: it is of another chain"
+        self._findings.deeds.append(Deed(text, partial(_aside, name)))
 
     def _write(self, generation: Generation, made: Manifest, why: str) -> None:
         name, content = generation.name(MANIFEST_SUFFIX), made.to_bytes()

@@ -66,17 +66,28 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule(compression=st.sampled_from(["gzip", "zstd", "none"]), full=st.booleans())
     def back_up(self, compression: str, full: bool) -> None:
-        before = self._chain.files()
-        last = max(self._chain.images)
+        before = self._contents()
+        last = max(self._chain.images, default=0)
         try:
             result = self._chain.add(bytes(self._image), self._chosen(compression, full))
         except BlockdiffError:
             assert self._harmed, "a run failed for no reason"
-            assert set(before.values()) <= set(self._chain.files().values()), "a run that failed lost something"
+            assert before <= self._contents(), "a run that failed lost something"
         else:
             number = result.manifest.generation
             assert number == last + 1 or self._harmed
+            self._assert_restores(number)
+
+    def _contents(self) -> set[bytes]:
+        """Return what must never get lost, under whatever name: all but NAME.ver, which is derived."""
+        return {content for name, content in self._chain.files().items() if not name.endswith(".ver")}
+
+    def _assert_restores(self, number: int) -> None:
+        """The new generation gives the image, unless an older one that it is built on was damaged before."""
+        try:
             assert self._chain.restored(number) == bytes(self._image)
+        except BlockdiffError:
+            assert self._harmed
 
     @rule(step=st.integers(1, _MANY_STEPS), compression=st.sampled_from(["gzip", "zstd"]))
     def crash(self, step: int, compression: str) -> None:
@@ -129,6 +140,9 @@ class ChainMachine(RuleBasedStateMachine):
     def lose(self, which: float) -> None:
         self._some_file(which).unlink()
         self._harmed = True
+        left = {name.split(".")[1] for name in self._chain.files()}
+        for number in {*self._chain.images} - {int(each) for each in left if each.isdigit()}:
+            del self._chain.images[number]  # its number may be given again
 
     def _some_file(self, which: float) -> Path:
         names = sorted(self._chain.files())

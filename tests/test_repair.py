@@ -1,6 +1,7 @@
 """`blockdiff repair`: what can be derived is rebuilt, what is broken is set aside, and nothing sound is lost."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,36 @@ def test_a_last_generation_without_manifest_is_not_lost_with_the_version_file(ch
     assert repaired(chain).lost == {}
     assert chain.file(".ver").read_bytes() == b"3\n"
     assert_exact(chain)
+
+
+def test_a_manifest_behind_one_of_a_generation_that_is_lost_is_rebuilt_once(tmp_path: Path) -> None:
+    """Found by the model: it got another chain each time, and so was never the child of the one that is left."""
+    chain = chains.some_days(tmp_path, 1)
+    chain.add(DAYS[1], FULL)
+    chain.file(".2.json").unlink()
+    chain.file(".1.gz").unlink()
+    found = repaired(chain)
+    assert [deed.text for deed in found.deeds] == [f"{chain.file('.2.json')} rebuilt"]
+    assert found.lost == {1: f"{chain.file('.1.gz')} is missing"}
+    assert chain.restored(2) == DAYS[1]
+
+
+def test_a_manifest_of_another_chain_with_a_generation_that_is_lost_is_set_aside(tmp_path: Path) -> None:
+    chain = chains.some_days(tmp_path, 1)
+    chain.add(DAYS[1], FULL)
+    chain.add(DAYS[2])
+    (tmp_path / "elsewhere").mkdir()
+    other = chains.some_days(tmp_path / "elsewhere", 1)
+    shutil.copy(other.file(".1.json"), chain.file(".1.json"))
+    chain.file(".1.gz").unlink()
+    found = repaired(chain)
+    assert [deed.text for deed in found.deeds] == [
+        f"{chain.file('.1.json')} set aside: it is of another chain",
+        f"{chain.file('.2.json')} rebuilt",
+        f"{chain.file('.3.json')} follows another parent",
+    ]
+    assert list(found.lost) == [1]
+    assert (chain.restored(2), chain.restored(3)) == (DAYS[1], DAYS[2])
 
 
 def test_a_version_file_that_is_ahead_is_put_back(chain: SmallChain) -> None:
