@@ -183,7 +183,8 @@ class FileSource:
         try:
             return min(os.lseek(self._fd, position, whence), self.size)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end, or the end has come nearer
+                self.check_size()
                 return otherwise
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all of it is data
                 return position if whence == os.SEEK_DATA else self.size

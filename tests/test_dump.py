@@ -262,6 +262,16 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert apply(scanned(source, PAGE, None, with_digests=False), b"", len(image)) == image
 
 
+def test_a_file_that_was_cut_is_no_file_that_ends_in_a_hole(tmp_path: Path) -> None:
+    """There is nothing but a hole behind its end, says SEEK_DATA, wherever that is now."""
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * 10 * PAGE)
+    with FileSource(os.fsencode(image)) as source:
+        os.truncate(image, 0)
+        with pytest.raises(SourceError, match=f"shrank from {10 * PAGE} to 0 bytes while it was read"):
+            list(source.pieces(PAGE))
+
+
 def test_an_early_end_is_a_source_that_shrank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "image").write_bytes(b"\x5a" * 10 * PAGE)
     monkeypatch.setattr(os, "preadv", Disk(end=5 * PAGE + 3).preadv)
