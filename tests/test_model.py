@@ -79,7 +79,7 @@ class ChainMachine(RuleBasedStateMachine):
             self._assert_restores(number)
 
     def _contents(self) -> set[bytes]:
-        """Return what must never get lost, under whatever name: not NAME.ver, which is derived, nor what is half done."""
+        """Return what must never get lost, whatever its name: not NAME.ver, which is derived, nor what is half done."""
         return {content for name, content in self._chain.files().items() if not name.endswith((".ver", ".tmp"))}
 
     def _assert_restores(self, number: int) -> None:
