@@ -13,9 +13,9 @@ from tests.lab.guest import Guest
 from tests.lab.volumes import VolumeGroup
 
 _GIB, _MIB = 1 << 30, 1 << 20
-_SIZE = 4 * _GIB  # an emulated processor takes a quarter of an hour for 8
+_SIZE = 8 * _GIB  # some minutes for an emulated processor, and enough that its snapshots do not count for much
 #: Stretches that change between two runs, and their size in bytes: 1 % of the volume in all.
-_CHANGES, _CHANGE = 40, _MIB
+_CHANGES, _CHANGE = 80, _MIB
 
 _FILL = "tr '\\0' x < /dev/zero | dd of={path} bs=1M iflag=fullblock count={count} oflag=direct status=none"
 _CHANGE_ALL = (
