@@ -101,17 +101,15 @@ def _run(command: Sequence[str], new: NewGeneration, base: Generation | None) ->
             for number, fd in moved.items():
                 os.dup2(fd, number)
 
-        try:
-            child = subprocess.Popen(
-                list(command), pass_fds=[number for number in moved if number > 2], preexec_fn=place
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise ProcessError(f"cannot run {printable(command[0])}: {error}", "is it on the PATH?") from error
-        try:
+        def start() -> "subprocess.Popen[bytes]":
+            passed = [number for number in moved if number > 2]
+            try:
+                return subprocess.Popen(list(command), pass_fds=passed, preexec_fn=place)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise ProcessError(f"cannot run {printable(command[0])}: {error}", "is it on the PATH?") from error
+
+        with process.started(start) as child:
             status = child.wait()
-        except BaseException:
-            process.stop(child)
-            raise
     if status != 0:
         raise ProcessError(f"{printable(command[0])} {process.status_text(status)}; the chain is as it was")
 

@@ -70,20 +70,20 @@ def run_logged(command: Sequence[str], path: str | None, stamped: bool, print_al
 def _run(command: Sequence[str], log: _Log) -> int:
     log.line(_RULE)
     log.line(os.fsencode(f"{socket.gethostname()} starting: {printable(' '.join(command), 4000)}"))
-    try:
-        child = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        log.line(os.fsencode(f"failed to execute {printable(command[0])}: {error.strerror}"))
-        raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}", "is it on the PATH?") from error
-    with child:
+
+    def start() -> "subprocess.Popen[bytes]":
         try:
-            assert child.stdout is not None
-            for text in child.stdout:
+            return subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            log.line(os.fsencode(f"failed to execute {printable(command[0])}: {error.strerror}"))
+            raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}", "is it on the PATH?") from error
+
+    with process.started(start) as child:
+        assert child.stdout is not None
+        with child.stdout as said:
+            for text in said:
                 log.line(text[:-1] if text.endswith(b"\n") else text)
-            status = child.wait()
-        except BaseException:
-            process.stop(child)
-            raise
+        status = child.wait()
     if status < 0:
         log.line(b"command died with signal:%d" % -status)
         return SIGNALLED

@@ -73,20 +73,20 @@ def _listening() -> Iterator[tuple[socket.socket, str]]:
 def _started(command: str, path: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Yield the running command; ends it with all that it started. Its words are never shown: they may be secret."""
     runner = [sys.executable, "-I", "-S", "-c", _RUNNER, path]
-    try:
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", command + ' "$@"', "sh", *runner],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            start_new_session=True,  # so that it can be ended as a whole
-        )
-    except OSError as error:
-        raise ProcessError(f"cannot start /bin/sh for the command in LVCREATE_PREFIX: {error.strerror}") from error
-    try:
+
+    def start() -> "subprocess.Popen[bytes]":
+        try:
+            return subprocess.Popen(
+                ["/bin/sh", "-c", command + ' "$@"', "sh", *runner],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,  # so that it can be ended as a whole
+            )
+        except OSError as error:
+            raise ProcessError(f"cannot start /bin/sh for the command in LVCREATE_PREFIX: {error.strerror}") from error
+
+    with process.started(start, process.stop_session) as child:
         yield child
-    finally:
-        if child.poll() is None:
-            process.stop_session(child)
 
 
 def _accept(listener: socket.socket, child: "subprocess.Popen[bytes]") -> socket.socket:

@@ -7,7 +7,6 @@ which is told to end it when it hears nothing from us for a while. Nobody else's
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -311,35 +310,12 @@ def run_locked(database: Database, command: Sequence[str]) -> int:
 
 
 def _run(command: Sequence[str]) -> int:
-    child = None
     try:
-        with _signals_later():
-            child = subprocess.Popen(list(command))
-        status = child.wait()
+        with process.started(lambda: subprocess.Popen(list(command))) as child:
+            status = child.wait()
     except OSError as error:
         raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}") from error
-    except BaseException:
-        if child is not None:
-            process.stop(child)
-        raise
     return status if status >= 0 else SIGNALLED
-
-
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Let the signals that stop us come after the `with` statement: no child is started that nobody knows of."""
-    came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
-        signal.signal(number, lambda number, _frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
 
 
 def _is_statement(row: Row) -> bool:

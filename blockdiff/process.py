@@ -9,8 +9,10 @@ import selectors
 import signal
 import subprocess
 import time
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
+from blockdiff import signals
 from blockdiff.errors import ProcessError, printable
 
 Argument = Union[str, bytes]
@@ -74,7 +76,8 @@ def run(
     Raises `ProcessError` when it cannot be started, or fails (its last line of standard error is in the message; not
     without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
-    with _start(arguments, env, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE) as child:
+    stdin_kind = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+    with started(lambda: _start(arguments, env, stdin_kind)) as child, child:
         try:
             stdout, stderr = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -213,7 +216,7 @@ def stream(
     """
     deadline = time.monotonic() + timeout_s
     said = b""
-    with _start(arguments, env) as child, selectors.DefaultSelector() as selector:
+    with started(lambda: _start(arguments, env)) as child, child, selectors.DefaultSelector() as selector:
         try:
             assert child.stdout is not None and child.stderr is not None
             selector.register(child.stdout, selectors.EVENT_READ)
@@ -258,6 +261,25 @@ def _start(
         )
     except OSError as error:
         raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error
+
+
+@contextmanager
+def started(
+    start: Callable[[], "subprocess.Popen[bytes]"],
+    end: Optional[Callable[["subprocess.Popen[bytes]"], None]] = None,
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Yield the child that `start()` starts; whatever ends the block, `end` (by default `stop`) makes sure it is gone.
+
+    No signal's exception comes between the start of the child and our knowledge of it.
+    """
+    child = None
+    try:
+        with signals.held():
+            child = start()
+        yield child
+    finally:
+        if child is not None and child.poll() is None:
+            (end or stop)(child)
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from typing import Iterator, List
 
 from blockdiff.errors import Interrupted
 
@@ -53,6 +55,30 @@ def ignore() -> None:
     """Let nothing raise `Interrupted` any more."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let the signals in `ENDING` come after the `with` statement, which must be short.
+
+    So a child can be started that is known before anything is raised. Signals that are ignored stay so; in a thread
+    other than the main thread, where none raises anything, there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: List[int] = []
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    if came:
+        signal.pthread_kill(threading.get_ident(), came[0])
 
 
 def _insist() -> None:

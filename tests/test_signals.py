@@ -74,3 +74,53 @@ def test_other_exceptions_in_destructors_are_reported_as_ever() -> None:
 
 def test_ignored_signals_raise_nothing() -> None:
     assert told("signals.ignore()", "os.kill(os.getpid(), signal.SIGTERM)", "print('there')") == "there"
+
+
+def test_a_signal_that_is_held_comes_once_what_was_begun_is_known() -> None:
+    lines = (
+        "with signals.held():",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "    time.sleep(0)",
+        "    print('known')",
+        "print('not here')",
+    )
+    assert told(*lines) == "known\nstopped by SIGTERM"
+
+
+def test_a_signal_that_is_ignored_or_comes_to_nobody_is_not_held() -> None:
+    lines = (
+        "signals.ignore()",
+        "with signals.held(): os.kill(os.getpid(), signal.SIGTERM)",
+        "print('ignored')",
+    )
+    assert told(*lines) == "ignored"
+
+
+def test_in_another_thread_there_is_nothing_to_hold() -> None:
+    lines = (
+        "import threading",
+        "def work():",
+        "    with signals.held(): print('there')",
+        "thread = threading.Thread(target=work)",
+        "thread.start()",
+        "thread.join()",
+    )
+    assert told(*lines) == "there"
+
+
+def test_a_child_that_is_being_started_when_a_signal_comes_is_ended() -> None:
+    """As Python itself does not: what is raised while it waits for the new program leaves the child alone."""
+    lines = (
+        "import subprocess",
+        "from blockdiff import process",
+        "children = []",
+        "def start():",
+        "    children.append(subprocess.Popen(['sleep', '600']))",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "    time.sleep(0)",
+        "    return children[0]",
+        "try:",
+        "    with process.started(start): print('not here')",
+        "finally: print(children[0].returncode)",
+    )
+    assert told(*lines) == "-15\nstopped by SIGTERM"
