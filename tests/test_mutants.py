@@ -1,11 +1,14 @@
 """`make mutants`: what it changes, and how its list of the living is read. (The mutants themselves take an hour.)"""
 
 import ast
+from pathlib import Path
 
 import pytest
 
 from tests.mutants import __main__ as runner
 from tests.mutants.mutations import mutants
+
+TIMEOUT_S = 120.0
 
 SOURCE = '''\
 """Words."""
@@ -74,3 +77,14 @@ def test_what_the_list_explains_is_a_mutant_of_its_module(module: str) -> None:
     keys = {mutant.key for mutant in mutants(path.read_text())}
     for entry in runner.explained(module):
         assert any(entry.startswith(f"{key}: ") for key in keys), entry
+
+
+def test_a_mutant_is_found_in_a_copy_and_what_is_not_changed_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runner.TESTS, "address", ("test_address",))
+    source = (runner.ROOT / "blockdiff" / "address.py").read_text()
+    copy = runner.Copy(tmp_path, "address")
+    assert copy.passes(source, TIMEOUT_S)
+    wrong = next(mutant for mutant in mutants(source) if mutant.new == "return None")
+    assert not copy.passes(wrong.source, TIMEOUT_S)

@@ -23,7 +23,8 @@ from tests.mutants.mutations import Mutant, mutants
 
 #: The checkout.
 ROOT = Path(__file__).resolve().parents[2]
-_COPIED = ("blockdiff", "bin", "tests", "setup.cfg", "pyproject.toml")
+#: What of it the tests do not need, and what could be from before.
+_LEFT_OUT = (".*", "__pycache__", "build", "*.egg-info")
 #: The tests of each module, those first that find most in the shortest time.
 TESTS = {
     "wire": ("test_wire", "test_hostile_agent", "test_agent"),
@@ -46,9 +47,7 @@ class Copy:
         self._place = place
         self._path = place / "blockdiff" / f"{module}.py"
         self._words = [sys.executable, *_PYTEST, *(f"tests/{name}.py" for name in TESTS[module])]
-        for name in _COPIED:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, place / name)
+        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*_LEFT_OUT), dirs_exist_ok=True)
 
     def passes(self, source: str, timeout_s: float) -> bool:
         """Return whether the tests pass with this source of the module; they do not where they take too long."""
