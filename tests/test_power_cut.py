@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import durable, merge, repair, target
+from blockdiff import backup, durable, merge, repair, target
+from blockdiff.address import Address
 from blockdiff.chain import Chain
 from blockdiff.commit import LockedChain
 from blockdiff.errors import BlockdiffError
@@ -127,6 +128,45 @@ def test_a_recovery(place: Path, before: int, monkeypatch: pytest.MonkeyPatch) -
 
     each_state(history, told(history), recover)
     assert len(known) > 10
+
+
+def test_a_run_of_two_chains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are committed one after the other: each is what it would be alone."""
+    first = chains.some_days(place, 1)
+    (place / "other-source").write_bytes(DAYS[2])
+    second = SmallChain(first.directory, place / "other-source", "other")
+    second.add()
+    both = first, second
+    first.source.write_bytes(DAYS[1])
+    targets = [(each.name, str(each.source)) for each in both]
+    with powercut.recorded(monkeypatch, durable, first.directory) as history:
+        backup.backup_together(targets, Address(None, str(first.source)), backup.Options(block_size=chains.BLOCK))
+    for each in both:
+        each.images[2] = each.source.read_bytes()
+
+    seen: set[tuple[frozenset[tuple[str, int, bytes]], bool]] = set()
+
+    def check(found: Found, complete: bool) -> None:
+        for each in both:
+            own = frozenset(file for file in found.files if file[0].lstrip(".").startswith(f"{each.base}."))
+            if (own, complete) not in seen:
+                seen.add((own, complete))
+                check_one(each, Found(own), complete)
+
+    def check_one(each: SmallChain, found: Found, complete: bool) -> None:
+        directory = Path(tempfile.mkdtemp(dir=place)) / "found"
+        found.put(directory)
+        left = SmallChain(directory, each.source, each.base, dict(each.images))
+        for number in range(1, 2 + complete):
+            assert left.restored(number) == left.images[number]
+        with LockedChain(left.name) as recovered:
+            assert recovered.last() in (1 + complete, 2)
+        left.assert_sound()
+        left.add()
+        left.assert_sound()
+        shutil.rmtree(directory.parent)
+
+    assert each_state(history, told(history), check) > 200
 
 
 def _kind(step: powercut.Step) -> str:

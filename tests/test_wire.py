@@ -21,7 +21,7 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 from blockdiff.wire import Link
 
 Sent = tuple[int, bytes, int]
-KINDS = range(wire.ERROR, wire.CLOSE + 1)  # ALIVE is never handed on
+KINDS = range(wire.ERROR, wire.TAKEN_OUT + 1)  # ALIVE is never handed on
 FRAMES: list[Sent] = [
     (wire.HELLO, b'{"protocol": 1}', 0),
     (wire.DATA, b"some bytes", 1 << 40),
@@ -106,6 +106,26 @@ def test_frames_arrive_as_they_were_sent(frames: list[Sent], step: int) -> None:
         for frame in received(encoded(frames), step):
             arrived.append(frame)
     assert arrived == frames
+
+
+def test_each_kind_has_the_number_that_protocol_3_gives_it() -> None:
+    names = (
+        "ALIVE ERROR HELLO REQUEST READY TAKE TAKEN SCAN SOURCE TABLE DATA ZERO PROGRESS WANT TOTALS END "
+        "OPEN BYTES CLOSE LENT TAKEN_OUT"
+    )
+    assert wire.PROTOCOL == 3
+    assert [getattr(wire, name) for name in names.split()] == list(range(1, 22))
+
+
+def test_small_frames_are_read_together_and_large_payloads_at_once() -> None:
+    large = bytes(1 << 20)
+    stream = Memory(encoded([(wire.PROGRESS, b"", each) for each in range(500)] + [(wire.DATA, large, 0)]))
+    link = Link(stream)
+    for each in range(500):
+        assert link.receive().offset == each
+    assert len(stream.waited) == 1  # 500 headers of 24 bytes are less than what is read ahead
+    assert link.read_bytes(link.receive(), len(large)) == large
+    assert len(stream.waited) == 2  # what of the payload did not come with its header
 
 
 @given(st.lists(st.binary(max_size=50), max_size=5))

@@ -32,7 +32,8 @@ TESTS = {
     "merge": ("test_restore", "test_golden", "test_damage", "test_history"),
     "commit": ("test_commit", "test_recovery", "test_concurrency", "test_power_cut"),
 }
-_WORKERS = 2
+#: More than there are CPUs, as mutants that hang only wait.
+_WORKERS = 4
 #: The tests of a module may take so long, in seconds, where nothing is changed.
 _TIMEOUT_S = 600.0
 _PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "")
