@@ -249,6 +249,17 @@ def test_reading_beyond_a_frame_is_refused() -> None:
         link.read_into(memoryview(bytearray(4)))
 
 
+def test_reading_before_there_is_a_frame_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="frame is 1 bytes short"):
+        Link(Memory(b"x")).read_into(memoryview(bytearray(1)))
+
+
+def test_a_frame_without_an_offset_has_the_offset_0() -> None:
+    stream = Memory()
+    Link(stream).send(wire.TAKE)
+    assert next(received(stream.written)) == (wire.TAKE, b"", 0)
+
+
 def test_alive_with_a_payload_is_refused() -> None:
     assert refused(encoded([(wire.ALIVE, b"x", 0)])) == "frame of kind 1 with a payload"
 
@@ -349,6 +360,10 @@ def test_a_heartbeat_ends_with_its_link() -> None:
     heartbeat.start()
     heartbeat._thread.join(20)
     assert not heartbeat._thread.is_alive()
+
+
+def test_a_heartbeat_does_not_keep_its_process_from_ending() -> None:
+    assert wire.Heartbeat(Link(Memory()))._thread.daemon
 
 
 def test_alive_does_not_disturb_a_receiver() -> None:
@@ -460,3 +475,12 @@ def test_an_agent_that_is_only_alive_is_given_up() -> None:
     finally:
         os.close(read_fd)
         os.close(write_fd)
+
+
+def test_an_agent_that_is_alive_is_waited_for() -> None:
+    stream = Memory()
+    sender = Link(stream)
+    sender.send_alive()
+    sender.send(wire.END)
+    long_enough = time.monotonic()  # since this machine started
+    assert Link(Memory(stream.written), stall_s=long_enough).receive().kind == wire.END
