@@ -226,3 +226,46 @@ def test_a_signal_behind_the_rename_of_ver_undoes_nothing(chain: SmallChain, mon
     chain.assert_sound()
     chain.add(DAYS[2])
     chain.assert_sound()
+
+
+def test_what_another_run_left_just_before_the_lock_was_had_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its temporary names, which tell that it is incomplete, are about to be removed."""
+    chain, lock = chains.new_chain(tmp_path), LockedChain._lock
+
+    def lock_late(self: LockedChain) -> None:
+        lock(self)
+        for suffix in ".gz", ".sha256":
+            temporary = chain.directory / f".disk.1{suffix}.tmp"
+            temporary.write_bytes(b"of a run that died")
+            os.link(temporary, chain.file(f".1{suffix}"))
+
+    monkeypatch.setattr(LockedChain, "_lock", lock_late)
+    with LockedChain(chain.name) as locked:
+        assert (locked.last(), locked.generations) == (0, {})
+        assert len(locked.notes) == 2
+
+
+def test_a_chain_that_was_closed_holds_nothing_open(chain: SmallChain) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with LockedChain(chain.name):
+        assert len(os.listdir("/proc/self/fd")) == len(before) + 2
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_set_aside_gets_the_next_number_that_is_free(chain: SmallChain) -> None:
+    with LockedChain(chain.name) as locked:
+        names = []
+        for _ in range(3):
+            chain.file(".note").write_bytes(b"a file")
+            names.append(locked.set_aside("disk.note"))
+    assert names == ["disk.note.aside-1", "disk.note.aside-2", "disk.note.aside-3"]
+
+
+def test_a_version_file_that_is_behind_is_put_right_at_once(chain: SmallChain) -> None:
+    """Other tools read it, and the run that finds it may fail later."""
+    chain.file(".ver").write_bytes(b"0\n")
+    with LockedChain(chain.name) as locked:
+        assert chain.file(".ver").read_bytes() == b"1\n"
+        assert "was put right" in locked.notes[0]
