@@ -1,7 +1,10 @@
 """How a generation becomes part of a chain, and what stays where that fails."""
 
+import dataclasses
 import errno
 import os
+import re
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -269,3 +272,62 @@ def test_a_version_file_that_is_behind_is_put_right_at_once(chain: SmallChain) -
     with LockedChain(chain.name) as locked:
         assert chain.file(".ver").read_bytes() == b"1\n"
         assert "was put right" in locked.notes[0]
+
+
+def test_a_file_that_is_replaced_is_whole_and_what_was_there_is_set_aside(chain: SmallChain) -> None:
+    with LockedChain(chain.name) as locked:
+        locked.replace("disk.note", lambda file: file.write(b"first"))
+        locked.replace("disk.note", lambda file: file.write(b"second"))
+        assert chain.temporary() == []
+    assert (chain.file(".note").read_bytes(), chain.file(".note.aside-1").read_bytes()) == (b"second", b"first")
+
+
+def test_a_replacement_that_cannot_be_written_leaves_what_was_there(chain: SmallChain) -> None:
+    def fail(_file: object) -> None:
+        raise StorageError("the disk is full")
+
+    chain.file(".note").write_bytes(b"first")
+    with LockedChain(chain.name) as locked, pytest.raises(StorageError, match="the disk is full"):
+        locked.replace("disk.note", fail)
+    assert chain.temporary() == [] and chain.file(".note").read_bytes() == b"first"
+
+
+def test_a_version_file_that_cannot_be_put_right_is_told(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: LockedChain, _number: int) -> None:
+        raise StorageError("the disk is full")
+
+    chain.file(".ver").write_bytes(b"0\n")
+    monkeypatch.setattr(LockedChain, "publish_version", fail)
+    with pytest.raises(StorageError, match="the disk is full"):
+        LockedChain(chain.name)
+    assert chain.temporary() == [] and chain.file(".ver").read_bytes() == b"0\n"
+
+
+def test_the_chain_s_identifier_is_that_of_the_newest_manifest(chain: SmallChain) -> None:
+    made = chain.add(DAYS[1]).manifest
+    with LockedChain(chain.name) as locked:
+        first = locked.generations[1].manifest
+        assert first is not None
+        chain.file(".1.json").write_bytes(dataclasses.replace(first, chain="00" * 16).to_bytes())
+        locked.reload()
+        assert locked.chain_id() == made.chain
+
+
+def test_a_new_chain_s_identifier_has_32_digits(tmp_path: Path) -> None:
+    with LockedChain(chains.new_chain(tmp_path).name) as locked:
+        assert re.fullmatch("[0-9a-f]{32}", locked.chain_id())
+
+
+def test_a_generation_that_is_not_committed_holds_nothing_open(chain: SmallChain) -> None:
+    with LockedChain(chain.name) as locked:
+        before = sorted(os.listdir("/proc/self/fd"))
+        with locked.begin(".gz", ".sha256"):
+            assert len(os.listdir("/proc/self/fd")) == len(before) + 2
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_new_table_can_be_read_before_it_is_committed(chain: SmallChain) -> None:
+    with LockedChain(chain.name) as locked, locked.begin(".gz", ".sha256") as new:
+        new.table.write(struct.pack("<I", 64) + bytes(32))
+        with new.open_table(32) as table:
+            assert (table.block_size, table.digests(0, 1)) == (64, bytes(32))
