@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from blockdiff import digesttable
 from blockdiff.backup import Options
-from blockdiff.blocks import Hasher, digest_named
+from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
 from blockdiff.digesttable import GROUP, TableReader, TableWriter, sparse_count
 from blockdiff.errors import DamagedError
 from tests import chains
@@ -96,6 +97,71 @@ def test_edges(runs: list[tuple[int, bool]]) -> None:
     assert content == by_the_document(digests)
     with reader(content) as table:
         assert table.digests(0, len(digests)) == digests
+
+
+def test_many_groups_of_which_any_may_be_left_out() -> None:
+    """More than a byte of the bitmap, and no two bytes of it alike."""
+    chooser = random.Random(4)
+    digests = digests_of([(GROUP, chooser.random() < 0.5) for _ in range(40)])
+    with reader(by_the_document(digests)) as table:
+        for group in range(40):
+            start = (group * GROUP + 5) * SIZE
+            assert table.digests(group * GROUP + 5, 3) == digests[start : start + 3 * SIZE]
+
+
+HEADER = struct.pack("<I", 512)
+
+
+def test_a_plain_table() -> None:
+    content = HEADER + bytes(range(2 * SIZE))
+    with reader(content) as table:
+        assert (table.block_size, table.count, table.digests(1, 5)) == (512, 2, content[4 + SIZE :])
+        assert table.sha256() == hashlib.sha256(content).hexdigest()
+
+
+def test_a_plain_table_of_no_blocks() -> None:
+    with reader(HEADER) as table:
+        assert (table.block_size, table.count, table.digests(0, 1)) == (512, 0, b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "0 bytes with a block size of 0"),
+        (HEADER[:3], "3 bytes with a block size of 0"),
+        (HEADER + bytes(SIZE - 1), f"{3 + SIZE} bytes with a block size of 512"),
+        (HEADER + bytes(SIZE + 1), f"{5 + SIZE} bytes with a block size of 512"),
+        (bytes(4) + bytes(SIZE), f"{4 + SIZE} bytes with a block size of 0"),
+        (b"\1\0\x40\0" + bytes(SIZE), f"{4 + SIZE} bytes with a block size of 4194305"),
+    ],
+)
+def test_a_file_that_can_be_no_plain_table_is_refused(content: bytes, said: str) -> None:
+    with pytest.raises(DamagedError, match=f"^the table is damaged: {said} are no table of {SIZE}-byte digests"):
+        reader(content)
+
+
+@pytest.mark.parametrize("block_size", [MIN_BLOCK_SIZE, MAX_BLOCK_SIZE])
+def test_the_smallest_and_the_largest_block_size(block_size: int) -> None:
+    size = struct.pack("<I", block_size)
+    for content in size + bytes(SIZE), SOUND[:8] + size + SOUND[12:]:
+        with reader(content) as table:
+            assert table.block_size == block_size
+
+
+def test_a_file_that_is_refused_is_closed() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(DamagedError):
+        reader(b"")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_told() -> None:
+    fd = os.memfd_create("table")
+    os.write(fd, HEADER + bytes(4 * SIZE))
+    with TableReader(fd, "the table", SIZE) as table:
+        os.ftruncate(fd, 4 + 3 * SIZE)
+        with pytest.raises(DamagedError, match="the table was cut off while it was read"):
+            table.digests(0, 4)
 
 
 SOUND = by_the_document(digests_of([(GROUP, True), (10, False), (GROUP, True), (7, False)]))
