@@ -176,7 +176,10 @@ DAMAGED = {
     "a block more": SOUND[:12] + struct.pack("<Q", 2 * GROUP + 18) + SOUND[20:],
     "more blocks than its bits": SOUND[:12] + struct.pack("<Q", 9 * GROUP) + SOUND[20:],
     "more blocks than there are bytes": SOUND[:12] + struct.pack("<Q", (1 << 64) - 1) + SOUND[20:],
+    "a bitmap larger than any file": SOUND[:12] + struct.pack("<Q", 1 << 62) + SOUND[20:],
+    "a bitmap larger than the file": SOUND[:12] + struct.pack("<Q", (len(SOUND) + 1) * 8 * GROUP) + SOUND[20:],
     "a bit beyond its groups": SOUND[:-1] + bytes([SOUND[-1] | 8]),
+    "a group beyond its groups": SOUND[:-1] + bytes(GROUP * SIZE) + bytes([SOUND[-1] | 8]),
     "a bit less": SOUND[:-1] + bytes([SOUND[-1] & 2]),
 }
 
