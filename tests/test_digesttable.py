@@ -1,5 +1,6 @@
 """The sparse form of a digest table: the same digests as in the plain form, and no file that is none."""
 
+import errno
 import hashlib
 import io
 import os
@@ -15,7 +16,7 @@ from blockdiff import digesttable
 from blockdiff.backup import Options
 from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
 from blockdiff.digesttable import GROUP, TableReader, TableWriter, sparse_count
-from blockdiff.errors import DamagedError
+from blockdiff.errors import DamagedError, StorageError
 from tests import chains
 from tests.protocol import GOLDEN
 
@@ -117,6 +118,22 @@ def test_a_plain_table() -> None:
     with reader(content) as table:
         assert (table.block_size, table.count, table.digests(1, 5)) == (512, 2, content[4 + SIZE :])
         assert table.sha256() == hashlib.sha256(content).hexdigest()
+
+
+def test_the_sha256_of_a_table_that_is_read_in_pieces() -> None:
+    content = HEADER + random.Random(1).randbytes(200_000 * SIZE)
+    with reader(content) as table:
+        assert table.sha256() == hashlib.sha256(content).hexdigest()
+
+
+def test_a_table_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with reader(HEADER + bytes(SIZE)) as table:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(StorageError, match="^cannot read the table: Input/output error$"):
+            table.digests(0, 1)
 
 
 def test_a_plain_table_of_no_blocks() -> None:
