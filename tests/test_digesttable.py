@@ -132,7 +132,7 @@ def test_a_table_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
     with reader(HEADER + bytes(SIZE)) as table:
         monkeypatch.setattr(os, "pread", fail)
-        with pytest.raises(StorageError, match="^cannot read the table: Input/output error$"):
+        with pytest.raises(StorageError, match=r"^cannot read the table: Input/output error$"):
             table.digests(0, 1)
 
 
