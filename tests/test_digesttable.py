@@ -126,6 +126,20 @@ def test_the_sha256_of_a_table_that_is_read_in_pieces() -> None:
         assert table.sha256() == hashlib.sha256(content).hexdigest()
 
 
+def test_reads_that_give_less_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, content = os.pread, HEADER + bytes(range(9 * SIZE))
+    with reader(content) as table:
+        monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 7), offset))
+        assert table.digests(0, 9) == content[4:]
+
+
+def test_a_table_is_written_in_pieces_as_it_comes() -> None:
+    sink = io.BytesIO()
+    writer = TableWriter(sink, HASHER)
+    writer.append(bytes(1 << 20))
+    assert sink.tell() == 4 + (1 << 20)
+
+
 def test_a_table_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
