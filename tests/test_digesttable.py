@@ -138,6 +138,9 @@ def test_a_table_is_written_in_pieces_as_it_comes() -> None:
     writer = TableWriter(sink, HASHER)
     writer.append(bytes(1 << 20))
     assert sink.tell() == 4 + (1 << 20)
+    writer.append(b"\1" * SIZE)
+    writer.finish()
+    assert sink.getvalue() == HEADER + bytes(1 << 20) + b"\1" * SIZE
 
 
 def test_a_table_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
