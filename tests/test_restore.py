@@ -1,5 +1,6 @@
 """Restoring to files and devices: what is refused, what is written, and what is left behind."""
 
+import dataclasses
 import os
 import subprocess
 from collections.abc import Iterator
@@ -270,3 +271,24 @@ def test_the_file_behind_a_loop_device_is_refused(chain: SmallChain, device: Pat
     backing = large_tmp_path / "backing"
     assert f"{backing} is in use by a loop device" in refused("--force", chain.name, backing)
     assert backing.read_bytes() == b"\xee" * 2 * MIB
+
+
+# Manifests that do not belong to their delta, and are sound by themselves
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"delta_format": 1}, "is not the delta that its manifest describes"),
+        ({"block_size": 2 * BLOCK, "blocks": 3, "changed_blocks": 3}, "is not the delta that its manifest describes"),
+        ({"image_size": len(DAYS[0]) - 1}, "has another image size than its manifest"),
+    ],
+)
+def test_a_manifest_that_describes_another_delta_is_told(chain: SmallChain, changes: dict[str, int], said: str) -> None:
+    with Chain(chain.name) as opened:
+        made = opened.generations[1].manifest
+    assert made is not None
+    chain.file(".1.json").write_bytes(dataclasses.replace(made, **changes).to_bytes())  # type: ignore[arg-type]
+    for number in 1, 3:
+        with pytest.raises(DamagedError, match=said):
+            chain.restored(number)
