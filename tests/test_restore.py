@@ -1,12 +1,15 @@
 """Restoring to files and devices: what is refused, what is written, and what is left behind."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockdiff import merge, target
 from blockdiff.backup import Options
@@ -292,3 +295,19 @@ def test_a_manifest_that_describes_another_delta_is_told(chain: SmallChain, chan
     for number in 1, 3:
         with pytest.raises(DamagedError, match=said):
             chain.restored(number)
+
+
+# Parts
+
+
+@given(st.lists(st.integers(0, 1), max_size=40), st.integers(0, 1), st.data())
+def test_stretches_are_the_longest_ones_of_their_kind(flags: list[int], value: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(flags)))
+    stop = data.draw(st.none() | st.integers(start, len(flags)))
+    expected, place = [], start
+    for found, group in itertools.groupby(flags[start:stop]):
+        length = len(list(group))
+        if found == value:
+            expected.append((place, place + length))
+        place += length
+    assert list(merge.stretches(bytearray(flags), value, start, stop)) == expected
