@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,3 +312,42 @@ def test_stretches_are_the_longest_ones_of_their_kind(flags: list[int], value: i
             expected.append((place, place + length))
         place += length
     assert list(merge.stretches(bytearray(flags), value, start, stop)) == expected
+
+
+# Chains whose manifests are gone
+
+
+def without_manifests(directory: Path, *images: bytes, block_size: int = BLOCK) -> SmallChain:
+    directory.mkdir(exist_ok=True)
+    chain = chains.new_chain(directory)
+    for image in images:
+        chain.add(image, Options(block_size=block_size))
+    for path in chain.directory.glob("*.json"):
+        path.unlink()
+    return chain
+
+
+def test_the_size_of_an_image_is_that_of_its_own_delta(tmp_path: Path) -> None:
+    """The third day's delta has no blocks at all."""
+    days = chains.image_of("a", "b", "c"), chains.image_of("a", "b", "c", "d", "e*5"), chains.image_of("a", "b", "c")
+    chain = without_manifests(tmp_path, *days)
+    assert [chain.restored(number) for number in (1, 2, 3)] == [*days]
+
+
+def test_a_delta_of_another_block_size_is_told(tmp_path: Path) -> None:
+    chain = without_manifests(tmp_path / "one", *DAYS)
+    other = without_manifests(tmp_path / "other", *DAYS, block_size=2 * BLOCK)
+    shutil.copy(other.file(".1.gz"), chain.file(".1.gz"))
+    said = r"disk\.1\.gz has blocks of 128 bytes, but generation 3, which needs it, of 64"
+    with pytest.raises(DamagedError, match=said):
+        chain.restored(3)
+
+
+@pytest.mark.parametrize("change", [-32, 32])
+def test_a_table_that_does_not_fit_the_size_of_the_image_is_told(tmp_path: Path, change: int) -> None:
+    chain = without_manifests(tmp_path, *DAYS)
+    table = chain.file(".3.sha256")
+    os.truncate(table, table.stat().st_size + change)
+    said = f"has {5 + change // 32} digests, which do not fit an image of {len(DAYS[2])} bytes"
+    with pytest.raises(DamagedError, match=said):
+        chain.restored(3)
