@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from blockdiff import merge, target
 from blockdiff.backup import Options
+from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain, Generation
+from blockdiff.digesttable import TableWriter
 from blockdiff.errors import DamagedError, TargetError
 from tests import chains, commands, conftest, loop, mounts
 from tests.chains import BLOCK, DAYS, MemoryTarget, SmallChain
@@ -350,4 +352,17 @@ def test_a_table_that_does_not_fit_the_size_of_the_image_is_told(tmp_path: Path,
     os.truncate(table, table.stat().st_size + change)
     said = f"has {5 + change // 32} digests, which do not fit an image of {len(DAYS[2])} bytes"
     with pytest.raises(DamagedError, match=said):
+        chain.restored(3)
+
+
+def test_another_table_of_the_same_digests_is_told(tmp_path: Path) -> None:
+    """The end of a delta has the SHA-256 of its table: here that is in the other form."""
+    chain = without_manifests(tmp_path, *DAYS)
+    with Chain(chain.name) as opened, opened.generations[3].open_table() as table:
+        digests = table.digests(0, table.count)
+    with chain.file(".3.sha256").open("wb", buffering=0) as file:
+        writer = TableWriter(file, Hasher(digest_named("sha256"), BLOCK), len(digests) // 32)
+        writer.append(digests)
+        writer.finish()
+    with pytest.raises(DamagedError, match="is not the table that the delta was written with"):
         chain.restored(3)
