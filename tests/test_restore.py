@@ -366,3 +366,15 @@ def test_another_table_of_the_same_digests_is_told(tmp_path: Path) -> None:
         writer.finish()
     with pytest.raises(DamagedError, match="is not the table that the delta was written with"):
         chain.restored(3)
+
+
+@pytest.mark.parametrize("words", [("a", "b", "c", "d", "e"), ("0", "0", "0", "0", "x"), ("x", "0", "0", "0", "0")])
+@pytest.mark.parametrize("bad", [(0,), (2, 3), (3,)])
+def test_the_first_block_that_is_damaged_is_named(tmp_path: Path, words: tuple[str, ...], bad: tuple[int, ...]) -> None:
+    chain = without_manifests(tmp_path, chains.image_of(*words))
+    table = bytearray(chain.file(".1.sha256").read_bytes())
+    for block in bad:
+        table[4 + 32 * block + 31] ^= 1
+    chain.file(".1.sha256").write_bytes(table)
+    with pytest.raises(DamagedError, match=f"the block at offset {bad[0] * BLOCK} does not match the digest table"):
+        chain.restored(1)
