@@ -378,3 +378,17 @@ def test_the_first_block_that_is_damaged_is_named(tmp_path: Path, words: tuple[s
     chain.file(".1.sha256").write_bytes(table)
     with pytest.raises(DamagedError, match=f"the block at offset {bad[0] * BLOCK} does not match the digest table"):
         chain.restored(1)
+
+
+@pytest.mark.parametrize("delta_format", [1, 2])
+def test_every_block_is_written_or_made_zero_once(tmp_path: Path, delta_format: int) -> None:
+    """A delta of version 1 carries zero blocks among the others, and a device may hold anything before."""
+    chain = chains.new_chain(tmp_path)
+    chain.add(
+        chains.image_of("a", "b", "0", "0", "c", "0", "d*3"), Options(block_size=BLOCK, delta_format=delta_format)
+    )
+    image = MemoryTarget()
+    with Chain(chain.name) as opened:
+        merge.merge(opened.needed(1), image)
+    done = sorted([*((*each, "data") for each in image.writes), *((*each, "zero") for each in image.zeros)])
+    assert done == [(0, 128, "data"), (128, 128, "zero"), (256, 64, "data"), (320, 64, "zero"), (384, 3, "data")]
