@@ -389,6 +389,20 @@ def test_every_block_is_written_or_made_zero_once(tmp_path: Path, delta_format: 
     )
     image = MemoryTarget()
     with Chain(chain.name) as opened:
-        merge.merge(opened.needed(1), image)
+        assert merge.merge(opened.needed(1), image) == 6 * BLOCK + 3
     done = sorted([*((*each, "data") for each in image.writes), *((*each, "zero") for each in image.zeros)])
     assert done == [(0, 128, "data"), (128, 128, "zero"), (256, 64, "data"), (320, 64, "zero"), (384, 3, "data")]
+
+
+def test_a_file_of_another_size_than_its_manifest_says_is_told_at_once(chain: SmallChain) -> None:
+    with chain.file(".3.gz").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DamagedError, match=r"disk\.3\.gz has \d+ bytes instead of \d+"):
+        chain.restored(3)
+
+
+def test_an_image_of_no_bytes_by_the_original_s_commands(tmp_path: Path) -> None:
+    chain, empty = chains.new_chain(tmp_path), tmp_path / "empty"
+    empty.touch()
+    assert commands.run("blockdiff_backup", chain.name, "blockdiff_dump", empty).returncode == 0
+    assert chain.restored(1) == b""
