@@ -1,4 +1,4 @@
-"""`make mutants`: what it changes, and how its list of the living is read. (The mutants themselves take an hour.)"""
+"""`make mutants`: what it changes, and how its list of the living is read. (The mutants themselves take two hours.)"""
 
 import ast
 from pathlib import Path
