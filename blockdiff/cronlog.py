@@ -80,9 +80,8 @@ def _run(command: Sequence[str], log: _Log) -> int:
 
     with process.started(start) as child:
         assert child.stdout is not None
-        with child.stdout as said:
-            for text in said:
-                log.line(text[:-1] if text.endswith(b"\n") else text)
+        for text in child.stdout:
+            log.line(text[:-1] if text.endswith(b"\n") else text)
         status = child.wait()
     if status < 0:
         log.line(b"command died with signal:%d" % -status)

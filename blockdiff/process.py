@@ -77,15 +77,11 @@ def run(
     without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
     stdin_kind = subprocess.DEVNULL if stdin is None else subprocess.PIPE
-    with started(lambda: _start(arguments, env, stdin_kind)) as child, child:
+    with started(lambda: _start(arguments, env, stdin_kind)) as child:
         try:
             stdout, stderr = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
-            stop(child)
             raise DeadlineError(arguments, timeout_s) from error
-        except BaseException:  # a signal: no child may outlive us
-            stop(child)
-            raise
     completed = Completed(stdout, stderr, child.returncode)
     return checked(arguments, completed) if check else completed
 
@@ -216,7 +212,7 @@ def stream(
     """
     deadline = time.monotonic() + timeout_s
     said = b""
-    with started(lambda: _start(arguments, env)) as child, child, selectors.DefaultSelector() as selector:
+    with started(lambda: _start(arguments, env)) as child, selectors.DefaultSelector() as selector:
         try:
             assert child.stdout is not None and child.stderr is not None
             selector.register(child.stdout, selectors.EVENT_READ)
@@ -235,8 +231,6 @@ def stream(
             child.wait(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as error:
             raise DeadlineError(arguments, timeout_s) from error
-        finally:
-            stop(child)
     return Completed(b"", said, child.returncode)
 
 
@@ -261,25 +255,6 @@ def _start(
         )
     except OSError as error:
         raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error
-
-
-@contextmanager
-def started(
-    start: Callable[[], "subprocess.Popen[bytes]"],
-    end: Optional[Callable[["subprocess.Popen[bytes]"], None]] = None,
-) -> Iterator["subprocess.Popen[bytes]"]:
-    """Yield the child that `start()` starts; whatever ends the block, `end` (by default `stop`) makes sure it is gone.
-
-    No signal's exception comes between the start of the child and our knowledge of it.
-    """
-    child = None
-    try:
-        with signals.held():
-            child = start()
-        yield child
-    finally:
-        if child is not None and child.poll() is None:
-            (end or stop)(child)
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -312,3 +287,23 @@ def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEO
         time.sleep(0.01)
         number = signal.SIGKILL if time.monotonic() > deadline else 0
     child.wait()
+
+
+@contextmanager
+def started(
+    start: Callable[[], "subprocess.Popen[bytes]"], end: Callable[["subprocess.Popen[bytes]"], None] = stop
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Yield the child that `start()` starts; whatever ends the block, `end` makes sure that it is gone, with its pipes.
+
+    No signal's exception comes between the start of the child and our knowledge of it.
+    """
+    child = None
+    try:
+        with signals.held():
+            child = start()
+        yield child
+    finally:
+        if child is not None:
+            if child.poll() is None:
+                end(child)
+            child.__exit__(None, None, None)
