@@ -319,26 +319,20 @@ def test_stretches_are_the_longest_ones_of_their_kind(flags: list[int], value: i
 # Chains whose manifests are gone
 
 
-def without_manifests(directory: Path, *images: bytes, block_size: int = BLOCK) -> SmallChain:
-    directory.mkdir(exist_ok=True)
-    chain = chains.new_chain(directory)
-    for image in images:
-        chain.add(image, Options(block_size=block_size))
-    for path in chain.directory.glob("*.json"):
-        path.unlink()
-    return chain
-
-
 def test_the_size_of_an_image_is_that_of_its_own_delta(tmp_path: Path) -> None:
     """The third day's delta has no blocks at all."""
     days = chains.image_of("a", "b", "c"), chains.image_of("a", "b", "c", "d", "e*5"), chains.image_of("a", "b", "c")
-    chain = without_manifests(tmp_path, *days)
+    chain = chains.new_chain(tmp_path)
+    for image in days:
+        chain.add(image)
+    chains.without_manifests(chain)
     assert [chain.restored(number) for number in (1, 2, 3)] == [*days]
 
 
-def test_a_delta_of_another_block_size_is_told(tmp_path: Path) -> None:
-    chain = without_manifests(tmp_path / "one", *DAYS)
-    other = without_manifests(tmp_path / "other", *DAYS, block_size=2 * BLOCK)
+def test_a_delta_of_another_block_size_is_told(chain: SmallChain, tmp_path: Path) -> None:
+    chains.without_manifests(chain)
+    (tmp_path / "other").mkdir()
+    other = chains.three_days(tmp_path / "other", Options(block_size=2 * BLOCK))
     shutil.copy(other.file(".1.gz"), chain.file(".1.gz"))
     said = r"disk\.1\.gz has blocks of 128 bytes, but generation 3, which needs it, of 64"
     with pytest.raises(DamagedError, match=said):
@@ -346,8 +340,8 @@ def test_a_delta_of_another_block_size_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [-32, 32])
-def test_a_table_that_does_not_fit_the_size_of_the_image_is_told(tmp_path: Path, change: int) -> None:
-    chain = without_manifests(tmp_path, *DAYS)
+def test_a_table_that_does_not_fit_the_size_of_the_image_is_told(chain: SmallChain, change: int) -> None:
+    chains.without_manifests(chain)
     table = chain.file(".3.sha256")
     os.truncate(table, table.stat().st_size + change)
     said = f"has {5 + change // 32} digests, which do not fit an image of {len(DAYS[2])} bytes"
@@ -355,9 +349,9 @@ def test_a_table_that_does_not_fit_the_size_of_the_image_is_told(tmp_path: Path,
         chain.restored(3)
 
 
-def test_another_table_of_the_same_digests_is_told(tmp_path: Path) -> None:
+def test_another_table_of_the_same_digests_is_told(chain: SmallChain) -> None:
     """The end of a delta has the SHA-256 of its table: here that is in the other form."""
-    chain = without_manifests(tmp_path, *DAYS)
+    chains.without_manifests(chain)
     with Chain(chain.name) as opened, opened.generations[3].open_table() as table:
         digests = table.digests(0, table.count)
     with chain.file(".3.sha256").open("wb", buffering=0) as file:
@@ -371,7 +365,9 @@ def test_another_table_of_the_same_digests_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("a", "b", "c", "d", "e"), ("0", "0", "0", "0", "x"), ("x", "0", "0", "0", "0")])
 @pytest.mark.parametrize("bad", [(0,), (2, 3), (3,)])
 def test_the_first_block_that_is_damaged_is_named(tmp_path: Path, words: tuple[str, ...], bad: tuple[int, ...]) -> None:
-    chain = without_manifests(tmp_path, chains.image_of(*words))
+    chain = chains.new_chain(tmp_path)
+    chain.add(chains.image_of(*words))
+    chains.without_manifests(chain)
     table = bytearray(chain.file(".1.sha256").read_bytes())
     for block in bad:
         table[4 + 32 * block + 31] ^= 1
