@@ -86,9 +86,9 @@ class Agent:
     def run(self) -> None:
         """Say hello, do what the server asks, and put everything away; raises whatever ends it early."""
         signals.unwind()
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-        wire.Heartbeat(self._link).start()
         try:
+            threading.Thread(target=self._read, name="reader", daemon=True).start()
+            wire.Heartbeat(self._link).start()
             self._link.send_json(wire.HELLO, hello())
             self._serve(self._order(wire.REQUEST))
         except Interrupted as error:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blockdiff import __version__, codec, quiesce, streams
+from blockdiff import __version__, codec, quiesce, signals, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.clock import now
@@ -234,7 +234,8 @@ def _dump(
     with streams.opened(session, scan, job.path, connect) as found:
         job.opened = opened = found.opened
         watcher.begin(opened.size)
-        job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
+        with signals.held():  # a signal comes when its files are known to what removes them
+            job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
         delta, table = job.new.delta, job.new.table
         writer = DeltaWriter(delta, table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
 

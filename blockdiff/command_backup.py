@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockdiff import __version__, codec, merge, process
+from blockdiff import __version__, codec, merge, process, signals
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.clock import now
@@ -46,7 +46,8 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
         last = chain.last()
         base = chain.generation(last) if last else None
         old = stack.enter_context(_old_table(base)) if base is not None else None
-        new = stack.enter_context(chain.begin(codec.SUFFIXES[compression], "." + _DIGEST))
+        with signals.held():  # a signal comes when its files are known to what removes them
+            new = stack.enter_context(chain.begin(codec.SUFFIXES[compression], "." + _DIGEST))
         _run(command, new, base)
         new.delta.take_in()
         new.table.take_in()

@@ -180,7 +180,6 @@ class NewGeneration:
         self._directory = chain.directory
         self._suffixes = (delta_suffix, table_suffix, MANIFEST_SUFFIX)
         self._committed = False
-        self._linked: list[str] = []
         self._files: list[OutputFile] = []
         try:
             self.delta = self._create(delta_suffix, checksum.OF_DELTAS)
@@ -235,9 +234,9 @@ class NewGeneration:
         self._chain.prepare_version(self.number)
         self._directory.sync()
         for suffix in (delta_suffix, table_suffix):
-            self._link(suffix)
+            self._directory.link(self._temporary(suffix), self._final(suffix))
         self._directory.sync()
-        self._link(manifest_suffix)
+        self._directory.link(self._temporary(manifest_suffix), self._final(manifest_suffix))
         self._directory.sync()
         self._committed = True  # before the rename: a signal in between must not undo what NAME.ver may already say
         try:
@@ -247,10 +246,6 @@ class NewGeneration:
             raise
         self._directory.sync()
 
-    def _link(self, suffix: str) -> None:
-        self._directory.link(self._temporary(suffix), self._final(suffix))
-        self._linked.append(self._final(suffix))
-
     def _undo(self) -> None:
         """Remove the temporary names, and the final ones that this very object made and did not commit.
 
@@ -258,10 +253,19 @@ class NewGeneration:
         """
         for file in self._files:
             file.__exit__(None, None, None)
-        names = [] if self._committed else self._linked[::-1]
-        names += [*map(self._temporary, self._suffixes), self._chain.temporary_version]
-        for name in names:
+        if not self._committed:
+            for suffix in reversed(self._suffixes):
+                self._undo_link(suffix)
+        for name in (*map(self._temporary, self._suffixes), self._chain.temporary_version):
             try:
                 self._directory.unlink(name)
             except StorageError:
                 pass
+
+    def _undo_link(self, suffix: str) -> None:
+        # the files tell, not what we remember: a signal may have come just behind the link
+        try:
+            if self._directory.are_same(self._final(suffix), self._temporary(suffix)):
+                self._directory.unlink(self._final(suffix))
+        except StorageError:
+            pass

@@ -6,7 +6,7 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 import subprocess
 from typing import List, Optional, Sequence
 
-from blockdiff import process
+from blockdiff import process, signals
 from blockdiff.errors import BlockdiffError, ProcessError, SourceError, printable
 
 #: How long each of the two commands may take, in seconds.
@@ -30,13 +30,19 @@ class Freeze:
         self._guard: "Optional[subprocess.Popen[bytes]]" = None
 
     def __enter__(self) -> "Freeze":
-        if self._after is not None:
-            self._guard = _start_guard(self._after)
+        begun = False
         try:
+            if self._after is not None:
+                with signals.held():
+                    self._guard = _start_guard(self._after)
+            begun = True
             if self._before is not None:
                 _run("--before", self._before, self._held_open())
         except BaseException as error:
-            self.__exit__(None, error, None)
+            if begun:
+                self.__exit__(None, error, None)
+            elif self._guard is not None:
+                _dismiss(self._guard)
             raise
         return self
 

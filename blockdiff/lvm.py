@@ -163,6 +163,7 @@ class Snapshot:
         try:
             for found in lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S):
                 self._remove(found)
+            self._may_exist = False
         except ProcessError:
             pass  # why there is no snapshot matters more; the next run's sweep finds what is left
 
@@ -182,6 +183,7 @@ class Snapshot:
         self._stop_watching()
         for found in lvs.volumes(self.origin.group, self._selection):
             self._remove(found)
+        self._may_exist = False
 
     def _remove(self, found: Volume) -> None:
         if found.is_ours and found.origin == self.origin.name:

@@ -88,6 +88,7 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
             raise failures[0]
     finally:
         process.stop(child)
+        feeder.join(process.STOP_TIMEOUT_S)  # what it reads is closed after us
         output_file.close()
 
 

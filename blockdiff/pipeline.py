@@ -142,7 +142,8 @@ class Task(Generic[Result]):
             self._results.append(work())
         except BaseException as error:  # noqa: BLE001  # raised again in `result`, for whoever wants to know
             self._errors.append(error)
-        self._undone.release()
+        finally:
+            self._undone.release()
 
     def is_done(self) -> bool:
         """Tell whether `result` would not wait."""

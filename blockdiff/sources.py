@@ -139,7 +139,8 @@ class VolumeSource(Source):
 
     def take(self) -> None:
         """Make the snapshot."""
-        self._stack.enter_context(self._snapshot)
+        self._stack.push(self._snapshot)  # before it is made: a signal may come in between
+        self._snapshot.__enter__()
 
     def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """Open the snapshot, with what is known of its extents."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from blockdiff.mysqlaccount import Account
 from tests.mariadb import MariaDB
@@ -16,6 +17,10 @@ from tests.sshd import Sshd
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # nohup and shells hand that down, and our commands respect it
         signal.signal(number, handler)
+
+# a machine that stands still for a moment is no reason to fail
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 _SHM = Path("/dev/shm")
 #: Where large images go: memory, where the machine offers enough of it as a file system (containers often do not).

@@ -117,7 +117,13 @@ class Way(threading.Thread):
     """Passes the bytes of one direction on from `source` to `target`, piece by piece."""
 
     def __init__(
-        self, way: str, fault: Fault, source: io.BufferedReader, target: int, blocked: threading.Event
+        self,
+        way: str,
+        fault: Fault,
+        source: io.BufferedReader,
+        target: int,
+        blocked: threading.Event,
+        deciding: threading.Lock,
     ) -> None:
         super().__init__(daemon=True)
         self._way = way
@@ -125,6 +131,7 @@ class Way(threading.Thread):
         self._source = source
         self._target = target
         self._blocked = blocked
+        self._deciding = deciding
 
     def run(self) -> None:
         try:
@@ -152,18 +159,19 @@ class Way(threading.Thread):
             self._write(piece)
             return
         at = fault.point.within(piece)
-        self._write(piece[:at])
+        with self._deciding:
+            self._write(piece[:at])
+            if fault.kind == STALL_BOTH:
+                self._blocked.set()
+            fault.applied.touch()
+            if fault.kind == CUT:
+                os.write(2, b"Connection to host closed by remote host.\n")
+                os._exit(255)
         self._act(piece, at)
 
     def _act(self, piece: bytes, at: int) -> None:
         kind, rest = self._fault.kind, piece[at:]
-        if kind == STALL_BOTH:
-            self._blocked.set()
-        self._fault.applied.touch()
-        if kind == CUT:
-            os.write(2, b"Connection to host closed by remote host.\n")
-            os._exit(255)
-        elif kind in (STALL, STALL_BOTH):
+        if kind in (STALL, STALL_BOTH):
             self._hang()
         elif kind == DELAY:
             time.sleep(DELAY_S)
@@ -196,13 +204,14 @@ def main(arguments: list[str]) -> None:
     (fault,) = [from_option(word) for word in arguments if word.startswith("Fault=")]
     child = subprocess.Popen(["/bin/sh", "-c", arguments[-1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and isinstance(child.stdout, io.BufferedReader)
-    blocked = threading.Event()
-    Way(UP, fault, open(0, "rb"), child.stdin.fileno(), blocked).start()  # noqa: SIM115
-    down = Way(DOWN, fault, child.stdout, 1, blocked)
+    blocked, deciding = threading.Event(), threading.Lock()
+    Way(UP, fault, open(0, "rb"), child.stdin.fileno(), blocked, deciding).start()  # noqa: SIM115
+    down = Way(DOWN, fault, child.stdout, 1, blocked, deciding)
     down.start()
     status = child.wait()
     down.join()
-    os._exit(status if status >= 0 else 255)
+    with deciding:  # what was to go wrong behind the last byte does, before we end
+        os._exit(status if status >= 0 else 255)
 
 
 def install(directory: Path) -> Path:

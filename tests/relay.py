@@ -68,7 +68,12 @@ class Relay:
                 self._threads.append(thread)
 
     def _pass_on(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            client.close()
+            return
+        with client, server:
             ways = {client: (0, server), server: (1, client)}
             while ways and not self._closing.is_set():
                 if self.acted.is_set():
@@ -87,7 +92,7 @@ class Relay:
     def _pass_some(self, source: socket.socket, way: int, target: socket.socket) -> bool:
         """Pass on what is there, up to the limit; False when the connection has ended."""
         limit = self._limits[way]
-        room = (1 << 16) if limit is None else min(1 << 16, limit - self.passed[way])
+        room = (1 << 16) if limit is None else max(0, min(1 << 16, limit - self.passed[way]))
         data = source.recv(room) if room else b""
         if room and not data:
             return False

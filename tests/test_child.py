@@ -1,5 +1,7 @@
 """Connections that are child processes end, whatever the child does."""
 
+import os
+import signal
 import threading
 import time
 
@@ -9,8 +11,8 @@ from blockdiff import process
 from blockdiff.errors import ConnectionLost
 from blockdiff.transport.child import PIPE_SIZE, ChildConnection
 
-#: Leaves a grandchild that holds our pipe for a while and never reads from it.
-HOLDS_THE_PIPE = "exec 3<&0; sleep 3 <&3 & echo; wait"
+#: Leaves a grandchild that holds our pipe and never reads from it, and tells its pid.
+HOLDS_THE_PIPE = "exec 3<&0; sleep 600 <&3 & echo $!; wait"
 
 
 def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +20,10 @@ def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkey
     lost = threading.Event()
     connection = ChildConnection(["sh", "-c", HOLDS_THE_PIPE], "host")
     with connection:
-        assert connection.readinto(memoryview(bytearray(1)), 10) == 1
+        told = bytearray()
+        while not told.endswith(b"\n"):
+            piece = bytearray(16)
+            told += piece[: connection.readinto(memoryview(piece), 10)]
 
         def write() -> None:
             try:
@@ -33,4 +38,5 @@ def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkey
         connection.close()
         assert not lost.is_set(), "the write was not stuck"
         assert connection.wait(0) is not None
+        os.kill(int(told), signal.SIGKILL)
         assert lost.wait(30), "the grandchild is gone, the write must fail"

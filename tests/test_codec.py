@@ -5,6 +5,8 @@ import io
 import random
 import struct
 import subprocess
+import threading
+import time
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -12,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 
-from blockdiff import codec
-from blockdiff.errors import DamagedError, StorageError, UsageError
+from blockdiff import codec, lzop
+from blockdiff.errors import DamagedError, ProcessError, StorageError, UsageError
 from tests import conftest
 
 NOISE = random.Random(1)
@@ -131,6 +133,25 @@ def test_lzop_files_are_read_through_lzop() -> None:
     assert content(data, "lzop") == content(data, None) == CONTENT
     with pytest.raises(DamagedError, match="the delta is damaged: lzop exited with status"):
         content(data[: len(data) // 2], "lzop")
+
+
+def test_a_file_is_read_no_more_once_lzop_has_given_it_up() -> None:
+    """Whoever gave it to us closes it then."""
+    conftest.require_program("lzop")
+    given, ended = threading.Event(), []
+
+    def read(count: int) -> bytes:
+        if given.is_set():
+            time.sleep(0.2)  # as a slow disk
+            ended.append(count)
+        given.set()
+        return bytes(count)
+
+    with pytest.raises(ProcessError, match="lzop exited with status"):
+        list(lzop.pieces(read))
+    before = len(ended)
+    time.sleep(0.5)
+    assert len(ended) == before
 
 
 @BOTH

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
-from blockdiff.commit import LockedChain
+from blockdiff.commit import LockedChain, NewGeneration
 from blockdiff.errors import BusyError, Interrupted, StorageError, UsageError
 from tests import chains, commands, faults
 from tests.chains import DAYS, SmallChain
@@ -88,6 +89,47 @@ def test_a_name_that_is_taken_is_never_overwritten(chain: SmallChain, monkeypatc
         chain.add(DAYS[1])
     assert chain.file(".2.sha256").read_bytes() == b"not ours"
     assert not chain.file(".2.gz").exists() and chain.temporary() == []
+
+
+@pytest.mark.parametrize("days", [0, 1])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_signal_just_behind_a_link_leaves_the_chain_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, at: int
+) -> None:
+    """The file has its name, and Python has not told anybody yet."""
+    chain = chains.some_days(tmp_path, days)
+    before, link, links = chain.files(), os.link, []
+
+    def interrupted(*arguments: object, **keywords: object) -> None:
+        link(*arguments, **keywords)  # type: ignore[arg-type]
+        links.append(arguments)
+        if len(links) == at:
+            raise Interrupted("stopped by SIGTERM")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(os, "link", interrupted)
+        chain.add(DAYS[days])
+    assert chain.files() == before
+    assert chain.add(DAYS[days]).recovered == []
+    chain.assert_sound()
+
+
+def test_a_signal_while_the_files_are_made_leaves_none(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    def enter(new: NewGeneration) -> NewGeneration:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return new
+
+    before, old = chain.files(), signal.signal(signal.SIGTERM, interrupt)
+    monkeypatch.setattr(NewGeneration, "__enter__", enter)
+    try:
+        with pytest.raises(Interrupted):
+            chain.add(DAYS[1])
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert chain.files() == before
 
 
 def test_files_are_durable_before_they_have_names(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,5 +288,5 @@ def test_a_copy_seeded_with_the_statement_follows_its_source(tmp_path: Path, wit
 
 def caught_up(replica: MariaDB, log: Row) -> bool:
     (status,) = replica.run("SHOW SLAVE STATUS")
-    assert status["Last_SQL_Errno"] == 0 and status["Last_IO_Errno"] == 0, status
+    assert status["Last_SQL_Errno"] == 0, status  # a connection that failed is tried again
     return (status["Relay_Master_Log_File"], status["Exec_Master_Log_Pos"]) == (log["File"], log["Position"])

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, mysqlaccount
+from blockdiff import backup, mysqlaccount, mysqllock
 from blockdiff.address import Address
 from blockdiff.backup import Options, Volumes
+from blockdiff.coordinates import Coordinates
 from blockdiff.errors import BlockdiffError, DatabaseError, SourceError
 from blockdiff.mysqllock import Limits
 from blockdiff.progress import Progress
@@ -131,13 +132,28 @@ def position(mariadb: MariaDB) -> tuple[str, int]:
     return str(row["File"]), int(str(row["Position"]))
 
 
-def meanwhile(fake: FakeLvm, do: Callable[[], object]) -> threading.Thread:
-    """Do something, in a thread, while `lvcreate` is at work, then let that go on."""
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Is set when the run has asked for the coordinates: it then waits for the snapshot alone."""
+    found, coordinates = threading.Event(), mysqllock.Held.coordinates
+
+    def asked(held: mysqllock.Held) -> Coordinates:
+        result = coordinates(held)
+        found.set()
+        return result
+
+    monkeypatch.setattr(mysqllock.Held, "coordinates", asked)
+    return found
+
+
+def meanwhile(fake: FakeLvm, do: Callable[[], object], after: threading.Event | None = None) -> threading.Thread:
+    """Do something, in a thread, while `lvcreate` is at work (`after` something else), then let that go on."""
     fake.order("lvcreate", "late", 1)
 
     def run() -> None:
         try:
             wait_until((fake.directory / "waiting").exists)
+            assert after is None or after.wait(LIMIT_S)
             do()
         finally:
             fake.go()
@@ -159,7 +175,7 @@ def test_coordinates_and_lock_are_recorded(chain: SmallChain, mariadb: MariaDB, 
     assert made.quiesced is not None and made.snapshot is not None and made.database is not None
     assert made.quiesced.by == "mysql"
     assert made.quiesced.statements == ["BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"]
-    assert made.quiesced.held_s >= made.snapshot.took_s > 0
+    assert made.quiesced.held_s > made.snapshot.took_s - 0.001 > 0  # that is in whole milliseconds
     assert made.quiesced.waited_s is not None and 0 <= made.quiesced.waited_s < LIMIT_S
     (entry,) = json.loads(commands.done("blockdiff", "list", "--json", chain.name))
     assert entry["database"]["server_version"] == made.database.server_version
@@ -209,11 +225,12 @@ def test_the_database_is_written_to_while_the_dump_goes_on(chain: SmallChain, ma
         def begin(self, total: int | None) -> None:
             mariadb.run("SET SESSION lock_wait_timeout=1", "INSERT INTO shop.myisam VALUES (9)")
             assert len(fake.snapshots()) == 1
-            sessions.append(mariadb.sessions())
+            wait_until(lambda: mariadb.sessions() == 0)
+            begun.append(total)
 
-    sessions: list[int] = []
+    begun: list[int | None] = []
     chain.add(None, options(through_ssh(mariadb)), Writing())
-    assert sessions == [0]
+    assert begun == [MIB]
 
 
 def test_a_freeze_and_a_lock_go_together(chain: SmallChain, mariadb: MariaDB, tmp_path: Path) -> None:
@@ -227,9 +244,9 @@ def test_a_freeze_and_a_lock_go_together(chain: SmallChain, mariadb: MariaDB, tm
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lock_that_is_lost_while_the_snapshot_is_made_is_a_failed_run(
-    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, form: Callable[[MariaDB], str]
+    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, known: threading.Event, form: Callable[[MariaDB], str]
 ) -> None:
-    thread = meanwhile(fake, mariadb.kill_others)
+    thread = meanwhile(fake, mariadb.kill_others, known)
     error = failed(chain, options(form(mariadb)))
     thread.join(LIMIT_S)
     assert type(error) is DatabaseError
@@ -240,11 +257,11 @@ def test_a_lock_that_is_lost_while_the_snapshot_is_made_is_a_failed_run(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lock_that_is_held_for_too_long_is_a_failed_run(
-    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, form: Callable[[MariaDB], str]
+    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, known: threading.Event, form: Callable[[MariaDB], str]
 ) -> None:
     """The database ends it by itself, so that the writer is let through before `lvcreate` is done."""
-    thread = meanwhile(fake, lambda: Running(mariadb, "INSERT INTO shop.myisam VALUES (1)").finish())
-    error = failed(chain, options(form(mariadb), Limits(max_hold_s=1)))
+    thread = meanwhile(fake, lambda: Running(mariadb, "INSERT INTO shop.myisam VALUES (1)").finish(), known)
+    error = failed(chain, options(form(mariadb), Limits(max_hold_s=3)))
     thread.join(LIMIT_S)
     assert type(error) is DatabaseError and error.message.startswith("the lock was lost before")
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ class Log:
         wait_until(lambda: self.words() == list(words), lambda: str(self.words()))
 
 
-def wait_until(condition: Callable[[], bool], shown: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], object], shown: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline, shown()
@@ -146,12 +146,23 @@ def test_what_failed_first_is_the_headline(log: Log, hint: str | None) -> None:
     assert "; the command of --after failed: /bin/sh -c exit 5 exited with status 5" in str(caught.value.hint)
 
 
+def give_no_time(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Let this command take 0.2 s, and all others as long as they may."""
+    run_shell = process.run_shell
+
+    def run(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> process.Completed:
+        assert timeout_s == freeze.COMMAND_TIMEOUT_S
+        return run_shell(command, 0.2 if command == slow else timeout_s, pass_fds)
+
+    monkeypatch.setattr(process, "run_shell", run)
+
+
 @pytest.mark.parametrize("option", ["--before", "--after"])
 def test_a_command_that_does_not_end_is_stopped_with_all_that_it_started(
     log: Log, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr(freeze, "COMMAND_TIMEOUT_S", 0.2)
     slow = "sleep 100; echo never"
+    give_no_time(monkeypatch, slow)
     before, after = (slow, log.command("after")) if option == "--before" else (None, slow)
     with (
         pytest.raises(SourceError, match=rf"^the command of {option} failed: .* was not done after 0\.2 s$"),
@@ -163,9 +174,9 @@ def test_a_command_that_does_not_end_is_stopped_with_all_that_it_started(
 
 
 def test_a_command_that_ignores_to_be_stopped_is_killed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freeze, "COMMAND_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
     stubborn = "trap '' TERM; (sleep 100); sleep 100"
+    give_no_time(monkeypatch, stubborn)
+    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
     with pytest.raises(SourceError, match="was not done after"), Freeze(stubborn, log.command("after")):
         pytest.fail("it is not frozen")
     assert log.words() == ["after"]
@@ -243,11 +254,34 @@ def test_a_guard_that_cannot_be_started_is_a_failure_before_anything_is_held(
 
 def test_a_guard_that_was_killed_is_no_failure(log: Log, nothing_left: str) -> None:
     with Freeze(log.command("before"), log.command("after")):
-        for pid, command in processes.marked(nothing_left).items():
-            if "blockdiff-guard" in command:
-                os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any("blockdiff-guard" in line for line in processes.marked(nothing_left).values()))
+        wait_until(lambda: guards(nothing_left))
+        for pid in guards(nothing_left):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not guards(nothing_left))
     assert log.words() == ["before", "after"]
+
+
+def guards(mark: str) -> list[int]:
+    return [pid for pid, command in processes.marked(mark).items() if "blockdiff-guard" in command]
+
+
+def test_a_signal_while_the_guard_is_started_runs_neither(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not begun need not be ended: `after` may start what was stopped on purpose."""
+    start_guard = freeze._start_guard
+
+    def start(after: str) -> "subprocess.Popen[bytes]":
+        guard = start_guard(after)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return guard
+
+    monkeypatch.setattr(freeze, "_start_guard", start)
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            Freeze(log.command("before"), log.command("after")).__enter__()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert log.words() == []
 
 
 # --- through the agent, as it is shipped
@@ -308,7 +342,9 @@ def test_after_is_done_where_the_agent_ends_meanwhile(
     """Killed, it leaves the one that runs to itself, and the guard runs it again: that is better than not at all."""
     after = log.command("after", f"{waiting(tmp_path)}; {log.command('done')}")
     with agents.conversation(command) as talk:
-        talk.request(image, after=after)
+        request: dict[str, object] = {"paths": [os.fsencode(image).hex()], "directories": [], "after": after}
+        talk.link.send_json(wire.REQUEST, request)
+        talk.link.send_json(wire.TAKE, {})  # and no SCAN: it must not be done before it knows of the end
         log.wait_for("after")
         end_agent(talk, how)
         if how == "SIGKILL":

@@ -154,14 +154,21 @@ def test_a_command_that_fails_afterwards_proves_nothing(end: str, how: str) -> N
     ],
 )
 def test_a_command_that_does_not_wait_for_the_end_of_what_it_executes_proves_nothing(
-    tmp_path: Path, nothing_left: str, end: str, how: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, how: str
 ) -> None:
     """It has let go of its lock by then, whatever status it ends with."""
+    accept, pids = lockcommand._accept, []
+
+    def accepting(listener: socket.socket, child: "subprocess.Popen[bytes]") -> socket.socket:
+        pids.append(child.pid)
+        return accept(listener, child)
 
     def taking() -> float:
         (tmp_path / "go").touch()
-        wait_until(lambda: not any(line.startswith("/bin/sh") for line in processes.marked(nothing_left).values()))
+        os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
         return 0.0
+
+    monkeypatch.setattr(lockcommand, "_accept", accepting)
 
     error = refused(f"run() {{ \"$@\" & while [ ! -e '{tmp_path}/go' ]; do sleep 0.02; done; {end}; }}; run", taking)
     unknown = "whether it held its lock while the snapshot was made is not known"

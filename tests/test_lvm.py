@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import lvcheck, lvm, lvs
+from blockdiff import lvcheck, lvm, lvs, sources
 from blockdiff.errors import Interrupted, ProcessError, SourceError
 from tests import processes
 from tests.fake_lvm import FakeLvm, Row, new_row
@@ -376,7 +376,8 @@ def test_a_failed_lvcreate_is_told_in_its_own_words(fake: FakeLvm) -> None:
     assert fake.calls("lvremove") == []
 
 
-def test_what_a_failed_lvcreate_left_is_removed(fake: FakeLvm) -> None:
+def test_what_a_failed_lvcreate_left_is_removed(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
     fake.order("lvcreate", "fail_after")
     with pytest.raises(SourceError, match="went wrong in the end"), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
         pass
@@ -425,6 +426,22 @@ def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch:
         lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"),
     ):
         pass
+
+
+def test_a_signal_just_after_a_snapshot_was_made_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `__enter__` is done, and the stack of those that are to be left does not know yet."""
+    enter = lvm.Snapshot.__enter__
+
+    def interrupted(snapshot: lvm.Snapshot) -> lvm.Snapshot:
+        enter(snapshot)
+        assert len(fake.names()) == 2
+        raise Interrupted("told to stop")
+
+    monkeypatch.setattr(lvm.Snapshot, "__enter__", interrupted)
+    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+        source.prepare()
+        source.take()
+    assert fake.names() == ["lv"]
 
 
 def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None:
@@ -595,7 +612,8 @@ def test_an_lvremove_that_fails_after_it_did_its_work_is_fine(fake: FakeLvm) -> 
     assert len(fake.calls("lvremove")) == 1
 
 
-def test_lvs_that_fails_is_no_proof_that_the_snapshot_is_gone(fake: FakeLvm) -> None:
+def test_lvs_that_fails_is_no_proof_that_the_snapshot_is_gone(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "WATCH_INTERVAL_S", 600.0)  # the watcher's lvs would be the one that fails
     with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
         found = snapshot.look()
         fake.order("lvremove", "fail", 1)

@@ -19,7 +19,7 @@ from tests.mariadb import MariaDB, Running
 from tests.protocol import dumped, run
 from tests.sshd import Sshd
 
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 MIB = 1 << 20
 BLOCK = 1 << 20
 IMAGE = random.Random(2).randbytes(4 * MIB) + bytes(MIB) + b"tail"

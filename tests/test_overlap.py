@@ -36,7 +36,7 @@ def test_the_server_writes_while_the_agent_sends(large_tmp_path: Path) -> None:
     watcher = Watcher(chain.directory)
     # zlib at its slowest: much slower than the agent
     chain.add(os.urandom(3 * UNDER_WAY), backup.Options(compression="gzip", level=9), watcher)
-    assert len(watcher.behind) > 4
+    assert len(watcher.behind) > 1
     assert max(watcher.behind) <= UNDER_WAY
 
 

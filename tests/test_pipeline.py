@@ -23,7 +23,7 @@ def no_thread_stays() -> Iterator[None]:
     deadline = time.monotonic() + TIMEOUT_S
     while _thread._count() > before and time.monotonic() < deadline:
         time.sleep(0.001)  # the last instructions of a thread
-    assert _thread._count() == before
+    assert _thread._count() <= before
 
 
 def generator(work: Callable[[int], int], items: Iterable[int], workers: int, ahead: int) -> Generator[int, None, None]:
@@ -124,7 +124,7 @@ def test_what_the_items_raise_ends_the_work() -> None:
         list(pipeline.in_order(lambda item: item, items(), workers=2, ahead=2))
 
 
-def test_who_stops_early_waits_for_what_was_begun_and_for_nothing_else() -> None:
+def test_who_stops_early_waits_for_what_was_begun_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers may be used again afterwards: no thread writes into them any more."""
     ended: list[int] = []
     begun = threading.Event()
@@ -141,12 +141,28 @@ def test_who_stops_early_waits_for_what_was_begun_and_for_nothing_else() -> None
 
     results = generator(work, range(100), workers=2, ahead=10)
     assert next(results) == 0
-    timer = threading.Timer(0.05, go.set)
-    timer.start()
+    wait = pipeline.Crew.wait
+
+    def waiting(crew: pipeline.Crew) -> None:
+        go.set()
+        wait(crew)
+
+    monkeypatch.setattr(pipeline.Crew, "wait", waiting)
     results.close()
     assert ended[0] == 0 and 1 in ended
     assert len(ended) <= 3
-    timer.join()
+
+
+def test_a_task_whose_error_cannot_be_kept_is_done() -> None:
+    class Full(list[BaseException]):
+        def append(self, item: BaseException) -> None:
+            raise MemoryError
+
+    task: pipeline.Task[float] = pipeline.Task(lambda: 1 / 0)
+    task._errors = Full()
+    with pytest.raises(MemoryError):
+        task.do()
+    assert task.is_done()
 
 
 def test_no_items_give_no_results() -> None:
@@ -196,11 +212,12 @@ def test_what_is_drawn_ahead_raises_at_its_place() -> None:
 
 
 def test_who_stops_drawing_ahead_early_does_not_wait_and_what_is_drawn_from_is_closed() -> None:
-    gate, closed = threading.Event(), threading.Event()
+    drawn, gate, closed = threading.Event(), threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:
         try:
             yield 1
+            drawn.set()
             gate.wait(TIMEOUT_S)
             yield 2
         finally:
@@ -208,6 +225,7 @@ def test_who_stops_drawing_ahead_early_does_not_wait_and_what_is_drawn_from_is_c
 
     found = pipeline.ahead(items(), 1)
     assert next(found) == 1
+    assert drawn.wait(TIMEOUT_S)
     found.close()
     assert not closed.is_set()
     gate.set()
@@ -247,7 +265,7 @@ print(interrupted)
     "work", ["pipeline.in_order(str, range(500))", "pipeline.ahead(iter(range(500)), 3)"], ids=["in_order", "ahead"]
 )
 def test_whenever_a_signal_ends_the_work_its_threads_end_too(work: str) -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTING, work], capture_output=True, timeout=TIMEOUT_S)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTING, work], capture_output=True, timeout=240)
     assert done.stderr == b""
     assert int(done.stdout) > 1000
 

@@ -1,10 +1,12 @@
 """Child processes: deadlines, children that are never killed, and signals that end the caller but not its child."""
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from blockdiff.errors import Interrupted, ProcessError
 from tests import processes
 
 LIMIT_S = 30.0
+Runner = Callable[..., process.Completed]
 
 #: Notes each signal in a file, and ends after the one that is named (0: never, until the file `go` appears).
 NOTING = """
@@ -27,6 +30,7 @@ def note(number, frame):
         file.write(signal.Signals(number).name + " ")
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, note)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 open(directory + "/begun", "w").write(str(os.getpid()))
 while last not in seen and not os.path.exists(directory + "/go"):
     time.sleep(0.005)
@@ -45,6 +49,14 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.002)
+
+
+@pytest.fixture
+def blocked() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until a child lets them in, however late it is: children inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -80,12 +92,14 @@ def test_a_command_that_is_not_there_is_named(run: object) -> None:
         run(["blockdiff-none"], LIMIT_S)
 
 
-def test_a_command_that_is_not_done_in_time_is_stopped(tmp_path: Path) -> None:
+def test_a_command_that_is_not_done_in_time_is_stopped() -> None:
+    mark = processes.new_mark()
     with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$"):
-        process.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 600"], 0.5)
-    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+        process.run(["sleep", "600"], 0.5, env={**os.environ, **processes.environment(mark)})
+    assert processes.marked(mark) == {}
 
 
+@pytest.mark.usefixtures("blocked")
 def test_a_gentle_child_gets_sigint_first(tmp_path: Path) -> None:
     with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$") as caught:
         process.run_gently(noting(tmp_path, signal.SIGINT, 5), 0.5)
@@ -93,17 +107,25 @@ def test_a_gentle_child_gets_sigint_first(tmp_path: Path) -> None:
     assert caught.value.more == ""
 
 
+@pytest.mark.usefixtures("blocked")
 def test_a_gentle_child_that_succeeds_after_all_was_not_late(tmp_path: Path) -> None:
     assert process.run_gently(noting(tmp_path, signal.SIGINT, 0), 0.5).stdout == b"told"
 
 
+@pytest.mark.usefixtures("blocked")
 def test_a_gentle_child_that_waits_on_gets_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "GENTLE_TIMEOUT_S", 0.3)
     with pytest.raises(process.DeadlineError):
         process.run_gently(noting(tmp_path, signal.SIGTERM, 5), 0.5)
-    assert (tmp_path / "signals").read_text() == "SIGINT SIGTERM "
+    wait_for(tmp_path / "done")
+    # one that was late takes both at once, in any order, and is left alone
+    assert sorted((tmp_path / "signals").read_text().split()) == ["SIGINT", "SIGTERM"]
+    for child in process.LEFT_ALONE:
+        child.communicate(timeout=LIMIT_S)
+    process.LEFT_ALONE.clear()
 
 
+@pytest.mark.usefixtures("blocked")
 def test_a_gentle_child_is_never_killed_and_can_finish_without_us(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,11 +240,32 @@ def test_a_stream_is_consumed_while_it_comes() -> None:
 
 
 @pytest.mark.parametrize("closed", ["", "exec >&- 2>&-;"])
-def test_a_stream_that_does_not_end_is_stopped(tmp_path: Path, closed: str) -> None:
+def test_a_stream_that_does_not_end_is_stopped(closed: str) -> None:
+    mark = processes.new_mark()
+    env = {**os.environ, **processes.environment(mark)}
     with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s"):
-        script = f"echo $$ >{tmp_path}/pid; {closed} exec sleep 600"
-        process.stream(["sh", "-c", script], 0.5, lambda data: None, never)
-    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+        process.stream(["sh", "-c", f"{closed} exec sleep 600"], 0.5, lambda data: None, never, env)
+    assert processes.marked(mark) == {}
+
+
+@pytest.mark.parametrize("run", [process.run, process.run_shell])
+def test_a_child_that_we_may_not_end_is_left_alone(monkeypatch: pytest.MonkeyPatch, run: Runner) -> None:
+    """As one that has become somebody else, through sudo."""
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(process.stop, "__defaults__", (0.2,))
+    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", refuse)
+        patch.setattr(subprocess.Popen, "send_signal", refuse)
+        with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
+            run("exec sleep 600" if run is process.run_shell else ["sleep", "600"], 0.1)
+    child = process.LEFT_ALONE.pop()
+    assert child.poll() is None
+    child.kill()
+    assert child.wait(LIMIT_S) == -signal.SIGKILL
 
 
 def test_a_stream_is_stopped_when_told_to(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from blockdiff import address, backup, bundle, wire
 from blockdiff import transport as transports
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.transport import NAMES, advice, connection
-from blockdiff.transport.paramiko_ssh import ParamikoConnection
+from blockdiff.transport.paramiko_ssh import CONNECT_TIMEOUT_S, ParamikoConnection
 from tests import chains, commands, processes
 from tests.relay import CUT, SILENCE, Relay
 from tests.sshd import Sshd
@@ -109,9 +109,10 @@ def test_a_changed_host_key_is_refused_and_the_hint_helps(
 
 
 def test_nobody_listening_is_said(transport: str, chain: chains.SmallChain) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    said = fails(chain, f"ssh://someone@127.0.0.1:{port}/x", "--transport", transport)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens
+        port = sock.getsockname()[1]
+        said = fails(chain, f"ssh://someone@127.0.0.1:{port}/x", "--transport", transport)
     assert "cannot reach someone@127.0.0.1: " in said
     assert re.search("refused|Unable to connect", said)
     assert "is it up" in said
@@ -235,7 +236,7 @@ def test_a_connection_that_is_cut_within_its_last_bytes_never_gives_half_a_gener
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
     """Let both sides take the other for lost after a few seconds of silence, and say that they live every second."""
     silence_s = 5.0
-    shortened = functools.partial(connection.push_agent, timeout_s=silence_s, silence_s=silence_s)
+    shortened = functools.partial(connection.push_agent, silence_s=silence_s)
     monkeypatch.setattr(connection, "push_agent", shortened)
     monkeypatch.setattr(connection, "EXIT_TIMEOUT_S", silence_s)
     monkeypatch.setattr(wire.Heartbeat.__init__, "__defaults__", (1.0,))
@@ -259,8 +260,15 @@ def _with_silence(source: Callable[[str], str], silence_s: float) -> Callable[[s
 
 
 def test_a_connection_that_goes_silent_anywhere_fails_the_run(
-    sshd: Sshd, transport: str, chain: chains.SmallChain, tmp_path: Path, impatient: float
+    sshd: Sshd,
+    transport: str,
+    chain: chains.SmallChain,
+    tmp_path: Path,
+    impatient: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(connection, "push_agent", functools.partial(connection.push_agent, timeout_s=impatient))
+
     def silent_after(limit: int) -> None:
         mine = chain.copy_to(tmp_path / f"after-{limit}")
         with Relay(sshd.port, limit_down=limit, act=SILENCE) as relay:
@@ -268,7 +276,10 @@ def test_a_connection_that_goes_silent_anywhere_fails_the_run(
             ended = broken(mine, sshd, relay, transport, "ConnectTimeout=4")
         assert isinstance(ended, TransportError), (limit, ended)
         # whose patience ends first, paramiko's with the greeting or ours with the whole, is left to the machine
-        assert re.search("silent|imed? ?out|Timeout|no SSH server answered", ended.message), (limit, ended)
+        assert re.search("silent|imed? ?out|Timeout|no SSH server answered|Channel closed", ended.message), (
+            limit,
+            ended,
+        )
         assert mine.files() == chain.files()
 
     limits = (1, 600, 1500, 1700, 2000, 2500, 3500, 300_000)
@@ -299,8 +310,15 @@ def test_paramiko_waits_for_a_started_command_no_longer_than_for_a_connection(
         channel.event.wait()
         raise paramiko.SSHException("Channel closed.")
 
+    execute = ParamikoConnection._execute
+
+    def impatiently(self: ParamikoConnection, channel: paramiko.Channel, timeout_s: float) -> None:
+        assert timeout_s == CONNECT_TIMEOUT_S
+        execute(self, channel, 0.5)
+
     monkeypatch.setattr(paramiko.Channel, "exec_command", unanswered)
-    settings = backup.Options(full=True, transport="paramiko", ssh_options=(*sshd.options, "ConnectTimeout=2"))
+    monkeypatch.setattr(ParamikoConnection, "_execute", impatiently)
+    settings = backup.Options(full=True, transport="paramiko", ssh_options=sshd.options)
     with pytest.raises(TransportError, match=r"cannot reach .*: Channel closed"):
         backup.backup(chain.name, address.parse(sshd.url(chain.source)), settings)
     chain.assert_sound()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import bundle, loader, process, wire
+from blockdiff import bundle, loader, wire
 from blockdiff.errors import BlockdiffError, TransportError
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import NOISE_LIMIT, push_agent
@@ -257,13 +257,12 @@ def test_a_program_that_is_missing_is_told_so(tmp_path: Path) -> None:
         ChildConnection([str(tmp_path / "nothing")], "host")
 
 
-def test_nothing_runs_once_the_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_once_the_connection_is_closed() -> None:
     """Even where the program does not listen to SIGTERM, and a thread of ours waits in a write to it."""
     stubborn = "import os,signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'ready')\nsignal.pause()"
-    child = ChildConnection([sys.executable, "-I", "-c", stubborn], "host")
+    child = ChildConnection([sys.executable, "-I", "-c", stubborn], "host", stop_timeout_s=0.1)
     assert child.readinto(memoryview(bytearray(5)), 30) > 0
     failed: list[BlockdiffError] = []
-    monkeypatch.setattr(process.stop, "__defaults__", (0.1,))
 
     def write() -> None:
         try:

@@ -97,7 +97,7 @@ def test_over_ssh(sshd: Sshd, transport: str, chain: chains.SmallChain) -> None:
 
 @pytest.mark.parametrize("which", ["first", "last"])
 def test_an_agent_that_is_killed_ends_the_run(sshd: Sshd, chain: chains.SmallChain, which: str) -> None:
-    sparse_image(chain.source)
+    chain.source.write_bytes(NOISE.randbytes(60 * MIB))  # 20 s for each stream
     words = ("--streams", "3", "--bwlimit", "3M", *sshd.arguments)
 
     def agents() -> list[int]:

@@ -106,8 +106,10 @@ def run(command: click.Command, name: str) -> None:
         signals.unwind()
         pipeline.keep_memory()
         pipeline.switch_quickly()
-        command(prog_name=name, standalone_mode=False)
-        signals.ignore()  # what is left to do is to end
+        try:
+            command(prog_name=name, standalone_mode=False)
+        finally:
+            signals.ignore()  # what is left to do is to tell how it went
     except BlockdiffError as error:
         say_error(error)
         sys.exit(error.exit_status)

@@ -105,16 +105,20 @@ class ChildConnection(Connection):
 
     def stderr(self) -> str:
         """See `connection.Connection`."""
-        return self._tail.text(1.0)
+        return self._tail.text(self._words_timeout_s())
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """See `connection.Connection`."""
         status = self._child.poll()
         ended = "" if status is None else f" ({self._program} {process.status_text(status)})"
-        said = self._tail.last_line(1.0)
+        said = self._tail.last_line(self._words_timeout_s())
         return TransportError(
             f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}", LOST_HINT
         )
+
+    def _words_timeout_s(self) -> float:
+        """Return how long to wait for all that it says: what has ended has said it, but a grandchild may hold on."""
+        return 1.0 if self._child.poll() is None else process.STOP_TIMEOUT_S
 
 
 def local() -> ChildConnection:

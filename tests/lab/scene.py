@@ -16,8 +16,8 @@ from tests.mariadb import execute, wait_for
 from tests.relay import Relay
 
 #: How long a run may hold the lock, and wait for it, in seconds.
-MAX_HOLD_S = 10
-LOCK_WAIT_S = 12
+MAX_HOLD_S = 120
+LOCK_WAIT_S = 20
 #: How long whatever should take a moment may take, in seconds: the guest is slow, and the machine may be busy.
 PATIENCE_S = 60.0
 
@@ -45,9 +45,15 @@ done
 """
 
 
-def agents(guest: Guest) -> list[int]:
-    """Return the pids of the agents that run in the guest."""
-    return [int(pid) for pid in guest.run("pgrep -f '[b]lockdiff-agent'", check=False).stdout.split()]
+def agents(guest: Guest, options: str = "") -> list[int]:
+    """Return the pids of the agents that run in the guest, and of children of theirs that become other programs."""
+    return [int(pid) for pid in guest.run(f"pgrep {options} -f '[b]lockdiff-agent'", check=False).stdout.split()]
+
+
+def kill_agent(guest: Guest) -> None:
+    """Kill the one agent that runs in the guest."""
+    (pid,) = agents(guest, "--oldest")
+    guest.run(f"kill -KILL {pid}")
 
 
 class Victim:
@@ -115,7 +121,8 @@ class Scene:
         self._hindrances.pop_all()  # they are gone with it
         self.guest.reboot()
         self.guest.trust(self.relay.port)
-        self.guest.run(f"vgchange -q -ay {self.group.name}; mount {self.path} {self._mount}; mkdir -p {_PLACE}")
+        self.group.activate()
+        self.guest.run(f"mount {self.path} {self._mount}; mkdir -p {_PLACE}")
         self.database.start()
 
     def _show_foreign(self) -> str:
@@ -141,11 +148,11 @@ class Scene:
         ]
 
     @contextmanager
-    def victim(self, *words: str) -> Iterator[Victim]:
+    def victim(self, *words: str, max_hold_s: int = MAX_HOLD_S) -> Iterator[Victim]:
         """Yield a run; whatever is left of it and of the hindrances is ended."""
         self.relay.reset()
         self.guest.run(f"rm -f {_LOG}")
-        victim = Victim([*words, "--max-hold", str(MAX_HOLD_S), "--lock-wait", str(LOCK_WAIT_S)])
+        victim = Victim([*words, "--max-hold", str(max_hold_s), "--lock-wait", str(LOCK_WAIT_S)])
         try:
             yield victim
         finally:

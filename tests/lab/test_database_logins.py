@@ -5,6 +5,8 @@ import re
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -148,7 +150,7 @@ def test_a_login_works_and_no_secret_shows(shop: Shop, name: Path, tmp_path: Pat
 
 def test_on_the_host_no_secret_shows_either(shop: Shop, name: Path, tmp_path: Path) -> None:
     look = "while :; do cat /proc/[0-9]*/cmdline; sleep 0.1; done 2>/dev/null | tr '\\0' ' ' >/run/seen"
-    with shop.guest.started(look):
+    with shop.guest.started(look), slow_lvcreate(shop):
         ended = run(shop, name, login("MYSQL_PWD through SSH", shop, tmp_path))
         assert (ended.status, ended.said) == (0, "")
     seen = shop.guest.get("/run/seen").decode(errors="replace")
@@ -156,6 +158,18 @@ def test_on_the_host_no_secret_shows_either(shop: Shop, name: Path, tmp_path: Pa
     assert_no_secret([seen], name.parent)
     journal = shop.guest.output("journalctl --no-pager -o cat; cat /var/log/auth.log 2>/dev/null || true")
     assert_no_secret([journal], name.parent)
+
+
+@contextmanager
+def slow_lvcreate(shop: Shop) -> Iterator[None]:
+    """Let lvcreate be there for long enough to be seen."""
+    wrapper = "/usr/local/bin/lvcreate"
+    shop.guest.put(wrapper, b'#!/bin/sh\nsleep 2\nexec /usr/sbin/lvcreate "$@"\n')
+    shop.guest.run(f"chmod 755 {wrapper}")
+    try:
+        yield
+    finally:
+        shop.guest.run(f"rm {wrapper}")
 
 
 @pytest.mark.parametrize("missing", PRIVILEGES)

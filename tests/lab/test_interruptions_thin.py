@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands
-from tests.lab.scene import PATIENCE_S, Victim, agents
+from tests.lab.scene import PATIENCE_S, Victim, agents, kill_agent
 from tests.lab.volumes import VolumeGroup
 from tests.mariadb import wait_for
 
@@ -91,8 +91,7 @@ def within_thin_delta(thin: Thin) -> Iterator[Victim]:
 def test_an_agent_killed_within_thin_delta_leaves_what_later_runs_tell_how_to_release(thin: Thin) -> None:
     before = thin.snapshots()
     with within_thin_delta(thin) as victim:
-        (pid,) = agents(thin.guest)
-        thin.guest.run(f"kill -KILL {pid}")
+        kill_agent(thin.guest)
         assert victim.ended() == 1
     (left,) = thin.snapshots() - before
     assert thin.held() != "-"

@@ -72,6 +72,10 @@ class VolumeGroup:
         self.guest.run(f"lvcreate -q -y --type thin -n {name} -V {size} --thinpool {pool} {shlex.quote(self.name)}")
         return self.path(name)
 
+    def activate(self) -> None:
+        """Let all volumes be there; after a reboot udev does so, in its own time."""
+        self.guest.run(f"vgchange -q -ay {shlex.quote(self.name)}")
+
     def mounted(self, path: str, where: str = "") -> str:
         """Make a file system on a volume and mount it; return the directory. It is unmounted with the group."""
         where = where or f"/mnt/{self.name}-{path.rsplit('/', 1)[1]}"
