@@ -180,6 +180,7 @@ class NewGeneration:
         self._directory = chain.directory
         self._suffixes = (delta_suffix, table_suffix, MANIFEST_SUFFIX)
         self._committed = False
+        self._linked: list[str] = []
         self._files: list[OutputFile] = []
         try:
             self.delta = self._create(delta_suffix, checksum.OF_DELTAS)
@@ -234,9 +235,9 @@ class NewGeneration:
         self._chain.prepare_version(self.number)
         self._directory.sync()
         for suffix in (delta_suffix, table_suffix):
-            self._directory.link(self._temporary(suffix), self._final(suffix))
+            self._link(suffix)
         self._directory.sync()
-        self._directory.link(self._temporary(manifest_suffix), self._final(manifest_suffix))
+        self._link(manifest_suffix)
         self._directory.sync()
         self._committed = True  # before the rename: a signal in between must not undo what NAME.ver may already say
         try:
@@ -245,6 +246,10 @@ class NewGeneration:
             self._committed = False
             raise
         self._directory.sync()
+
+    def _link(self, suffix: str) -> None:
+        self._directory.link(self._temporary(suffix), self._final(suffix))
+        self._linked.append(suffix)
 
     def _undo(self) -> None:
         """Remove the temporary names, and the final ones that this very object made and did not commit.
@@ -263,9 +268,9 @@ class NewGeneration:
                 pass
 
     def _undo_link(self, suffix: str) -> None:
-        # the files tell, not what we remember: a signal may have come just behind the link
+        # a signal may have come just behind the link; and not every file system can tell that two names are one file
         try:
-            if self._directory.are_same(self._final(suffix), self._temporary(suffix)):
+            if suffix in self._linked or self._directory.are_same(self._final(suffix), self._temporary(suffix)):
                 self._directory.unlink(self._final(suffix))
         except StorageError:
             pass
