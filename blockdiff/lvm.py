@@ -163,9 +163,9 @@ class Snapshot:
         try:
             for found in lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S):
                 self._remove(found)
-            self._may_exist = False
         except ProcessError:
             pass  # why there is no snapshot matters more; the next run's sweep finds what is left
+        self._may_exist = False
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not self._may_exist or self._kept:
@@ -180,10 +180,10 @@ class Snapshot:
             error.hint = "; ".join(part for part in parts if part)
 
     def _end(self) -> None:
+        self._may_exist = False  # whatever comes of it: it is tried once
         self._stop_watching()
         for found in lvs.volumes(self.origin.group, self._selection):
             self._remove(found)
-        self._may_exist = False
 
     def _remove(self, found: Volume) -> None:
         if found.is_ours and found.origin == self.origin.name:

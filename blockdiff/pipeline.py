@@ -129,8 +129,9 @@ class Task(Generic[Result]):
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work = work
-        self._results: List[Result] = []
-        self._errors: List[BaseException] = []
+        # set below, not appended to: that takes no memory, of which there may be none
+        self._result: Optional[Result] = None
+        self._error: Optional[BaseException] = None
         self._undone = _thread.allocate_lock()
         self._undone.acquire()
 
@@ -139,11 +140,10 @@ class Task(Generic[Result]):
         work = self._work
         del self._work  # what it holds may be large
         try:
-            self._results.append(work())
+            self._result = work()
         except BaseException as error:  # noqa: BLE001  # raised again in `result`, for whoever wants to know
-            self._errors.append(error)
-        finally:
-            self._undone.release()
+            self._error = error
+        self._undone.release()
 
     def is_done(self) -> bool:
         """Tell whether `result` would not wait."""
@@ -152,9 +152,14 @@ class Task(Generic[Result]):
     def result(self) -> Result:
         """Wait, and return or raise what came of it, once."""
         self._undone.acquire()
-        if self._errors:
-            raise self._errors.pop()
-        return self._results.pop()
+        result, self._result = self._result, None
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
+        return cast(Result, result)
 
 
 class Crew:

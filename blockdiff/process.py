@@ -20,12 +20,10 @@ T = TypeVar("T")
 
 #: How long a child that was told to end may take before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
-#: SIGKILL takes no time, unless a process is stuck in its disk: after as many seconds it is left alone.
-_KILL_TIMEOUT_S = 30.0
 #: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
 
-#: Children that could be waited for no longer and must not be killed: while they are here, their pipes stay open.
+#: Children that could be waited for no longer and must not or cannot be killed. Their pipes stay open.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
 _CHUNK = 1 << 16
@@ -99,18 +97,15 @@ def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> C
 
     def work() -> Completed:
         deadline = time.monotonic() + timeout_s
-        child = _start(arguments, None, start_new_session=True, pass_fds=pass_fds)
-        try:
+        with started(lambda: _start(arguments, None, start_new_session=True, pass_fds=pass_fds), stop_session) as child:
             while True:
                 try:
                     stdout, stderr = child.communicate(timeout=_LOOK_S)
                     return Completed(stdout, stderr, child.returncode)
                 except subprocess.TimeoutExpired as error:
                     if cancelled or time.monotonic() > deadline:
-                        stop_session(child)
+                        stop_session(child)  # even where the shell itself has ended
                         raise DeadlineError(arguments, timeout_s) from error
-        finally:
-            _close(child)
 
     return checked(arguments, undisturbed(work, lambda: cancelled.append(True)))
 
@@ -265,45 +260,41 @@ def _start(
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
     """End a child: SIGTERM, then SIGKILL where `timeout_s` seconds did not do; returns when it is gone.
 
-    One that we may not end, such as sudo, or that even SIGKILL does not end soon is left alone.
+    One that is another user's by now, as through sudo, we may not end: it is left alone.
     """
-    for end, patience_s in ((child.terminate, timeout_s), (child.kill, _KILL_TIMEOUT_S)):
+    if child.poll() is not None:
+        return
+    try:
+        child.terminate()
         try:
-            if child.poll() is None:
-                end()
-                child.wait(timeout=patience_s)
-        except (PermissionError, subprocess.TimeoutExpired):
-            pass
-    if child.poll() is None:
-        LEFT_ALONE.append(child)
+            child.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    except PermissionError:
+        if child not in LEFT_ALONE:
+            LEFT_ALONE.append(child)
 
 
 def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
     """End a child that has a session of its own, with all that it started, unless that has left the session.
 
-    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. The child itself is left alone where we may
-    not end it, such as sudo, or where even SIGKILL does not end it soon.
+    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. One that is another user's by now, as
+    through sudo, is waited for, however long: nobody may go on as if it were done.
     """
     deadline = time.monotonic() + timeout_s
     number: int = signal.SIGTERM
-    patience_s = _KILL_TIMEOUT_S
     while True:
         try:
             os.killpg(child.pid, number)
-        except PermissionError:
-            patience_s = timeout_s
-            break
-        except OSError:  # nothing is there any more
+        except OSError:  # nothing is there any more, or it is not ours
             break
         if number == signal.SIGKILL:
             break
         child.poll()  # as long as nobody has waited for it, it is there
         time.sleep(0.01)
         number = signal.SIGKILL if time.monotonic() > deadline else 0
-    try:
-        child.wait(timeout=patience_s)
-    except subprocess.TimeoutExpired:
-        LEFT_ALONE.append(child)
+    child.wait()
 
 
 @contextmanager
@@ -312,6 +303,7 @@ def started(
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Yield the child that `start()` starts; whatever ends the block, `end` makes sure that it is gone, with its pipes.
 
+    One that `end` leaves alone keeps them.
     No signal's exception comes between the start of the child and our knowledge of it.
     """
     child = None
@@ -323,14 +315,5 @@ def started(
         if child is not None:
             if child.poll() is None:
                 end(child)
-            _close(child)
-
-
-def _close(child: "subprocess.Popen[bytes]") -> None:
-    """Close the pipes to a child; unlike its own `__exit__`, wait for nothing."""
-    for pipe in (child.stdin, child.stdout, child.stderr):
-        if pipe is not None:
-            try:
-                pipe.close()
-            except OSError:
-                pass  # what was still to be written: it is gone
+            if child not in LEFT_ALONE:
+                child.__exit__(None, None, None)

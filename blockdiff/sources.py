@@ -111,11 +111,18 @@ class VolumeSource(Source):
         self._path = os.fsdecode(path)
         self._size = size
         self._tag = lvs.TAG + "_owner_" + owner
+        self._taken: Optional[lvm.Snapshot] = None
         self._kept_uuid = kept
         self._kept: Optional[lvs.Volume] = None
         self._keep = keep
         self._found: Optional[lvs.Volume] = None
         self._extents_from = ""
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self._taken is not None:
+            # a signal may have come when the stack knew it no more, and its removal had not begun: otherwise, nothing
+            self._taken.__exit__(None, None, None)
 
     def prepare(self) -> Dict[str, object]:
         """Sweep what earlier runs left, and see whether there is room."""
@@ -139,6 +146,7 @@ class VolumeSource(Source):
 
     def take(self) -> None:
         """Make the snapshot."""
+        self._taken = self._snapshot
         self._stack.push(self._snapshot)  # before it is made: a signal may come in between
         self._snapshot.__enter__()
 

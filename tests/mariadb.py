@@ -221,9 +221,9 @@ class Running:
         rows = [row for row in self._server.run("SHOW PROCESSLIST") if row["Id"] == self.id]
         return rows[0] if rows else {}
 
-    def finish(self) -> None:
+    def finish(self, timeout_s: float = 30) -> None:
         """Wait for the end of the statement, which must succeed."""
-        self._thread.join(30)
+        self._thread.join(timeout_s)
         assert self.done and self._error is None, self._error
         self._connection.close()
 

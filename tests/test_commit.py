@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
+from blockdiff.command_backup import backup_with_command
 from blockdiff.commit import LockedChain, NewGeneration
+from blockdiff.durable import Directory
 from blockdiff.errors import BusyError, Interrupted, StorageError, UsageError
 from tests import chains, commands, faults
 from tests.chains import DAYS, SmallChain
@@ -91,6 +93,18 @@ def test_a_name_that_is_taken_is_never_overwritten(chain: SmallChain, monkeypatc
     assert not chain.file(".2.gz").exists() and chain.temporary() == []
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_link_that_fails_is_undone_where_a_file_system_cannot_tell_that_two_names_are_one_file(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """As some that are mounted over a network: each name has an inode number of its own."""
+    before = chain.files()
+    monkeypatch.setattr(Directory, "are_same", lambda *_arguments: False)
+    with faults.at_step(monkeypatch, at, errno.EIO, ("link",)), pytest.raises(StorageError):
+        chain.add(DAYS[1])
+    assert chain.files() == before
+
+
 @pytest.mark.parametrize("days", [0, 1])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_signal_just_behind_a_link_leaves_the_chain_as_it_was(
@@ -114,7 +128,10 @@ def test_a_signal_just_behind_a_link_leaves_the_chain_as_it_was(
     chain.assert_sound()
 
 
-def test_a_signal_while_the_files_are_made_leaves_none(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["of a source", "of a command"])
+def test_a_signal_while_the_files_are_made_leaves_none(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     def interrupt(_number: int, _frame: object) -> None:
         raise Interrupted("stopped by SIGTERM")
 
@@ -126,7 +143,10 @@ def test_a_signal_while_the_files_are_made_leaves_none(chain: SmallChain, monkey
     monkeypatch.setattr(NewGeneration, "__enter__", enter)
     try:
         with pytest.raises(Interrupted):
-            chain.add(DAYS[1])
+            if how == "of a source":
+                chain.add(DAYS[1])
+            else:
+                backup_with_command(str(chain.directory / "other"), ["false"], "gzip")
     finally:
         signal.signal(signal.SIGTERM, old)
     assert chain.files() == before

@@ -428,6 +428,36 @@ def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch:
         pass
 
 
+def test_a_failed_lvcreate_is_told_though_lvm_is_dumb_afterwards(fake: FakeLvm) -> None:
+    """Whoever waits for it holds a lock: it is looked once, quickly, whether it has left something."""
+    with sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+        source.prepare()
+        asked = len(fake.calls("lvs"))
+        fake.order("lvcreate", "fail")
+        fake.order("lvs", "fail")
+        with pytest.raises(SourceError, match=r"^cannot make a snapshot of vg/lv: "):
+            source.take()
+    assert len(fake.calls("lvs")) == asked + 1
+
+
+def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stack of those that are to be left knows it no more, and its removal has not begun."""
+    leave, calls = lvm.Snapshot.__exit__, []
+
+    def interrupted(snapshot: lvm.Snapshot, *exception: object) -> None:
+        calls.append(exception)
+        if len(calls) == 1:
+            raise Interrupted("told to stop")
+        leave(snapshot, None, None, None)
+
+    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+        source.prepare()
+        source.take()
+        monkeypatch.setattr(lvm.Snapshot, "__exit__", interrupted)
+        source._stack.close()
+    assert fake.names() == ["lv"]
+
+
 def test_a_signal_just_after_a_snapshot_was_made_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `__enter__` is done, and the stack of those that are to be left does not know yet."""
     enter = lvm.Snapshot.__enter__

@@ -17,7 +17,8 @@ TIMEOUT_S = 30.0
 
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
-    before = _thread._count()
+    while (before := _thread._count()) > threading.active_count():
+        time.sleep(0.001)  # the last instructions of a thread of another test
     yield
     gc.collect()
     deadline = time.monotonic() + TIMEOUT_S
@@ -151,18 +152,6 @@ def test_who_stops_early_waits_for_what_was_begun_and_for_nothing_else(monkeypat
     results.close()
     assert ended[0] == 0 and 1 in ended
     assert len(ended) <= 3
-
-
-def test_a_task_whose_error_cannot_be_kept_is_done() -> None:
-    class Full(list[BaseException]):
-        def append(self, item: BaseException) -> None:
-            raise MemoryError
-
-    task: pipeline.Task[float] = pipeline.Task(lambda: 1 / 0)
-    task._errors = Full()
-    with pytest.raises(MemoryError):
-        task.do()
-    assert task.is_done()
 
 
 def test_no_items_give_no_results() -> None:

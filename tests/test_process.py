@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from blockdiff.errors import Interrupted, ProcessError
 from tests import processes
 
 LIMIT_S = 30.0
-Runner = Callable[..., process.Completed]
 
 #: Notes each signal in a file, and ends after the one that is named (0: never, until the file `go` appears).
 NOTING = """
@@ -248,24 +247,43 @@ def test_a_stream_that_does_not_end_is_stopped(closed: str) -> None:
     assert processes.marked(mark) == {}
 
 
-@pytest.mark.parametrize("run", [process.run, process.run_shell])
-def test_a_child_that_we_may_not_end_is_left_alone(monkeypatch: pytest.MonkeyPatch, run: Runner) -> None:
-    """As one that has become somebody else, through sudo."""
+def not_permitted(*_arguments: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
 
-    def refuse(*_arguments: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(process.stop, "__defaults__", (0.2,))
-    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
+def test_a_child_that_we_may_not_end_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that has become another user's, through sudo."""
     with monkeypatch.context() as patch:
-        patch.setattr(os, "killpg", refuse)
-        patch.setattr(subprocess.Popen, "send_signal", refuse)
+        patch.setattr(subprocess.Popen, "send_signal", not_permitted)
         with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
-            run("exec sleep 600" if run is process.run_shell else ["sleep", "600"], 0.1)
+            process.run(["sleep", "600"], 0.1)
     child = process.LEFT_ALONE.pop()
-    assert child.poll() is None
+    assert child.poll() is None and child.stdout is not None and not child.stdout.closed
     child.kill()
-    assert child.wait(LIMIT_S) == -signal.SIGKILL
+    child.communicate(timeout=LIMIT_S)
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_a_session_that_we_may_not_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it freezes must not be thawed before."""
+    monkeypatch.setattr(os, "killpg", not_permitted)
+    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
+        process.run_shell(f"sleep 0.5; touch '{tmp_path}/done'", 0.1)
+    assert (tmp_path / "done").exists()
+
+
+def test_a_failure_while_a_session_is_listened_to_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = processes.new_mark()
+    for name, value in processes.environment(mark).items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_arguments: object, **_keywords: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", fail)
+    with pytest.raises(MemoryError):
+        process.run_shell("sleep 600; sleep 600", LIMIT_S)
+    processes.wait_until_gone(mark)
 
 
 def test_a_stream_is_stopped_when_told_to(tmp_path: Path) -> None:

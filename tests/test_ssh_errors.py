@@ -17,7 +17,7 @@ from blockdiff import address, backup, bundle, wire
 from blockdiff import transport as transports
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.transport import NAMES, advice, connection
-from blockdiff.transport.paramiko_ssh import CONNECT_TIMEOUT_S, ParamikoConnection
+from blockdiff.transport.paramiko_ssh import ParamikoConnection
 from tests import chains, commands, processes
 from tests.relay import CUT, SILENCE, Relay
 from tests.sshd import Sshd
@@ -313,12 +313,12 @@ def test_paramiko_waits_for_a_started_command_no_longer_than_for_a_connection(
     execute = ParamikoConnection._execute
 
     def impatiently(self: ParamikoConnection, channel: paramiko.Channel, timeout_s: float) -> None:
-        assert timeout_s == CONNECT_TIMEOUT_S
+        assert timeout_s == 29
         execute(self, channel, 0.5)
 
     monkeypatch.setattr(paramiko.Channel, "exec_command", unanswered)
     monkeypatch.setattr(ParamikoConnection, "_execute", impatiently)
-    settings = backup.Options(full=True, transport="paramiko", ssh_options=sshd.options)
+    settings = backup.Options(full=True, transport="paramiko", ssh_options=(*sshd.options, "ConnectTimeout=29"))
     with pytest.raises(TransportError, match=r"cannot reach .*: Channel closed"):
         backup.backup(chain.name, address.parse(sshd.url(chain.source)), settings)
     chain.assert_sound()

@@ -5,6 +5,7 @@ import os
 import select
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -39,6 +40,7 @@ class ChildConnection(Connection):
         self._program = arguments[0]
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._closed = False
+        self._ended_s: float | None = None  # when we saw it
         try:
             self._child = subprocess.Popen(
                 arguments,
@@ -99,26 +101,32 @@ class ChildConnection(Connection):
                 self._closed = True
                 pipe.close()
                 lock.release()
+        if self._child.poll() is None:  # another user's: the end of its pipes is all that we can tell it
+            self.wait(self._stop_timeout_s)
         if self.memory is not None:
             memory, self.memory = self.memory, None
             memory.close()
 
     def stderr(self) -> str:
         """See `connection.Connection`."""
-        return self._tail.text(self._words_timeout_s())
+        return self._tail.text(self._patience_s())
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """See `connection.Connection`."""
         status = self._child.poll()
         ended = "" if status is None else f" ({self._program} {process.status_text(status)})"
-        said = self._tail.last_line(self._words_timeout_s())
+        said = self._tail.last_line(self._patience_s())
         return TransportError(
             f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}", LOST_HINT
         )
 
-    def _words_timeout_s(self) -> float:
-        """Return how long to wait for all that it says: what has ended has said it, but a grandchild may hold on."""
-        return 1.0 if self._child.poll() is None else process.STOP_TIMEOUT_S
+    def _patience_s(self) -> float:
+        """Return how long to wait for all that it says, from its end on: a grandchild may hold the other end."""
+        if self._child.poll() is None:
+            return 1.0
+        if self._ended_s is None:
+            self._ended_s = time.monotonic()
+        return max(0.0, self._ended_s + process.STOP_TIMEOUT_S - time.monotonic())
 
 
 def local() -> ChildConnection:

@@ -17,7 +17,7 @@ ON_TOP_S = 0.3
 #: How much longer anything may take where two emulated processors have much to do, in seconds.
 BUSY_S = 20.0
 #: In one of so many runs they have not.
-MOST_RUNS = 6
+MOST_RUNS = 10
 
 
 class Made(NamedTuple):
@@ -41,17 +41,23 @@ class Made(NamedTuple):
         return self.held_s - self.took_s
 
 
+def least_on_top_s(generations: list[Made]) -> tuple[float, float]:
+    """Return the least that the lock was held for longer than needed, for each of the two ways, which take turns."""
+    ssh, tcp = (min(one.on_top_s for one in generations[way::2]) for way in (0, 1))
+    return ssh, tcp
+
+
 @pytest.fixture(scope="module")
 def generations(open_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
-    """A full one, by the host's own socket, slowed down, and incremental ones over TCP; the writers never stop.
+    """A full one, by the host's own socket, slowed down, and an incremental one over TCP; the writers never stop.
 
-    More than one only where none was made in a moment without other work.
+    More, in turn, only where one of the ways was never gone in a moment without other work.
     """
     name = tmp_path_factory.mktemp("backup") / "shop"
     made: list[Made] = []
     with shop.written_to(open_shop) as longest_s:
-        while len(made) < 2 or (min(one.on_top_s for one in made) > ON_TOP_S and len(made) < MOST_RUNS):
-            words = [open_shop.url()] if made else ["ssh", "--bwlimit", "1M"]
+        while len(made) < 2 or (max(least_on_top_s(made)) > ON_TOP_S and len(made) < MOST_RUNS):
+            words = [open_shop.url()] if len(made) % 2 else ["ssh", "--bwlimit", "1M"]
             longest_s()
             begun = time.monotonic()
             summary = open_shop.backed_up(name, "--mysql", *words, env={"MYSQL_PWD": shop.PASSWORD})
@@ -61,9 +67,8 @@ def generations(open_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 def test_the_lock_is_held_for_the_time_of_the_snapshot_and_little_more(generations: list[Made]) -> None:
-    on_top = [one.on_top_s for one in generations]
-    assert 0 <= min(on_top) <= ON_TOP_S
-    assert max(on_top) <= ON_TOP_S + BUSY_S
+    assert all(0 <= one.on_top_s <= ON_TOP_S + BUSY_S for one in generations)
+    assert max(least_on_top_s(generations)) <= ON_TOP_S
     assert all(one.summary["consistency"] == "quiesced" for one in generations)
 
 

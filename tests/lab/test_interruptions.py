@@ -196,7 +196,7 @@ def test_the_database_itself_ends_the_lock_where_nothing_passes_any_more(scene: 
             begun = time.monotonic()
             for wire in wires:
                 wire.act()
-            writer.finish()
+            writer.finish(SHORT_HOLD_S + AT_ONCE_S)
             assert time.monotonic() - begun < SHORT_HOLD_S + AT_ONCE_S
             scene.lift()
             wait_for(lambda: bool(scene.left()), "the snapshot, of which only the agent knows", PATIENCE_S)
