@@ -20,10 +20,12 @@ T = TypeVar("T")
 
 #: How long a child that was told to end may take before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
+#: SIGKILL takes no time, unless a process is stuck in its disk: it is waited for no longer than this, in seconds.
+_KILL_TIMEOUT_S = 30.0
 #: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
 
-#: Children that could be waited for no longer and must not or cannot be killed. Their pipes stay open.
+#: Children that could be waited for no longer and must not or cannot be killed; that they are here keeps them whole.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
 _CHUNK = 1 << 16
@@ -90,22 +92,28 @@ def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> C
     """Run a line for the shell like `run`, in a session of its own; what is not done in time is stopped as a whole.
 
     `pass_fds` are descriptors that it keeps open as long as it runs. A signal that ends the caller stops it as well,
-    even one that comes while it is being started.
+    even one that comes while it is being started. What is another user's by now, as through sudo, we may not stop: it
+    is waited for, however long, because nobody may go on as if it were done.
     """
     arguments = ["/bin/sh", "-c", command]
     cancelled: List[bool] = []
 
     def work() -> Completed:
         deadline = time.monotonic() + timeout_s
+        stopped = False
         with started(lambda: _start(arguments, None, start_new_session=True, pass_fds=pass_fds), stop_session) as child:
             while True:
                 try:
                     stdout, stderr = child.communicate(timeout=_LOOK_S)
-                    return Completed(stdout, stderr, child.returncode)
-                except subprocess.TimeoutExpired as error:
-                    if cancelled or time.monotonic() > deadline:
-                        stop_session(child)  # even where the shell itself has ended
-                        raise DeadlineError(arguments, timeout_s) from error
+                    break
+                except subprocess.TimeoutExpired:
+                    if not stopped and (cancelled or time.monotonic() > deadline):
+                        stopped = True
+                        if stop_session(child):  # even where the shell itself has ended
+                            break
+        if stopped:
+            raise DeadlineError(arguments, timeout_s)
+        return Completed(stdout, stderr, child.returncode)
 
     return checked(arguments, undisturbed(work, lambda: cancelled.append(True)))
 
@@ -258,52 +266,58 @@ def _start(
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """End a child: SIGTERM, then SIGKILL where `timeout_s` seconds did not do; returns when it is gone.
+    """End a child: SIGTERM, then SIGKILL where `timeout_s` seconds did not do.
 
-    One that is another user's by now, as through sudo, we may not end: it is left alone.
+    It is gone then, unless it is another user's by now, as through sudo, or stuck in its disk.
     """
-    if child.poll() is not None:
-        return
-    try:
-        child.terminate()
+    for end, patience_s in ((child.terminate, timeout_s), (child.kill, _KILL_TIMEOUT_S)):
+        if child.poll() is not None:
+            return
         try:
-            child.wait(timeout=timeout_s)
+            end()
+            child.wait(timeout=patience_s)
+        except PermissionError:
+            return
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    except PermissionError:
-        if child not in LEFT_ALONE:
-            LEFT_ALONE.append(child)
+            pass
 
 
-def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
+def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> bool:
     """End a child that has a session of its own, with all that it started, unless that has left the session.
 
-    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. One that is another user's by now, as
-    through sudo, is waited for, however long: nobody may go on as if it were done.
+    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. Returns False where some of it is another
+    user's by now, as through sudo, and so still there.
     """
     deadline = time.monotonic() + timeout_s
     number: int = signal.SIGTERM
+    patience_s, permitted = _KILL_TIMEOUT_S, True
     while True:
         try:
             os.killpg(child.pid, number)
-        except OSError:  # nothing is there any more, or it is not ours
+        except PermissionError:
+            patience_s, permitted = timeout_s, False
+            break
+        except OSError:  # nothing is there any more
             break
         if number == signal.SIGKILL:
             break
         child.poll()  # as long as nobody has waited for it, it is there
         time.sleep(0.01)
         number = signal.SIGKILL if time.monotonic() > deadline else 0
-    child.wait()
+    try:
+        child.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        pass
+    return permitted
 
 
 @contextmanager
 def started(
-    start: Callable[[], "subprocess.Popen[bytes]"], end: Callable[["subprocess.Popen[bytes]"], None] = stop
+    start: Callable[[], "subprocess.Popen[bytes]"], end: Callable[["subprocess.Popen[bytes]"], object] = stop
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Yield the child that `start()` starts; whatever ends the block, `end` makes sure that it is gone, with its pipes.
 
-    One that `end` leaves alone keeps them.
+    One that `end` cannot end is left alone, and keeps them.
     No signal's exception comes between the start of the child and our knowledge of it.
     """
     child = None
@@ -315,5 +329,7 @@ def started(
         if child is not None:
             if child.poll() is None:
                 end(child)
-            if child not in LEFT_ALONE:
+            if child.poll() is None:
+                LEFT_ALONE.append(child)
+            else:
                 child.__exit__(None, None, None)

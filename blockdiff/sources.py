@@ -9,7 +9,8 @@ A source goes through the same steps whatever it is: `prepare` while writers go 
 import os
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from types import TracebackType
+from typing import Dict, List, NamedTuple, Optional, Tuple, Type
 
 from blockdiff import dump, lvcheck, lvm, lvs, thin
 from blockdiff.errors import ProcessError, SourceError
@@ -41,8 +42,10 @@ class Source(ABC):
     def __enter__(self) -> "Source":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     @abstractmethod
     def prepare(self) -> Dict[str, object]:
@@ -118,11 +121,15 @@ class VolumeSource(Source):
         self._found: Optional[lvs.Volume] = None
         self._extents_from = ""
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        if self._taken is not None:
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
             # a signal may have come when the stack knew it no more, and its removal had not begun: otherwise, nothing
-            self._taken.__exit__(None, None, None)
+            if self._taken is not None:
+                self._taken.__exit__(kind, error, trace)
 
     def prepare(self) -> Dict[str, object]:
         """Sweep what earlier runs left, and see whether there is room."""

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdiff import lvcheck, lvm, lvs, sources
-from blockdiff.errors import Interrupted, ProcessError, SourceError
+from blockdiff.errors import ConnectionLost, Interrupted, ProcessError, SourceError
 from tests import processes
 from tests.fake_lvm import FakeLvm, Row, new_row
 
@@ -440,7 +440,10 @@ def test_a_failed_lvcreate_is_told_though_lvm_is_dumb_afterwards(fake: FakeLvm) 
     assert len(fake.calls("lvs")) == asked + 1
 
 
-def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [None, ConnectionLost("gone")])
+def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch, error: "Exception | None"
+) -> None:
     """The stack of those that are to be left knows it no more, and its removal has not begun."""
     leave, calls = lvm.Snapshot.__exit__, []
 
@@ -450,12 +453,30 @@ def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(fake: FakeLvm, m
             raise Interrupted("told to stop")
         leave(snapshot, None, None, None)
 
+    monkeypatch.setattr(lvm.Snapshot, "__exit__", interrupted)
     with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
         source.prepare()
         source.take()
-        monkeypatch.setattr(lvm.Snapshot, "__exit__", interrupted)
+        if error is not None:
+            raise error
         source._stack.close()
+    assert len(calls) == 2
     assert fake.names() == ["lv"]
+
+
+def test_what_went_wrong_first_is_told_though_the_snapshot_cannot_be_removed(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
+    with (
+        pytest.raises(SourceError, match=r"^it overflowed$") as caught,
+        sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source,
+    ):
+        source.prepare()
+        source.take()
+        fake.order("lvremove", "fail")
+        raise SourceError("it overflowed", "a hint")
+    assert str(caught.value.hint).startswith("a hint; cannot remove the snapshot vg/bd_")
 
 
 def test_a_signal_just_after_a_snapshot_was_made_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,7 @@ TIMEOUT_S = 30.0
 
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
-    while (before := _thread._count()) > threading.active_count():
-        time.sleep(0.001)  # the last instructions of a thread of another test
+    before = _thread._count()
     yield
     gc.collect()
     deadline = time.monotonic() + TIMEOUT_S

@@ -265,10 +265,36 @@ def test_a_child_that_we_may_not_end_is_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_session_that_we_may_not_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it freezes must not be thawed before."""
-    monkeypatch.setattr(os, "killpg", not_permitted)
+    """What it freezes must not be thawed before, whatever it has to say until then."""
+
+    def refuse(*_arguments: object) -> None:
+        (tmp_path / "go").touch()
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    monkeypatch.setattr(process.stop_session, "__defaults__", (0.1,))
+    script = f"cd '{tmp_path}'; until [ -e go ]; do sleep 0.01; done; sleep 0.3; head -c 300000 /dev/zero; touch done"
     with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
-        process.run_shell(f"sleep 0.5; touch '{tmp_path}/done'", 0.1)
+        process.run_shell(script, 0.1)
+    assert (tmp_path / "done").exists()
+
+
+def test_what_a_shell_has_started_as_another_user_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell itself can be ended, and is."""
+    killpg = os.killpg
+
+    def kill(group: int, number: int) -> None:
+        (tmp_path / "go").touch()
+        if number != signal.SIGTERM:
+            raise PermissionError(1, "Operation not permitted")
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", kill)
+    script = f"cd '{tmp_path}'; (trap '' TERM; until [ -e go ]; do sleep 0.01; done; sleep 0.3; touch done); true"
+    with pytest.raises(process.DeadlineError, match=r"was not done after 1 s"):
+        process.run_shell(script, 1)
     assert (tmp_path / "done").exists()
 
 

@@ -101,8 +101,9 @@ class ChildConnection(Connection):
                 self._closed = True
                 pipe.close()
                 lock.release()
-        if self._child.poll() is None:  # another user's: the end of its pipes is all that we can tell it
-            self.wait(self._stop_timeout_s)
+        # one that is another user's hears of the end only now
+        if self.wait(self._stop_timeout_s) is None and self._child not in process.LEFT_ALONE:
+            process.LEFT_ALONE.append(self._child)
         if self.memory is not None:
             memory, self.memory = self.memory, None
             memory.close()

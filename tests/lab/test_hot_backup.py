@@ -10,14 +10,14 @@ from tests import commands
 from tests.lab import shop
 from tests.lab.shop import Shop, field
 
-pytestmark = pytest.mark.timeout(900)  # half a minute for each on a machine that has nothing else to do
+pytestmark = pytest.mark.timeout(1800)  # half a minute for each on a machine that has nothing else to do
 
 #: How much longer the lock may be held than the making of the snapshots takes, in seconds.
 ON_TOP_S = 0.3
 #: How much longer anything may take where two emulated processors have much to do, in seconds.
 BUSY_S = 20.0
 #: In one of so many runs they have not.
-MOST_RUNS = 10
+MOST_RUNS = 8
 
 
 class Made(NamedTuple):
