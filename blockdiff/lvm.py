@@ -114,7 +114,7 @@ class Snapshot:
     end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any state.
 
     `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
-    thin one), `notes` are what the user should know.
+    thin one), `notes` are what the user should know, `removal_begun` is whether its removal has been tried.
     """
 
     def __init__(self, origin: Volume, size: str, extra_tag: str = "") -> None:
@@ -127,6 +127,7 @@ class Snapshot:
         self._selection = 'lv_name="{}"'.format(self._name)
         self._process_tag = process_tag(os.getpid())
         self._command = self._lvcreate(size, extra_tag)
+        self.removal_begun = False
         self._may_exist = False
         self._kept = False
         self._stopped = threading.Event()
@@ -180,10 +181,11 @@ class Snapshot:
             error.hint = "; ".join(part for part in parts if part)
 
     def _end(self) -> None:
-        self._may_exist = False  # whatever comes of it: it is tried once
+        self.removal_begun = True
         self._stop_watching()
         for found in lvs.volumes(self.origin.group, self._selection):
             self._remove(found)
+        self._may_exist = False
 
     def _remove(self, found: Volume) -> None:
         if found.is_ours and found.origin == self.origin.name:

@@ -127,8 +127,8 @@ class VolumeSource(Source):
         try:
             super().__exit__(kind, error, trace)
         finally:
-            # a signal may have come when the stack knew it no more, and its removal had not begun: otherwise, nothing
-            if self._taken is not None:
+            # a signal may have come when the stack knew it no more
+            if self._taken is not None and not self._taken.removal_begun:
                 self._taken.__exit__(kind, error, trace)
 
     def prepare(self) -> Dict[str, object]:
