@@ -5,7 +5,8 @@ digest table where only that is lost (`rebuild`). Behind the last of these, what
 renamed, not removed; the chain then goes on there. Before it, what is broken stays, because younger generations may
 need its delta. Where nothing can be restored, nothing is touched.
 
-What is to be done is found first, by reading only, so that a dry run tells the same; run again, nothing is left to do.
+What is to be done is found first, by reading only, so that a dry run tells the same, but for what only a digest table
+that is rebuilt can prove. Run again, nothing is left to do.
 """
 
 import uuid
@@ -39,10 +40,14 @@ class Deed:
 
 @dataclass
 class Findings:
-    """What there is to do; `lost` are the generations that cannot be restored or are missing, each with the reason."""
+    """What there is to do; `lost` are the generations that cannot be restored or are missing, each with the reason.
+
+    Where `rebuilds_tables` more may be found when that is done: a table proves other generations as well.
+    """
 
     deeds: list[Deed] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
+    rebuilds_tables: bool = False
 
 
 def examine(chain: Chain, advance: Advance = lambda count: None) -> Findings:
@@ -73,11 +78,16 @@ def repair(
     with LockedChain(name, recovers=False) as chain:
         for note in chain.notes:
             told(note)
-        findings = examine(chain, advance)
-        for deed in findings.deeds:
-            deed.do(chain)
-            told(deed.text)
-        return findings
+        done: list[Deed] = []
+        while True:
+            findings = examine(chain, advance)
+            for deed in findings.deeds:
+                deed.do(chain)
+                told(deed.text)
+            done += findings.deeds
+            if not findings.rebuilds_tables:
+                return Findings(done, findings.lost)
+            chain.reload()
 
 
 def _last(chain: Chain) -> int:
@@ -149,6 +159,7 @@ def _rebuild_table(findings: Findings, generation: Generation) -> None:
     assert generation.manifest is not None
     text = f"{generation.path(generation.manifest.table.suffix)} rebuilt from the deltas"
     findings.deeds.append(Deed(text, partial(rebuild.rebuild, generation.number)))
+    findings.rebuilds_tables = True
 
 
 def _aside(name: str, chain: LockedChain) -> None:

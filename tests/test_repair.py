@@ -317,6 +317,22 @@ def test_a_chain_that_is_busy_is_left_alone(chain: SmallChain) -> None:
     assert not chain.file(".ver").exists()
 
 
+def test_what_a_rebuilt_table_proves_is_put_in_order_at_once(tmp_path: Path) -> None:
+    chain = chains.three_days(tmp_path)
+    chain.file(".1.json").unlink()
+    table = bytearray(chain.file(".2.sha256").read_bytes())
+    table[50] ^= 1
+    chain.file(".2.sha256").write_bytes(table)
+    found = repair.repair(chain.name)
+    assert found.lost == {}
+    assert [deed.text.rsplit("/", 1)[1] for deed in found.deeds][:2] == [
+        "disk.2.sha256 rebuilt from the deltas",
+        "disk.1.json rebuilt",
+    ]
+    assert repair.repair(chain.name).deeds == []
+    chain.assert_restores()
+
+
 @given(seed=st.integers(0, 2**32), is_original=st.booleans())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_is_damaged_what_is_left_is_exact_and_nothing_sound_is_lost(
