@@ -25,7 +25,7 @@ _KILL_TIMEOUT_S = 30.0
 #: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
 
-#: Children that could be waited for no longer and must not or cannot be killed; that they are here keeps them whole.
+#: Children that could be waited for no longer and cannot or must not be killed. While here, their pipes stay open.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
 _CHUNK = 1 << 16

@@ -4,7 +4,11 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from blockdiff.errors import Interrupted
 
 
 def new_mark() -> str:
@@ -38,6 +42,21 @@ def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
     while left := marked(mark):
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.01)
+
+
+@contextmanager
+def interrupting(number: int) -> Iterator[None]:
+    """Let a signal raise `Interrupted` in the main thread, once, as `blockdiff.signals` does."""
+
+    def handler(_number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Interrupted("told to stop")
+
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def interrupt_main_thread(number: int, timeout_s: float = 20.0) -> None:

@@ -18,7 +18,7 @@ from blockdiff.command_backup import backup_with_command
 from blockdiff.commit import LockedChain, NewGeneration
 from blockdiff.durable import Directory
 from blockdiff.errors import BusyError, Interrupted, StorageError, UsageError
-from tests import chains, commands, faults
+from tests import chains, commands, faults, processes
 from tests.chains import DAYS, SmallChain
 from tests.mariadb import wait_for
 
@@ -132,23 +132,17 @@ def test_a_signal_just_behind_a_link_leaves_the_chain_as_it_was(
 def test_a_signal_while_the_files_are_made_leaves_none(
     chain: SmallChain, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    def interrupt(_number: int, _frame: object) -> None:
-        raise Interrupted("stopped by SIGTERM")
-
     def enter(new: NewGeneration) -> NewGeneration:
         os.kill(os.getpid(), signal.SIGTERM)
         return new
 
-    before, old = chain.files(), signal.signal(signal.SIGTERM, interrupt)
+    before = chain.files()
     monkeypatch.setattr(NewGeneration, "__enter__", enter)
-    try:
-        with pytest.raises(Interrupted):
-            if how == "of a source":
-                chain.add(DAYS[1])
-            else:
-                backup_with_command(str(chain.directory / "other"), ["false"], "gzip")
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    with processes.interrupting(signal.SIGTERM), pytest.raises(Interrupted):
+        if how == "of a source":
+            chain.add(DAYS[1])
+        else:
+            backup_with_command(str(chain.directory / "other"), ["false"], "gzip")
     assert chain.files() == before
 
 

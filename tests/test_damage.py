@@ -633,7 +633,7 @@ def _operate(chain: SmallChain, operation: tuple[object, ...]) -> None:
 
 
 @pytest.mark.parametrize("delta_format", [1, 2])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(OPERATIONS, min_size=1, max_size=2))
 def test_verify_and_restore_agree_whatever_happened_to_the_files(
     templates: Templates, delta_format: int, operations: list[tuple[object, ...]]

@@ -76,7 +76,7 @@ def write_sparse(path: Path, pages: Sequence[str], tail: int, noise: random.Rand
         file.truncate()
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pages=st.lists(st.sampled_from("HH0D"), min_size=1, max_size=24),
     tail=st.integers(0, PAGE),
@@ -124,7 +124,7 @@ def test_a_scan_finds_exactly_the_blocks_that_changed(
         assert (run.data is None) == (not any(image[run.offset : run.offset + run.length]))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.binary(max_size=5000), zeros=st.integers(0, 5000), block_size=st.sampled_from(BLOCK_SIZES))
 def test_a_stream_is_scanned_to_its_end(
     monkeypatch: pytest.MonkeyPatch, image: bytes, zeros: int, block_size: int

@@ -187,24 +187,17 @@ def test_a_signal_does_not_keep_after_from_being_done(log: Log, where: str) -> N
     """Its handler raises in the main thread, whatever that waits for just then."""
     me = os.getpid()
     once = f"mkdir '{log.path}.sent' 2>/dev/null && kill -USR1 {me}; sleep 0.3; "
-    old = signal.signal(signal.SIGUSR1, interrupt)
-    try:
-        with (
-            pytest.raises(Interrupted),
-            Freeze(
-                log.command("before", once if where == "before" else ""),
-                log.command("after", (once if where == "after" else "") + f"echo done >> '{log.path}'"),
-            ),
-        ):
-            if where == "within":
-                os.kill(me, signal.SIGUSR1)
-    finally:
-        signal.signal(signal.SIGUSR1, old)
+    with (
+        processes.interrupting(signal.SIGUSR1),
+        pytest.raises(Interrupted),
+        Freeze(
+            log.command("before", once if where == "before" else ""),
+            log.command("after", (once if where == "after" else "") + f"echo done >> '{log.path}'"),
+        ),
+    ):
+        if where == "within":
+            os.kill(me, signal.SIGUSR1)
     assert log.words() == ["before", "after", "done"]
-
-
-def interrupt(_number: int, _frame: object) -> None:
-    raise Interrupted("a signal")
 
 
 def test_after_runs_once_where_the_process_is_killed(log: Log) -> None:
@@ -275,12 +268,8 @@ def test_a_signal_while_the_guard_is_started_runs_neither(log: Log, monkeypatch:
         return guard
 
     monkeypatch.setattr(freeze, "_start_guard", start)
-    old = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with pytest.raises(Interrupted):
-            Freeze(log.command("before"), log.command("after")).__enter__()
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    with processes.interrupting(signal.SIGTERM), pytest.raises(Interrupted):
+        Freeze(log.command("before"), log.command("after")).__enter__()
     assert log.words() == []
 
 

@@ -56,7 +56,7 @@ def test_what_is_valid_is_taken(name: str) -> None:
 def test_mutations(name: str) -> None:
     target = TARGETS[name]
 
-    @settings(max_examples=SLOW.get(name, EXAMPLES), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=SLOW.get(name, EXAMPLES), suppress_health_check=list(HealthCheck))
     @given(mutated(target.seeds()))
     def feed(data: bytes) -> None:
         target(data)
@@ -68,7 +68,7 @@ def test_mutations(name: str) -> None:
 def test_anything(name: str) -> None:
     target = TARGETS[name]
 
-    @settings(max_examples=SLOW.get(name, EXAMPLES) // 3, deadline=None)
+    @settings(max_examples=SLOW.get(name, EXAMPLES) // 3)
     @given(st.binary(max_size=200))
     def feed(data: bytes) -> None:
         target(data)

@@ -49,7 +49,7 @@ class Reads:
         return self._real(fd, buffers, offset, flags)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     states=st.lists(st.sampled_from([DATA, HOLE, SAME]), min_size=1, max_size=30),
     tail=st.integers(1, BLOCK),

@@ -5,7 +5,6 @@ import gzip
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from blockdiff.chain import Chain
 from blockdiff.errors import DamagedError
 from tests import commands, conftest, recipe
 from tests.images import BLOCK_SIZES, histories, write_sparse
+from tests.mariadb import wait_for
 from tests.protocol import example
 
-SLOW_IS_FINE = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+SLOW_IS_FINE = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,7 @@ def test_no_thread_outlives_what_read_a_damaged_delta(compression: str) -> None:
                     read()
                 errors.append(caught.value)
         assert [error is None for error in errors] == [True, False, False, False, False, False]
-        deadline = time.monotonic() + 30
-        while _thread._count() > threads:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)  # the last instructions of a thread
+        wait_for(lambda: _thread._count() <= threads, "the last instructions of every thread")
 
 
 def apply_file(delta: Path, target: Path) -> None:

@@ -176,6 +176,6 @@ class ChainMachine(RuleBasedStateMachine):
 
 
 ChainMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
 test_any_sequence = ChainMachine.TestCase

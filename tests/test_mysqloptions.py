@@ -132,7 +132,7 @@ def quoted(value: str) -> str:
     return '"' + "".join(names.get(character, character) for character in value) + '"'
 
 
-_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+_SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @_SHARED

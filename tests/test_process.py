@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,21 +55,6 @@ def blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def interrupting() -> Iterator[None]:
-    """Let SIGUSR1 raise `Interrupted`, once, as the agent's handler does."""
-
-    def handler(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        raise Interrupted("told to stop")
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_failed_command_is_told_with_its_last_words_unless_it_is_not_checked() -> None:
@@ -156,7 +140,7 @@ def test_a_signal_to_the_caller_does_not_end_a_gentle_child(tmp_path: Path) -> N
         (tmp_path / "go").touch()
 
     helper = threading.Thread(target=interrupt)
-    with interrupting():
+    with processes.interrupting(signal.SIGUSR1):
         helper.start()
         with pytest.raises(Interrupted):
             process.run_gently(noting(tmp_path), LIMIT_S)
@@ -211,7 +195,7 @@ def test_undisturbed_work_is_told_of_a_signal_and_waited_for() -> None:
         assert cancelled.wait(LIMIT_S)
         ended.set()
 
-    with interrupting(), pytest.raises(Interrupted):
+    with processes.interrupting(signal.SIGUSR1), pytest.raises(Interrupted):
         process.undisturbed(work, cancelled.set)
     assert ended.is_set()
 

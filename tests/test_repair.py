@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdiff import digesttable, repair
@@ -334,7 +334,7 @@ def test_what_a_rebuilt_table_proves_is_put_in_order_at_once(tmp_path: Path) -> 
 
 
 @given(seed=st.integers(0, 2**32), is_original=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 def test_whatever_is_damaged_what_is_left_is_exact_and_nothing_sound_is_lost(
     tmp_path_factory: pytest.TempPathFactory, seed: int, is_original: bool
 ) -> None:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdiff import codec, salvage
@@ -113,7 +113,7 @@ def test_behind_a_damaged_member_the_next_ones_are_found(tmp_path: Path, compres
         ]
     ),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_whatever_is_damaged_what_is_written_is_exact(
     tmp_path_factory: pytest.TempPathFactory, seed: int, options: Options
 ) -> None:

@@ -118,7 +118,7 @@ def within_limit(work: Callable[[], object]) -> None:
 STEPS = st.lists(st.tuples(st.booleans(), st.integers(0, 400)), max_size=40)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, count=st.integers(0, 5000), size=st.sampled_from([16, 20, 32, 64]), seed=st.integers(0, 99))
 def test_what_is_taken_is_right_and_little_of_what_is_skipped_is_sent(
     monkeypatch: pytest.MonkeyPatch, steps: Sequence[tuple[bool, int]], count: int, size: int, seed: int

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -254,20 +253,7 @@ def test_a_pool_that_failed_is_told(fake: FakeLvm, monkeypatch: pytest.MonkeyPat
         thin.mapped_extents(volume("bd_new"))
 
 
-@pytest.fixture
-def interrupted_by_sigusr1() -> Iterator[None]:
-    def handler(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        raise Interrupted("told to stop")
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    yield
-    signal.signal(signal.SIGUSR1, before)
-
-
-def test_a_signal_stops_thin_delta_and_releases_the_metadata_snapshot(
-    fake: FakeLvm, interrupted_by_sigusr1: None
-) -> None:
+def test_a_signal_stops_thin_delta_and_releases_the_metadata_snapshot(fake: FakeLvm) -> None:
     def interrupt() -> None:
         deadline = time.monotonic() + 30
         while not (fake.directory / "waiting").exists() and time.monotonic() < deadline:
@@ -277,10 +263,11 @@ def test_a_signal_stops_thin_delta_and_releases_the_metadata_snapshot(
     fake.order("thin_delta", "late")
     new = volume("bd_new")
     helper = threading.Thread(target=interrupt)
-    helper.start()
-    with pytest.raises(Interrupted):
-        thin.mapped_extents(new)
-    helper.join(30)
+    with processes.interrupting(signal.SIGUSR1):
+        helper.start()
+        with pytest.raises(Interrupted):
+            thin.mapped_extents(new)
+        helper.join(30)
     assert held(fake) == "-"
     assert fake.calls("dmsetup")[-1][-1] == "release_metadata_snap"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdiff import wire
@@ -95,7 +95,6 @@ def linked() -> Iterator[tuple[Link, Link, list[int]]]:
             os.close(fd)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(KINDS), st.binary(max_size=200), st.integers(0, (1 << 64) - 1)), max_size=8),
     st.integers(1, 300),

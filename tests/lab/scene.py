@@ -45,15 +45,14 @@ done
 """
 
 
-def agents(guest: Guest, options: str = "") -> list[int]:
+def agents(guest: Guest) -> list[int]:
     """Return the pids of the agents that run in the guest, and of children of theirs that become other programs."""
-    return [int(pid) for pid in guest.run(f"pgrep {options} -f '[b]lockdiff-agent'", check=False).stdout.split()]
+    return [int(pid) for pid in guest.run("pgrep -f '[b]lockdiff-agent'", check=False).stdout.split()]
 
 
 def kill_agent(guest: Guest) -> None:
-    """Kill the one agent that runs in the guest."""
-    (pid,) = agents(guest, "--oldest")
-    guest.run(f"kill -KILL {pid}")
+    """Kill the one agent that runs in the guest: the oldest of `agents`."""
+    guest.run("pkill -KILL --oldest -f '[b]lockdiff-agent'")
 
 
 class Victim:
