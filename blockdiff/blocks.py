@@ -96,6 +96,18 @@ def block_count(image_size: int, block_size: int) -> int:
     return -(-image_size // block_size)
 
 
+def shown_size(size: int) -> str:
+    """Return a number of bytes for people: ``20 MiB``, ``1.5 GiB``, in powers of 1024 with one decimal.
+
+    What is below 1 KiB is ``1 byte`` or ``512 bytes``.
+    """
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            shown = "{:.1f}".format(size / unit)
+            return "{} {}".format(shown[:-2] if shown.endswith(".0") else shown, name)
+    return "1 byte" if size == 1 else "{} bytes".format(size)
+
+
 def _is_zero(view: memoryview, start: int, stop: int) -> bool:
     """Look at three bytes, which tells for nearly all other blocks; then compare copies, which is what is fast.
 

@@ -9,6 +9,7 @@ import stat
 from typing import List
 
 from blockdiff import lvs
+from blockdiff.blocks import shown_size
 from blockdiff.errors import ProcessError, SourceError, printable
 from blockdiff.lvs import LockError, Volume
 
@@ -157,11 +158,3 @@ def _in_extents(size: int, origin: Volume) -> int:
 def full_size(origin: Volume) -> int:
     """Return the bytes of a snapshot of `origin` that cannot overflow: LVM adds half a percent."""
     return origin.size + origin.size // 100 + (1 << 20)
-
-
-def shown_size(size: int) -> str:
-    """Return a number of bytes for a message: ``20 MiB``."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return "{:.1f} {}".format(size / unit, name).replace(".0 ", " ")
-    return "{} bytes".format(size)

@@ -15,10 +15,11 @@ import time
 from typing import List, Optional
 
 from blockdiff import lvs, process
+from blockdiff.blocks import shown_size
 from blockdiff.errors import BlockdiffError, ProcessError, SourceError
 from blockdiff.lvcheck import check as check
 from blockdiff.lvcheck import find as find
-from blockdiff.lvcheck import full_size, shown_size, size_in_bytes
+from blockdiff.lvcheck import full_size, size_in_bytes
 from blockdiff.lvs import PREFIX
 from blockdiff.lvs import TAG as TAG
 from blockdiff.lvs import Volume as Volume

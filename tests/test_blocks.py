@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdiff import blocks
-from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.errors import UsageError
 
 DIRECT: dict[str, Callable[[bytes], bytes]] = {
@@ -33,6 +33,17 @@ def test_the_tests_know_every_digest() -> None:
 )
 def test_block_count(image_size: int, block_size: int, count: int) -> None:
     assert block_count(image_size, block_size) == count
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        *((0, "0 bytes"), (1, "1 byte"), (1023, "1023 bytes"), (1024, "1 KiB"), (100_000, "97.7 KiB")),
+        *((20 << 20, "20 MiB"), (3 << 29, "1.5 GiB"), ((1 << 40) + (1 << 32), "1 TiB"), (5000 << 40, "5000 TiB")),
+    ],
+)
+def test_a_size_is_shown_in_powers_of_1024(size: int, shown: str) -> None:
+    assert shown_size(size) == shown
 
 
 @NAMES

@@ -359,7 +359,7 @@ def test_a_terminal_gets_a_progress_bar_and_a_summary(large_tmp_path: Path) -> N
     # bytes read of all, and bytes sent, on the way
     assert re.search(r"(?<![0-9])(?!0\.0|25\.2)([0-9]+\.[0-9])/25\.2 MB[^\r\n]* \1 MB sent", shown)
     assert re.search(r"[0-9] MB/s", shown) and re.search(r"0:00:0[0-9]", shown)  # rate and time left
-    assert "generation 1: full, 24.0M stored" in shown
+    assert "generation 1: full, 24 MiB stored" in shown
     status, shown = terminal.run("blockdiff", "backup", "--block-size", "4K", chain.name, chain.source)
     assert status == 0 and "generation 2: 0 of 384 blocks changed" in shown
     assert "note: the chain keeps its block size 65536 (asked for: 4096; --full would change it)" in shown

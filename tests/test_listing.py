@@ -34,8 +34,8 @@ def test_the_table_has_a_row_for_each_generation(chain: SmallChain) -> None:
     assert [row[0] for row in found] == ["1", "2", "3", "4"]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", row[1]) for row in found)
     assert [row[2] for row in found] == ["full", "incremental", "incremental", "full"]
-    assert [row[3] for row in found] == ["384", "394", "319", "97.7K"]
-    assert [row[4] for row in found] == ["384", "192", "128", "97.7K"]
+    assert [row[3] for row in found] == ["384 bytes", "394 bytes", "319 bytes", "97.7 KiB"]
+    assert [row[4] for row in found] == ["384 bytes", "192 bytes", "128 bytes", "97.7 KiB"]
     assert [row[6:] for row in found] == [["still", "ok"]] * 4
 
 

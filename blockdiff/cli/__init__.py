@@ -76,18 +76,6 @@ def print_ranges(ranges: list[tuple[int, int]]) -> int:
     return sum(length for _offset, length in ranges)
 
 
-def human_size(count: int | None) -> str:
-    """Return a number of bytes for people: 1.5G, powers of 1024, and a dash for None."""
-    if count is None:
-        return "-"
-    value, unit = float(count), ""
-    for unit in ("", "K", "M", "G", "T"):
-        if value < 1024 or unit == "T":
-            break
-        value /= 1024
-    return f"{value:.0f}" if unit == "" else f"{value:.1f}{unit}"
-
-
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
     """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""

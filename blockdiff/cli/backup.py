@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from blockdiff import address, codec, pipeline, transport
-from blockdiff.blocks import DIGEST_SIZES
-from blockdiff.cli import SECONDS, ByteSize, agent_prefix, human_size, say, watched
+from blockdiff.blocks import DIGEST_SIZES, shown_size
+from blockdiff.cli import SECONDS, ByteSize, agent_prefix, say, watched
 from blockdiff.errors import EXIT_WARNING, UsageError, printable
 from blockdiff.transport.connection import Connection
 
@@ -143,7 +143,7 @@ def _report(result: "Result", as_json: bool) -> None:
     if sys.stdout.isatty() and not as_json:
         made = result.manifest
         kind = "full" if made.full else f"{made.changed_blocks} of {made.blocks} blocks changed"
-        click.echo(f"generation {made.generation}: {kind}, {human_size(made.delta.size + made.table.size)} stored")
+        click.echo(f"generation {made.generation}: {kind}, {shown_size(made.delta.size + made.table.size)} stored")
     for warning in result.warnings:
         say(f"warning: {warning}")
 

@@ -8,8 +8,9 @@ from datetime import datetime
 import click
 
 from blockdiff import coordinates, listing
+from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import human_size, split_name
+from blockdiff.cli import split_name
 from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
 
 
@@ -58,6 +59,10 @@ def _when(text: str | None) -> str:
         return printable(text, 40)
 
 
+def _size(count: int | None) -> str:
+    return "-" if count is None else shown_size(count)
+
+
 def _print_table(found: list[listing.Entry]) -> None:
     kinds = {True: "full", False: "incremental", None: "-"}
     rows = [("gen", "when", "kind", "image", "changed", "stored", "consistency", "state")]
@@ -66,9 +71,9 @@ def _print_table(found: list[listing.Entry]) -> None:
             str(entry.generation),
             _when(entry.when),
             kinds[entry.full],
-            human_size(entry.image_size),
-            human_size(entry.changed),
-            human_size(entry.stored),
+            _size(entry.image_size),
+            _size(entry.changed),
+            _size(entry.stored),
             entry.consistency or "-",
             entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
         )
