@@ -58,7 +58,7 @@ class Sshd:
 
     def allow(self, line: str) -> None:
         """Add a line to the authorized keys."""
-        with (self.directory / "authorized_keys").open("a") as file:
+        with (self.directory / "authorized_keys").open("a", errors="surrogateescape") as file:
             file.write(line)
 
     def login_through(self, script: str) -> list[str]:

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -31,7 +32,9 @@ def key(tmp_path: Path) -> Path:
 
 
 def authorize(key: Path, *granted: str | Path) -> str:
-    return commands.done("blockdiff", "authorize", "--key", key.with_suffix(".pub"), *granted).decode()
+    result = commands.run("blockdiff", "authorize", "--key", key.with_suffix(".pub"), *granted)
+    assert result.returncode == 0, result
+    return os.fsdecode(result.stdout)
 
 
 def options(sshd: Sshd, key: Path) -> list[str]:
@@ -95,6 +98,33 @@ def test_a_pinned_key_connects_to_no_other_socket(sshd: Sshd, key: Path, chain: 
     refused(result, "there is no database socket: /nowhere/mysqld.sock")
 
 
+@pytest.mark.parametrize("name", [b"by-label\\x20of udev", b'quoted\\"', b"ends in \\", b"\xff\xfe", "\u20ac".encode()])
+def test_a_source_of_any_name_is_granted_as_it_is(sshd: Sshd, key: Path, chain: SmallChain, name: bytes) -> None:
+    chain.source = chain.source.with_name(os.fsdecode(name))
+    chain.source.write_bytes(DAYS[0])
+    sshd.allow(authorize(key, chain.source))
+    source = sshd.url("") + quote(os.fsencode(chain.source))
+    words = [word for option in options(sshd, key) for word in ("--ssh-option", option)]
+    commands.done("blockdiff", "backup", chain.name, source, *words)
+    chain.assert_sound()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_a_source_with_a_line_end_is_refused_when_it_is_granted(key: Path, end: str) -> None:
+    result = commands.run("blockdiff", "authorize", "--key", key.with_suffix(".pub"), f"/srv/a{end}b")
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert b"cannot be granted: it has a line end in it" in result.stderr and result.stderr.count(b"\n") == 2
+
+
+def test_what_a_link_means_is_told_where_others_than_root_may_make_one(key: Path) -> None:
+    result = commands.run(
+        "blockdiff", "authorize", "--key", key.with_suffix(".pub"), "/dev/vg/a", "/srv/b c", "mysql:1"
+    )
+    assert result.returncode == 0
+    assert b"symbolic link" in result.stderr and result.stderr.endswith(b"readlink -f '/srv/b c'\n")
+    commands.done("blockdiff", "authorize", "--key", key.with_suffix(".pub"), "/dev/vg/a", "mysql:/srv/sock")
+
+
 def test_a_key_that_is_pinned_to_another_agent_says_so(sshd: Sshd, key: Path, chain: SmallChain) -> None:
     line = authorize(key, chain.source)
     sshd.allow(line.replace(bundle.agent_id(), "0" * 64))
@@ -133,10 +163,10 @@ def test_a_script_serves_an_unprivileged_user_behind_sudo(sshd: Sshd, key: Path,
         login.write_text(f"#!/bin/sh\nexec {unshare} -m sh -c {shlex.quote(within)}\n")
         login.chmod(0o755)
         keys = sshd.directory / "authorized_keys"
-        before = keys.read_text()
+        before = keys.read_bytes()
         sshd.allow(f'restrict,command="{login}" {key.with_suffix(".pub").read_text()}')
         result = backup(sshd, key, chain)
-        keys.write_text(before)
+        keys.write_bytes(before)
         assert result.returncode == (0 if does else 1), result
     chain.assert_sound()
 

@@ -35,7 +35,7 @@ ORDER = """
     relay
     grant
     agent
-    bundle  checksum  address  clock  progress
+    bundle  checksum  address  clock  progress  publickey
     durable
     lzop
     codec

@@ -1,25 +1,31 @@
 """``blockdiff authorize``: narrow what a key may do on a host."""
 
+import os
 import re
-from typing import TextIO
+import shlex
 
 import click
 
-from blockdiff import bundle
-from blockdiff.errors import UsageError
+from blockdiff import bundle, publickey
+from blockdiff.cli import say
+from blockdiff.errors import UsageError, printable
 from blockdiff.grant import MYSQL
 
 
 @click.command("authorize")
 @click.argument("granted", nargs=-1, metavar="[SOURCE | mysql:SOCKET | mysql:PORT]...")
-@click.option("--key", type=click.File(), metavar="FILE", help="The public key: print its line for authorized_keys.")
+@click.option("--key", metavar="FILE", help="The public key (id_….pub): print its line for authorized_keys.")
 @click.option("--script", is_flag=True, help="Print a program to install on the host, such as for sudo.")
-def command(granted: tuple[str, ...], key: TextIO | None, script: bool) -> None:
-    """Print what makes a host accept this very agent, for some sources, and nothing else.
+def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
+    """Restrict a key to some sources, and to this agent.
 
-    With --key, the line for authorized_keys: whoever has the key can back up the sources, by this version of blockdiff,
-    and connect to the database's sockets or ports; no shell, no other command, no --before and --after. With --script,
-    a program that does the same, with what is granted as its arguments.
+    With --key, the line for authorized_keys is printed: whoever has the key can back up the sources, by this version of
+    blockdiff, and connect to the database's sockets or ports; no shell, no other command, no --before and --after. FILE
+    must hold exactly one public key. With --script, a program that does the same; what is granted are its arguments.
+
+    \b
+    Example:
+      blockdiff authorize --key ~/.ssh/backup.pub /dev/vg/web1
     """
     if script and key is None and not granted:
         click.echo(bundle.pinned_script(), nl=False)
@@ -27,8 +33,28 @@ def command(granted: tuple[str, ...], key: TextIO | None, script: bool) -> None:
     if script or key is None or not granted:
         raise UsageError("authorize takes either --key FILE and what is granted, or --script alone")
     for word in granted:
-        if not re.fullmatch(rf"({MYSQL})?/.+|{MYSQL}[0-9]+", word, re.DOTALL):
-            raise UsageError(f"{word} is neither a path nor mysql:SOCKET nor mysql:PORT")
-    line = bundle.pinned_command(granted)
-    escaped = line.replace("\\", "\\\\").replace('"', '\\"')
-    click.echo(f'restrict,command="{escaped}" {key.read().strip()}')
+        _check(word)
+    public = publickey.read(key)
+    # in quotes sshd takes \" for ", and every other backslash for itself
+    command = bundle.pinned_command(granted).replace('"', '\\"')
+    click.echo(os.fsencode(f'restrict,command="{command}" {public}'))
+    _tell_of_links([word for word in granted if word.startswith("/") and not word.startswith("/dev/")])
+
+
+def _check(word: str) -> None:
+    if not re.fullmatch(rf"({MYSQL})?/.+|{MYSQL}[0-9]+", word, re.DOTALL):
+        raise UsageError(f"{printable(word)} is neither a path nor mysql:SOCKET nor mysql:PORT")
+    if re.search(r"[\n\r]", word):
+        raise UsageError(
+            f"{printable(word)} cannot be granted: it has a line end in it, and a key has one line in authorized_keys",
+            "give the source a path without one",
+        )
+
+
+def _tell_of_links(paths: list[str]) -> None:
+    """Say of the paths that others than root may turn into links what that means; what is in /dev is root's alone."""
+    if paths:
+        say(
+            "note: a path that is a symbolic link on the host is followed there, wherever it leads; "
+            f"grant what this prints on the host: readlink -f {printable(shlex.join(paths))}"
+        )
