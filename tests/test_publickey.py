@@ -14,7 +14,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a key pair of each kind: ed25519, rsa, and two certificates of keys signed by rsa."""
     keygen, place = require_program("ssh-keygen"), tmp_path_factory.mktemp("keys")
     for kind in ("ed25519", "rsa", "ecdsa"):
-        make: list[str | Path] = [keygen, "-q", "-t", kind, "-N", "", "-C", f"the {kind} key of \u20ac", "-f", place / kind]
+        make: list[str | Path] = [
+            keygen,
+            "-q",
+            "-t",
+            kind,
+            "-N",
+            "",
+            "-C",
+            f"the {kind} key of \u20ac",
+            "-f",
+            place / kind,
+        ]
         subprocess.run(make, check=True, timeout=60)
     sign: list[str | Path] = [keygen, "-q", "-s", place / "rsa", "-I", "id", place / "ed25519.pub"]
     subprocess.run(sign, check=True, timeout=60)
