@@ -231,11 +231,13 @@ class Chain:
         return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {path}"
 
     def spans(self, last: int) -> Iterator[tuple[int, int]]:
-        """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap between.
+        """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap.
 
-        A stray file of a huge number is one gap, not a million missing generations.
+        What is not there before the oldest one is a gap as well, unless that one needs none before it. A stray file of
+        a huge number is one gap, not a million missing generations.
         """
-        expected = min(self.generations, default=last)
+        oldest = next(iter(self.generations.values()), None)
+        expected = 1 if oldest is None or self.needs_older(oldest) else oldest.number
         for number in self.generations:
             if number > last:
                 break
@@ -245,6 +247,16 @@ class Chain:
             expected = number + 1
         if expected <= last:
             yield expected, last
+
+    @staticmethod
+    def needs_older(generation: Generation) -> bool:
+        """Return whether a generation needs the one before it, as far as is known.
+
+        Without a manifest nothing but generation 1 is known to stand alone; one that is damaged tells nothing of it.
+        """
+        if generation.number == 1 or generation.manifest_error is not None:
+            return False
+        return generation.manifest is None or not generation.manifest.full
 
     def _is_complete(self, generation: Generation) -> bool:
         try:

@@ -118,7 +118,7 @@ def _check_base(chain: LockedChain, base: Generation) -> None:
         chain.check_parent(generation)
         chain.check_manifest(generation)
     oldest = needed[-1]
-    if oldest.number > 1 and not (oldest.manifest is not None and oldest.manifest.full):
+    if chain.needs_older(oldest):
         raise DamagedError(
             f"generation {oldest.number - 1} of {printable(chain.name)} is missing",
             "restore its files from a copy, or begin anew inside the chain with --full",

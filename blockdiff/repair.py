@@ -42,11 +42,13 @@ class Deed:
 class Findings:
     """What there is to do; `lost` are the generations that cannot be restored or are missing, each with the reason.
 
-    Where `rebuilds_tables` more may be found when that is done: a table proves other generations as well.
+    `advice` says what the operator can do about those. Where `rebuilds_tables` more may be found when that is done: a
+    table proves other generations as well.
     """
 
     deeds: list[Deed] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
+    advice: str | None = None
     rebuilds_tables: bool = False
 
 
@@ -56,12 +58,19 @@ def examine(chain: Chain, advance: Advance = lambda count: None) -> Findings:
     last = _last(chain)
     sound = _sound(chain, last, findings, advance)
     if not sound:
+        if findings.lost:
+            findings.advice = (
+                "nothing can be restored, so nothing is touched. Put the missing files back from a copy and run repair "
+                "again. Without a copy: `restore --salvage` saves what is left of a generation, and `backup --full` "
+                "goes on in this chain"
+            )
         return findings
     newest = max(sound)
     for number, generation in chain.generations.items():
         if number > newest:
             _set_aside(findings, generation, "was never completed" if number > last else "cannot be restored")
-    _Manifests(chain, sound, findings).relink()
+    is_full = _Manifests(chain, sound, findings).relink()
+    _advise(chain, min(sound), is_full, findings)
     if chain.version != newest:
         text = f"{chain.path_of('.ver')} says that {newest} is the last generation"
         findings.deeds.append(Deed(text, lambda locked: locked.write_version(newest)))
@@ -86,8 +95,26 @@ def repair(
                 told(deed.text)
             done += findings.deeds
             if not findings.rebuilds_tables:
-                return Findings(done, findings.lost)
+                return Findings(done, findings.lost, findings.advice)
             chain.reload()
+
+
+def _advise(chain: Chain, oldest: int, is_full: bool, findings: Findings) -> None:
+    """Say what to do about what is lost, mostly about what is before `oldest`, the first generation that is sound.
+
+    What never was needed is not lost: the generations before one that turns out to be full, and that are not there.
+    """
+    if is_full and oldest == next(iter(chain.generations)):
+        findings.lost = {n: why for n, why in findings.lost.items() if n > oldest}
+    if not findings.lost:
+        return
+    findings.advice = "put their files back from a copy and run repair again"
+    left = [n for n in findings.lost if n < oldest and n in chain.generations]
+    if is_full and left:
+        which = f"generation {left[0]}" if len(left) == 1 else f"generations {left[0]} to {left[-1]}"
+        findings.advice += (
+            f". Without a copy: generation {oldest} is full and needs nothing before it; move the files of {which} away"
+        )
 
 
 def _last(chain: Chain) -> int:
@@ -181,8 +208,11 @@ class _Manifests:
         self._sha256: dict[int, str | None] = {}
         self._made: dict[int, Manifest] = {}
 
-    def relink(self) -> None:
-        """Go through them from the oldest on; a new one changes what the next must say of its parent."""
+    def relink(self) -> bool:
+        """Go through them from the oldest on; a new one changes what the next must say of its parent.
+
+        Return whether the oldest is full.
+        """
         for number, is_fine in sorted(self._sound.items()):
             generation = self._chain.generations[number]
             known = generation.manifest
@@ -198,6 +228,7 @@ class _Manifests:
             self._made[number] = made
             self._sha256[number] = manifest.sha256(made.to_bytes())
             self._write(generation, made, why)
+        return self._made[min(self._made)].full
 
     def _fits(self, known: Manifest) -> bool:
         before = known.generation - 1

@@ -55,9 +55,9 @@ def test_gaps_are_spans(chain: SmallChain) -> None:
         del found.generations[2]
         assert list(found.spans(4)) == [(1, 1), (2, 2), (3, 3), (4, 4)]
         del found.generations[1]
-        assert list(found.spans(3)) == [(3, 3)]
+        assert list(found.spans(3)) == [(1, 2), (3, 3)]
         del found.generations[3]
-        assert list(found.spans(5)) == [(5, 5)]
+        assert list(found.spans(5)) == [(1, 5)]
 
 
 def test_a_run_that_ends_while_the_directory_is_read_does_not_look_like_a_loss(

@@ -110,3 +110,14 @@ def test_a_run_that_was_cut_off_is_incomplete_and_no_damage(chain: SmallChain, m
         *["ok"] * 3,
         "incomplete: a run was cut off here; the next one moves these files aside",
     ]
+
+
+def test_first_generations_that_are_gone_are_missing_unless_the_oldest_is_full(chain: SmallChain) -> None:
+    chain.add(DAYS[0], Options(block_size=BLOCK, full=True))
+    chain.add(DAYS[1])
+    for path in chain.directory.glob("disk.[12].*"):  # as by find -mtime +30 -delete
+        path.unlink()
+    assert states(chain, 5) == ["missing: none of the files of generations 1 to 2 is there", "ok", "ok", "ok"]
+    for path in chain.directory.glob("disk.3.*"):
+        path.unlink()
+    assert states(chain) == ["ok", "ok"]

@@ -378,3 +378,38 @@ def test_the_command_says_what_it_does(chain: SmallChain) -> None:
     assert commands.done("blockdiff", "repair", chain.name) == b""
     result = commands.run("blockdiff", "repair", f"{chain.name}-none")
     assert result.returncode == 1 and b"there is no chain" in result.stderr
+
+
+def test_first_generations_that_are_gone_are_lost_and_the_command_says_what_to_do(chain: SmallChain) -> None:
+    for path in chain.directory.glob("disk.1.*"):  # as by find -mtime +30 -delete
+        path.unlink()
+    before = chain.files()
+    result = commands.run("blockdiff", "repair", chain.name)
+    assert result.returncode == 5 and chain.files() == before
+    said = result.stderr.decode()
+    assert "generation 1 is lost: generation 1 is missing" in said and "generation 3 is lost: " in said
+    assert "Put the missing files back from a copy and run repair again." in said and "`backup --full`" in said
+    assert commands.run("blockdiff", "verify", chain.name).returncode == 5
+    chain.add(DAYS[0], FULL)
+    chain.add(DAYS[1])
+    result = commands.run("blockdiff", "repair", chain.name)
+    assert result.returncode == 5
+    assert "generation 4 is full and needs nothing before it; move the files of generations 2 to 3 away" in (
+        result.stderr.decode()
+    )
+    for path in chain.directory.glob("disk.[23].*"):
+        path.unlink()
+    assert commands.done("blockdiff", "repair", chain.name) == b""
+    assert commands.done("blockdiff", "verify", chain.name) == b""
+
+
+def test_an_oldest_generation_that_turns_out_to_be_full_lacks_nothing(tmp_path: Path) -> None:
+    chain = chains.some_days(tmp_path, 1, ORIGINAL)
+    chain.add(DAYS[1], Options(block_size=BLOCK, delta_format=1, digest="md5", full=True))
+    chain.add(DAYS[2])
+    chains.without_manifests(chain)
+    for path in chain.directory.glob("disk.1.*"):
+        path.unlink()
+    found = repaired(chain)
+    assert found.lost == {} and found.advice is None and len(found.deeds) == 2
+    assert_exact(chain)

@@ -183,3 +183,14 @@ def test_metrics_that_cannot_be_written_are_an_error(chain: SmallChain, tmp_path
 def test_what_is_no_age_is_refused(chain: SmallChain, age: str) -> None:
     done = commands.run("blockdiff", "status", f"--max-age={age}", chain.name)
     assert done.returncode == 2 and b"is no age; use one like 26h or 8d" in done.stderr
+
+
+@pytest.mark.parametrize("has_manifests", [True, False])
+def test_first_generations_that_are_gone_are_critical(tmp_path: Path, has_manifests: bool) -> None:
+    chain = chains.three_days(tmp_path, Options(block_size=BLOCK, delta_format=1, digest="md5"))
+    if not has_manifests:
+        chains.without_manifests(chain)
+    for path in chain.directory.glob("disk.1.*"):
+        path.unlink()
+    line = told(chain.name, state=State.CRITICAL)
+    assert f"{chain.name}: generation 1 missing: none of its files is there" in line

@@ -35,5 +35,7 @@ def command(name: str, dry_run: bool) -> None:
         click.echo(f"would be done: {deed.text}")
     for number, why in findings.lost.items():
         say(f"generation {number} is lost: {printable(why)}")
+    if findings.advice is not None:
+        click.echo(f"  {printable(findings.advice)}", err=True)
     if findings.lost:
         sys.exit(EXIT_DAMAGED)
