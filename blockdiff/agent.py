@@ -164,10 +164,13 @@ class Agent:
     def _serve(self, request: Dict[str, object]) -> None:
         """Take all sources at one moment, and scan one after the other."""
         commands = [command for command in _commands(request) if command is not None]
-        self._grant.check_sources([os.fsdecode(path) for path in _paths(request)], commands)
+        paths = [os.fsdecode(path) for path in _paths(request)]
+        self._grant.check_sources(paths, commands)
         with ExitStack() as stack:
             sources = [stack.enter_context(source) for source in _sources(request)]
-            self._link.send_json(wire.READY, _ready(sources, request))
+            for source, path in zip(sources, paths):
+                source.notes += self._grant.notes([path])
+            self._link.send_json(wire.READY, _ready(sources, request, self._grant))
             self._order(wire.TAKE)
             self._link.send_json(wire.TAKEN, {"took_us": _take(sources, request)})
             if request.get("low_priority"):
@@ -280,11 +283,11 @@ def _sources(request: Dict[str, object]) -> List[Source]:
     return [VolumeSource(path, size, owner, uuid, keep) for path, owner, uuid in zip(paths, owners, kept)]
 
 
-def _ready(sources: List[Source], request: Dict[str, object]) -> Dict[str, object]:
+def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> Dict[str, object]:
     """Check the sources, and find out on which of them the directories lie that the server asks for."""
     prepared = [source.prepare() for source in sources]
     paths = [os.fsdecode(path) for path in _paths(request)]
-    located = [locate(directory, paths) for directory in wire.texts(request, "directories")]
+    located = [grant.place(*locate(directory, paths)) for directory in wire.texts(request, "directories")]
     return {"sources": prepared, "directories": located, "notes": [note for source in sources for note in source.notes]}
 
 

@@ -3,12 +3,16 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
+import os
 from typing import List, Optional, Sequence, Tuple
 
 from blockdiff.errors import SourceError, printable
 
 #: Begins the word for a database's socket, or for its port on this machine: ``mysql:/run/mysqld/mysqld.sock``.
 MYSQL = "mysql:"
+
+#: In place of a device's number: a directory that is not on the sources of the run, or is not there.
+ELSEWHERE = "?"
 
 _HINT = "`blockdiff authorize` makes the line for that host's authorized_keys that grants it"
 
@@ -30,6 +34,24 @@ class Grant:
             raise SourceError(
                 "this key may not run commands: {}".format(printable(commands[0])), "leave out --before and --after"
             )
+
+    def notes(self, paths: "Sequence[str]") -> "List[str]":
+        """Return what to say of granted sources that lead elsewhere; what is in /dev is root's alone to change."""
+        if self._words is None:
+            return []
+        outside = [path for path in paths if not path.startswith("/dev/")]
+        return [
+            "{} leads to {} through a symbolic link: grant that in its place".format(path, os.path.realpath(path))
+            for path in outside
+            if os.path.realpath(path) != os.path.normpath(path)
+        ]
+
+    def place(self, device: str, source: "Optional[int]") -> "Tuple[str, Optional[int]]":
+        """Return what the key may know of where a directory lies: see `sources.locate`.
+
+        Of what does not lie on the granted sources of the run a limited key learns nothing, not even whether it exists.
+        """
+        return (device, source) if self._words is None or source is not None else (ELSEWHERE, None)
 
     def check_sockets(self, paths: "Sequence[str]", port: int) -> "Tuple[List[str], int]":
         """Return those of the sockets `paths` and of `port` (0: none) that are granted, in the same order.

@@ -22,28 +22,38 @@ OTHER_AGENT = 94
 
 #: The first argument where one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
 PINNED = "blockdiff-pinned"
+
+# most that is taken, in bytes: whoever has a pinned key may send anything
 _MAX_AGENT = 16 << 20
+_MAX_LOADER = 1 << 20
+_MAX_HEADER = 256 << 10
 
 START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
 
 
 def read_exactly(count: int) -> bytes:
     """Return `count` bytes of standard input and take not one more: what follows is for the agent."""
-    data = b""
+    data = bytearray()
     while len(data) < count:
         more = os.read(0, count - len(data))
         if not more:
             sys.exit(DAMAGED)
         data += more
-    return data
+    return bytes(data)
 
 
-def read_line() -> bytes:
-    """Return the header line."""
-    line = b""
-    while line[-1:] != b"\n":
+def read_header() -> dict:  # type: ignore[type-arg]  # dict[str, object] needs Python 3.9
+    """Return what the header line says; ends the process where it is too long or is not a header."""
+    line = bytearray()
+    while line[-1:] != b"\n" and len(line) < _MAX_HEADER:
         line += read_exactly(1)
-    return line
+    try:
+        header = json.loads(line.decode("ascii"))
+        if isinstance(header["prefix"], list) and (header["prefix"] or isinstance(header["size"], int)):
+            return dict(header)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    sys.exit(DAMAGED)
 
 
 def load(modules: bytes) -> None:
@@ -74,7 +84,7 @@ def start() -> None:
     """Do all of it; returns only through the agent's end."""
     if sys.version_info < (3, 6):
         sys.exit(TOO_OLD)
-    header = json.loads(read_line().decode("ascii"))
+    header = read_header()
     if header["prefix"]:
         run_under(header["prefix"])
     archive = read_exactly(header["size"])
@@ -89,13 +99,19 @@ def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg] 
 
     The loader that comes ahead of it is passed over: nothing runs that was not checked.
     """
-    read_exactly(int(read_exactly(8)))
-    header = json.loads(read_line().decode("ascii"))
+    size = read_exactly(8)
+    if not size.isdigit() or int(size) > _MAX_LOADER:
+        sys.exit(DAMAGED)
+    read_exactly(int(size))
+    header = read_header()
     if header["prefix"]:
         sys.stderr.write("this key runs nothing but the agent\n")
         sys.exit(NO_PREFIX)
     archive = read_exactly(min(header["size"], _MAX_AGENT))
-    modules = zlib.decompressobj().decompress(archive, _MAX_AGENT)
+    try:
+        modules = zlib.decompressobj().decompress(archive, _MAX_AGENT)
+    except zlib.error:
+        sys.exit(DAMAGED)
     if hashlib.sha256(modules).hexdigest() != pinned:
         sys.exit(OTHER_AGENT)
     load(modules)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from blockdiff import lockcommand, mysqllock
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import SourceError, printable
+from blockdiff.grant import ELSEWHERE
 from blockdiff.manifest import Quiesced
 from blockdiff.mysqlaccount import SOCKETS, Account
 from blockdiff.rules import Ready
@@ -74,8 +75,9 @@ class DatabaseQuiesce(Quiesce):
         elsewhere = [(directory, device) for directory, device, source in places if source is None]
         if elsewhere:
             directory, device = elsewhere[0]
+            which = "" if device == ELSEWHERE else f" ({device})"
             raise SourceError(
-                f"the database keeps {printable(directory)} on another device ({device}), which is not in this run",
+                f"the database keeps {printable(directory)} on another device{which}, which is not in this run",
                 "name its volume as well, with --also NAME=PATH",
             )
         if len({device for _directory, device, _source in places}) > 1 and not self._freezes:

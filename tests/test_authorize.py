@@ -1,6 +1,8 @@
 """A key that may do one thing: this very agent, for some sources, through a real sshd, and behind sudo."""
 
+import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -9,8 +11,9 @@ from urllib.parse import quote
 
 import pytest
 
-from blockdiff import bundle, loader
-from tests import chains, commands
+from blockdiff import address, bundle, loader
+from blockdiff.session import Request, Session, Wanted
+from tests import chains, commands, loop
 from tests.chains import DAYS, SmallChain
 from tests.conftest import require, require_program
 from tests.sshd import Sshd
@@ -142,6 +145,69 @@ def test_a_forged_agent_is_not_run() -> None:
     other = harmless.replace(b"def load", b"def lood", 1)  # of the same length: not looked at, not run
     done = subprocess.run(command, input=other, capture_output=True, timeout=60, check=False)
     assert done.stdout.startswith(bytes(16))
+
+
+def places(sshd: Sshd, identity: Path, source: Path, *directories: str) -> list[tuple[str, int | None]]:
+    """Return what the agent tells of directories on the host, by a key."""
+    where = address.parse(sshd.url(source))
+    with Session(where, "ssh", options(sshd, identity)) as session:
+        return session.prepare(Request([Wanted(os.fsencode(source))], directories=directories)).places
+
+
+def test_a_pinned_key_learns_nothing_of_directories_elsewhere(sshd: Sshd, key: Path, tmp_path: Path) -> None:
+    """Whether they exist, or on which device they are; of those on what it may read all the same as any other key."""
+    backing, mounted = tmp_path / "backing", tmp_path / "mounted"
+    with backing.open("wb") as file:
+        file.truncate(8 << 20)
+    mounted.mkdir()
+    with loop.device(backing) as device:
+        subprocess.run([require_program("mkfs.ext4"), "-q", device], check=True, timeout=60)
+        mount = subprocess.run(["mount", device, mounted], capture_output=True, timeout=60, check=False)
+        require(mount.returncode == 0, "the right to mount")
+        try:
+            sshd.allow(authorize(key, device))
+            asked = ("/etc", "/nowhere", str(mounted))
+            unlimited = places(sshd, sshd.user_key, device, *asked)
+            pinned = places(sshd, key, device, *asked)
+        finally:
+            subprocess.run(["umount", mounted], check=True, timeout=60)
+    assert unlimited[0][0] not in ("", "?") and unlimited[1] == ("", None) and unlimited[2][1] == 0
+    assert pinned == [("?", None), ("?", None), unlimited[2]]
+
+
+def test_a_link_that_a_pinned_key_follows_is_noted(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    link = chain.source.with_name("link")
+    link.symlink_to(chain.source)
+    sshd.allow(authorize(key, link))
+    real, chain.source = chain.source, link
+    result = backup(sshd, key, chain, "--json")
+    assert result.returncode == 0, result
+    assert json.loads(result.stdout)["notes"] == [
+        f"{link} leads to {real} through a symbolic link: grant that in its place"
+    ]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"00000000" + b"x" * (4 << 20),
+        b"99999999",
+        b"-0000001",
+        b"00000000not JSON\n",
+        b'00000000{"prefix": [], "size": "1", "nonce": ""}\n',
+        b"00000000" + b"[" * 100_000 + b"\n",
+        b'00000000{"prefix": [], "size": 3, "nonce": ""}\nabc',
+    ],
+    ids=["endless header", "loader of 100 MB", "negative", "garbage", "size that is text", "nested", "not zlib"],
+)
+def test_what_a_pinned_key_sends_in_place_of_an_agent_ends_it_at_once(sent: bytes) -> None:
+    """4 MiB of a header took quarter of an hour of root's CPU."""
+    command = ["sh", "-c", f"exec {bundle.pinned_command(['/x'])}"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, input=sent, capture_output=True, timeout=250, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout, done.stderr) == (loader.DAMAGED, b"", b"")
+    assert after.ru_utime - before.ru_utime < 20
 
 
 def test_a_script_serves_an_unprivileged_user_behind_sudo(sshd: Sshd, key: Path, chain: SmallChain) -> None:
