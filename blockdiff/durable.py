@@ -8,12 +8,11 @@ dropped the data and report success the next time.
 import errno
 import os
 import shlex
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from blockdiff import checksum
+from blockdiff import checksum, sharing
 from blockdiff.blocks import MAX_IMAGE_SIZE
 from blockdiff.checksum import Checksum
 from blockdiff.errors import StorageError
@@ -127,14 +126,9 @@ class Directory:
             pass  # nothing was written through it: what was reported stays true
 
     def refuse_others(self) -> None:
-        """Raise `StorageError` where others than the owner may write to the directory."""
+        """Raise `StorageError` where others than the owner may write to the directory, or replace it."""
         with _named("look at", self.path):
-            mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
-        if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise StorageError(
-                f"others may write to the backup directory {self.path} (mode {mode:04o}), and so replace backups",
-                f"chmod go-w {shlex.quote(self.path)}",
-            )
+            sharing.refuse_others(self.path)
 
     def path_of(self, name: str) -> str:
         """Return the path of `name`, for messages."""

@@ -35,7 +35,7 @@ ORDER = """
     relay
     grant
     agent
-    bundle  checksum  address  clock  progress  publickey
+    bundle  checksum  address  clock  progress  publickey  sharing
     durable
     lzop
     codec
