@@ -1,5 +1,5 @@
 """``python -m blockdiff`` is the `blockdiff` command."""
 
-from blockdiff.cli.modern import main
+from blockdiff.start import blockdiff
 
-main()
+blockdiff()

@@ -28,9 +28,9 @@ from blockdiff.errors import (
     ProcessError,
     ProtocolError,
     SourceError,
+    of_system,
     printable,
     to_wire,
-    without_memory,
 )
 from blockdiff.extents import Audit, aligned
 from blockdiff.freeze import Freeze
@@ -362,7 +362,7 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:
             link.send_json(wire.ERROR, to_wire(error))
         except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
             signal.alarm(LAST_WORD_S)
-            known = without_memory(error)
+            known = of_system(error)
             if known is None:
                 os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
                 known = BlockdiffError("the agent failed: {}: {}".format(type(error).__name__, error))

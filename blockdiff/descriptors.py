@@ -3,15 +3,15 @@
 Deltas are of version 1 and digests MD5, whatever reads or writes the other end.
 """
 
+import fcntl
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import BinaryIO
 
-from blockdiff import codec, dump
+from blockdiff import codec, dump, temporary
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, check_block_size, digest_named
 from blockdiff.deltafile import Sink
@@ -30,6 +30,7 @@ OLD_TABLE_FD = 5
 NEW_TABLE_FD = 6
 
 _MD5 = digest_named("md5")
+_COPY_SIZE = 1 << 20
 _FLAGS = {"gzip": " --gzip", "lzop": " --lzop", "none": ""}
 
 
@@ -69,13 +70,11 @@ class _Protocol:
         self._asked_block_size = block_size
 
     def __enter__(self) -> "_Protocol":
-        if not _is_open(NEW_TABLE_FD):
-            raise UsageError(
-                f"descriptor {NEW_TABLE_FD} is not open: the new digest table has nowhere to go",
-                f"add {NEW_TABLE_FD}> NAME.md5, or run this through blockdiff_backup",
-            )
+        hint = f"add {NEW_TABLE_FD}> NAME.md5 > NAME, or run this through blockdiff_backup"
+        check_given(NEW_TABLE_FD, os.O_WRONLY, "the new digest table has nowhere to go", hint)
+        check_given(DELTA_FD, os.O_WRONLY, "the delta has nowhere to go", hint)
         with self._stack as stack:
-            self.old = stack.enter_context(_old_table()) if _is_open(OLD_TABLE_FD) else None
+            self.old = stack.enter_context(_old_table()) if _access(OLD_TABLE_FD) is not None else None
             self.block_size = self.old.block_size if self.old is not None else self._block_size()
             self._table = FdSink(NEW_TABLE_FD, "new digest table")
             self._delta: FdSink | LzopWriter = FdSink(DELTA_FD, "delta")
@@ -128,6 +127,8 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> No
     `compression` is ``gzip``, ``lzop`` or ``none``; `block_size` in bytes counts only where there is no old table.
     Raises `SourceError`, `StorageError`, `UsageError`, or `DamagedError` for an old table that cannot be one.
     """
+    if path is None:
+        check_given(0, os.O_RDONLY, "there is no image to read", "name a FILE, or add < FILE")
     with _Protocol(block_size, compression) as ends, ExitStack() as stack:
         pool = dump.buffers_for(ends.block_size)
         source: dump.FileSource | dump.StreamSource
@@ -215,23 +216,42 @@ def _scan(session: Session, ends: _Protocol, opened: Callable[[str], None] = lam
     return source.path
 
 
-def _is_open(fd: int) -> bool:
+def check_given(fd: int, flags: int, missing: str, hint: str) -> None:
+    """Raise `UsageError` unless the caller opened the descriptor in this direction (`os.O_RDONLY`, `os.O_WRONLY`).
+
+    `missing` says what becomes of it, `hint` how to give it.
+    """
+    if _access(fd) not in (flags, os.O_RDWR):
+        way = "reading" if flags == os.O_RDONLY else "writing"
+        raise UsageError(f"descriptor {fd} is not open for {way}: {missing}", hint)
+
+
+def _access(fd: int) -> int | None:
+    """Return for what the caller opened a descriptor, None where it is closed: what we opened is not inheritable."""
     try:
-        os.fstat(fd)
+        if not os.get_inheritable(fd):
+            return None
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
-        return False
-    return True
+        return None
 
 
 def _old_table() -> TableReader:
     """Return the old digest table as a file of our own: the descriptor may be a pipe."""
-    with tempfile.TemporaryFile() as copy, os.fdopen(os.dup(OLD_TABLE_FD), "rb") as file:
-        try:
-            shutil.copyfileobj(file, copy)
-            copy.flush()
-        except OSError as error:
-            raise StorageError(f"cannot read descriptor {OLD_TABLE_FD}: {error.strerror}") from error
+    with temporary.unnamed_file() as copy, os.fdopen(os.dup(OLD_TABLE_FD), "rb", buffering=0) as file:
+        while data := _read(file):
+            try:
+                copy.write(data)
+            except OSError as error:
+                raise temporary.failed(error) from error
         return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
+
+
+def _read(file: BinaryIO) -> bytes:
+    try:
+        return file.read(_COPY_SIZE)
+    except OSError as error:
+        raise StorageError(f"cannot read descriptor {OLD_TABLE_FD}: {error.strerror}") from error
 
 
 def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.StreamSource:

@@ -7,6 +7,7 @@ connection as data (`to_wire`, `from_wire`), so that the agent's errors arrive a
 """
 
 import errno
+import os
 from typing import Dict, Optional, Type
 
 EXIT_DONE = 0
@@ -67,8 +68,13 @@ class Interrupted(BaseException):  # noqa: N818
     """A signal asked the process to stop: raised by its handler, wherever the main thread is just then.
 
     Like `KeyboardInterrupt` it is no `Exception`: code that handles those, the standard library's own included, must
-    not take it for a failure of what it was doing.
+    not take it for a failure of what it was doing. `number` is the signal's; the exit status is then that of shells for
+    a command that the signal ended.
     """
+
+    def __init__(self, message: str = "", number: int = 0) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number if number else EXIT_FAILED
 
 
 class TransportError(BlockdiffError):
@@ -103,10 +109,12 @@ class DatabaseError(BlockdiffError):
     """The database refused the login, the lock, or lost it."""
 
 
-def without_memory(error: BaseException) -> Optional[BlockdiffError]:
-    """Return what to say of `error` where it is how Python says that there is no more memory; None for any other.
+def of_system(error: BaseException) -> Optional[BlockdiffError]:
+    """Return what to say of `error` where the system, or Python for lack of memory, raised it; None for any other.
 
-    It says so in one way for objects, in another for the system, and in a third for threads.
+    It is the last resort, for what nobody has named with its place: the path is in the sentence where the system
+    knows it. Python says in one way for objects, in another for the system, and in a third for threads that there is
+    no more memory.
     """
     if (
         isinstance(error, MemoryError)
@@ -116,7 +124,33 @@ def without_memory(error: BaseException) -> Optional[BlockdiffError]:
         return BlockdiffError(
             "there is not enough memory", "run fewer backups at the same time, or raise the limit (ulimit -v)"
         )
-    return None
+    if not isinstance(error, OSError):
+        return None
+    paths = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))]
+    reason = error.strerror or str(error) or type(error).__name__
+    if not paths and isinstance(error, FileNotFoundError) and not _is_somewhere():
+        return BlockdiffError("the current directory is not there any more", "change to one that is")
+    return BlockdiffError(
+        "{}: {}".format(printable(" and ".join(paths)), reason) if paths else "the system refused: {}".format(reason),
+        _SYSTEM_HINTS.get(error.errno or 0),
+    )
+
+
+def _is_somewhere() -> bool:
+    """Whether the current directory is there: it may have been removed."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+_SYSTEM_HINTS = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "raise the quota",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole machine has too many files open",
+}
 
 
 _BY_NAME: Dict[str, Type[BlockdiffError]] = {

@@ -8,12 +8,11 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from blockdiff import process
+from blockdiff import process, temporary
 from blockdiff.errors import ProcessError, printable
 
 #: How long the command may take until it executes what it was given, and to end after that, in seconds.
@@ -55,7 +54,7 @@ def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
 @contextmanager
 def _listening() -> Iterator[tuple[socket.socket, str]]:
     """Yield a socket for what the command executes, and its path, which is nobody else's."""
-    with tempfile.TemporaryDirectory(prefix="blockdiff-") as directory, socket.socket(socket.AF_UNIX) as listener:
+    with temporary.directory() as directory, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(directory, "go")
         try:
             listener.bind(path)

@@ -33,7 +33,7 @@ def unwind() -> None:
 
     def interrupt(number: int, _frame: object) -> None:
         ignore()
-        raise Interrupted("stopped by {}".format(signal.Signals(number).name))
+        raise Interrupted("stopped by {}".format(signal.Signals(number).name), number)
 
     def arm() -> None:
         for number in caught:

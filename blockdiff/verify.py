@@ -5,13 +5,12 @@ exactly if and only if these digests are those of its table, which is what a res
 cannot be read takes everything older with it: a restore that gets so far fails there, too.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from blockdiff import checksum, merge
+from blockdiff import checksum, merge, temporary
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.checksum import Checksum
@@ -58,7 +57,7 @@ class _Newest:
         self.digest = digest
         self.digest_size = digest.size
         self.block_size = block_size
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by close()
+        self._file = temporary.unnamed_file()
 
     def close(self) -> None:
         self._file.close()
@@ -70,10 +69,7 @@ class _Newest:
             while view:
                 view = view[self._file.write(view) :]
         except OSError as error:
-            raise BlockdiffError(
-                f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}",
-                "free some space there, or set TMPDIR to another directory",
-            ) from error
+            raise temporary.failed(error) from error
 
     def get(self, first: int, count: int) -> bytes:
         """Return the digests of `count` blocks, zero bytes for blocks that no delta had."""

@@ -156,7 +156,7 @@ def test_dump_fails_at_a_read_error_of_a_named_file(tmp_path: Path) -> None:
 def test_dump_needs_descriptor_6(tmp_path: Path) -> None:
     result = run("blockdiff_dump", GOLDEN / "image.1", new=None)
     assert (result.returncode, result.stdout) == (2, b"")
-    assert b"descriptor 6 is not open: the new digest table has nowhere to go" in result.stderr
+    assert b"descriptor 6 is not open for writing: the new digest table has nowhere to go" in result.stderr
     assert b"add 6> NAME.md5" in result.stderr
 
 

@@ -7,7 +7,7 @@ import shlex
 import click
 
 from blockdiff import bundle, publickey
-from blockdiff.cli import say
+from blockdiff.cli import check_printed, say
 from blockdiff.errors import UsageError, printable
 from blockdiff.grant import MYSQL
 
@@ -29,6 +29,7 @@ def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
     """
     if script and key is None and not granted:
         click.echo(bundle.pinned_script(), nl=False)
+        check_printed()
         return
     if script or key is None or not granted:
         raise UsageError("authorize takes either --key FILE and what is granted, or --script alone")
@@ -38,6 +39,7 @@ def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
     # in quotes sshd takes \" for ", and every other backslash for itself
     command = bundle.pinned_command(granted).replace('"', '\\"')
     click.echo(os.fsencode(f'restrict,command="{command}" {public}'))
+    check_printed()
     _tell_of_links([word for word in granted if word.startswith("/") and not word.startswith("/dev/")])
 
 

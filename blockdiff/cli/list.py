@@ -10,7 +10,7 @@ import click
 from blockdiff import coordinates, listing
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import split_name
+from blockdiff.cli import check_printed, split_name
 from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
 
 
@@ -24,6 +24,7 @@ def command(name: str, as_json: bool, replica_statement: bool) -> None:
     with Chain(chain_name) as chain:
         if replica_statement:
             click.echo(_replica_statement(chain.generation(number)), nl=False)
+            check_printed()
             return
         found = listing.entries(chain)
         if not found or number is not None:
@@ -35,6 +36,7 @@ def command(name: str, as_json: bool, replica_statement: bool) -> None:
         _print_table(found)
     if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
         sys.exit(EXIT_DAMAGED)
+    check_printed()
 
 
 def _replica_statement(generation: Generation) -> str:

@@ -29,7 +29,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Block-level incremental backups of volumes and disk images, pulled over SSH.
 
-    Exit status: 0 done, 1 failed, 2 usage, 3 done with a warning, 4 chain is busy, 5 backup data damaged.
+    Exit status: 0 done, 1 failed, 2 usage, 3 done with a warning, 4 chain is busy, 5 backup data damaged,
+    128+N ended by signal N.
     """
 
 

@@ -177,7 +177,7 @@ def test_a_run_that_is_told_to_stop_lets_go_at_once_and_leaves_nothing(
 ) -> None:
     last = scene.chain.last()
     status = stop(scene, stage, how, lambda _scene, victim: victim.process.send_signal(number), AT_ONCE_S)
-    assert status == 1
+    assert status == 128 + number
     scene.assert_clean(last)
 
 

@@ -116,7 +116,7 @@ def test_a_run_told_to_stop_within_thin_delta_leaves_nothing_reserved(thin: Thin
     before = thin.snapshots()
     with within_thin_delta(thin) as victim:
         victim.process.send_signal(signal.SIGTERM)
-        assert victim.ended() == 1
+        assert victim.ended() == 128 + signal.SIGTERM
         thin.wait_until_ended()
         assert (thin.held(), thin.snapshots()) == ("-", before)
 
