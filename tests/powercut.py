@@ -273,11 +273,12 @@ class Recorder:
 
 
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch, module: ModuleType, directory: Path) -> Iterator[History]:
-    """Note what `module` does to a directory."""
+def recorded(monkeypatch: pytest.MonkeyPatch, directory: Path, *modules: ModuleType) -> Iterator[History]:
+    """Note what `modules` do to a directory."""
     recorder = Recorder(directory)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "os", recorder)
+        for module in modules:
+            patch.setattr(module, "os", recorder)
         yield recorder.history
 
 

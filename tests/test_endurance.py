@@ -11,7 +11,7 @@ import pytest
 from blockdiff import merge
 from blockdiff.chain import Chain
 from blockdiff.cli import modern
-from blockdiff.target import FileTarget
+from blockdiff.filetarget import FileTarget
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 

@@ -58,6 +58,8 @@ ORDER = """
     session
     quiesce  streams  compare
     plan
+    inuse  contents  offsetwriter
+    filetarget  devicetarget
     apply  target  verify  listing
     proofs  salvage  rebuild
     repair

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, durable, merge, repair, target
+from blockdiff import backup, durable, filetarget, merge, offsetwriter, repair
 from blockdiff.address import Address
 from blockdiff.chain import Chain
 from blockdiff.commit import LockedChain
@@ -80,7 +80,7 @@ def told(history: History) -> int:
 def backup_history(place: Path, before: int, monkeypatch: pytest.MonkeyPatch) -> tuple[SmallChain, History]:
     """Return a chain that gets one generation after `before` others, and what was done to its directory."""
     chain = chains.some_days(place, before)
-    with powercut.recorded(monkeypatch, durable, chain.directory) as history:
+    with powercut.recorded(monkeypatch, chain.directory, durable) as history:
         chain.add(DAYS[before])
     return chain, history
 
@@ -118,7 +118,7 @@ def test_a_recovery(place: Path, before: int, monkeypatch: pytest.MonkeyPatch) -
 
     def recover(found: Found, complete: bool) -> None:
         left = finder.chain(found)
-        with powercut.recorded(monkeypatch, durable, left.directory) as recovery, LockedChain(left.name):
+        with powercut.recorded(monkeypatch, left.directory, durable) as recovery, LockedChain(left.name):
             pass
         shutil.rmtree(left.directory.parent)
         kind = tuple(map(_kind, recovery.steps))
@@ -139,7 +139,7 @@ def test_a_run_of_two_chains(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     both = first, second
     first.source.write_bytes(DAYS[1])
     targets = [(each.name, str(each.source)) for each in both]
-    with powercut.recorded(monkeypatch, durable, first.directory) as history:
+    with powercut.recorded(monkeypatch, first.directory, durable) as history:
         backup.backup_together(targets, Address(None, str(first.source)), backup.Options(block_size=chains.BLOCK))
     for each in both:
         each.images[2] = each.source.read_bytes()
@@ -204,7 +204,7 @@ def test_a_repair(place: Path, harm: Callable[[SmallChain], None], monkeypatch: 
         left.assert_sound()
         shutil.rmtree(left.directory.parent)
 
-    with powercut.recorded(monkeypatch, durable, chain.directory) as history:
+    with powercut.recorded(monkeypatch, chain.directory, durable) as history:
         assert repair.repair(chain.name).deeds != []
     assert each_state(history, len(history.steps), check) > 3
 
@@ -218,8 +218,8 @@ def test_a_restore_to_a_file(place: Path, force: bool, monkeypatch: pytest.Monke
     if force:
         path.write_bytes(b"before")
     with (
-        powercut.recorded(monkeypatch, target, path.parent) as history,
-        target.FileTarget(str(path), force) as image,
+        powercut.recorded(monkeypatch, path.parent, filetarget, offsetwriter) as history,
+        filetarget.FileTarget(str(path), force) as image,
         Chain(chain.name) as opened,
     ):
         merge.merge(opened.needed(3), image)

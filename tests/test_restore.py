@@ -1,6 +1,7 @@
 """Restoring to files and devices: what is refused, what is written, and what is left behind."""
 
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import merge, target
+from blockdiff import filetarget, merge, target
 from blockdiff.backup import Options
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain, Generation
@@ -62,11 +63,22 @@ def test_an_existing_file_is_kept_without_force_and_replaced_at_once_with_it(cha
     out.write_bytes(b"precious")
     assert f"{out} exists" in refused(chain.name, out)
     assert out.read_bytes() == b"precious"
-    with out.open("rb") as held:
-        commands.done("blockdiff", "restore", "--force", chain.name, out)
-        assert held.read() == b"precious"  # the old file is intact for whoever has it open: it was not written to
+    commands.done("blockdiff", "restore", "--force", chain.name, out)
     assert out.read_bytes() == DAYS[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup", "out", "source"]
+
+
+def test_whoever_has_a_file_open_that_is_replaced_is_warned_of(chain: SmallChain, tmp_path: Path) -> None:
+    """The old file is intact for them: it is not written to. But what they write is in no file that has a name."""
+    out = tmp_path / "out"
+    out.write_bytes(b"precious")
+    with out.open("rb") as held:
+        result = commands.run("blockdiff", "restore", "--force", chain.name, out)
+        assert held.read() == b"precious"
+    assert (result.returncode, result.stdout) == (3, b"")
+    said = f"warning: {out} is new, but the file that it replaced is still in use: "
+    assert said in result.stderr.decode() and f"(process {os.getpid()}) has it open" in result.stderr.decode()
+    assert out.read_bytes() == DAYS[2]
 
 
 def test_a_link_is_replaced_and_what_it_points_to_kept(chain: SmallChain, tmp_path: Path) -> None:
@@ -85,7 +97,7 @@ def test_a_dangling_link_counts_as_existing(chain: SmallChain, tmp_path: Path) -
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with target.FileTarget(str(out), force=False) as writing:
+    with filetarget.FileTarget(str(out), force=False) as writing:
         writing.write(0, memoryview(b"new"))
         out.write_bytes(b"precious")
         with pytest.raises(TargetError, match="exists"):
@@ -129,6 +141,67 @@ def test_zero_blocks_are_holes_in_files(large_tmp_path: Path) -> None:
     commands.done("blockdiff", "restore", chain.name, large_tmp_path / "out")
     assert (large_tmp_path / "out").read_bytes() == chain.images[2]
     assert (large_tmp_path / "out").stat().st_blocks * 512 < 2 * MIB
+
+
+def with_fault(call: str, fault: str) -> list[str]:
+    """Return the command under which the system call `call` fails, or is another thing, as ``strace`` says."""
+    return [
+        conftest.require_strace(),
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={call}",
+        "-e",
+        f"inject={call}:{fault}",
+    ]
+
+
+@pytest.mark.parametrize("number", ["EPERM", "EOPNOTSUPP", "ENOSYS"])
+def test_a_file_system_without_hard_links_is_restored_to(chain: SmallChain, tmp_path: Path, number: str) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    without_links = with_fault("link", f"error={number}")
+    result = commands.run("blockdiff", "restore", chain.name, place / "out", under=without_links)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    assert (place / "out").read_bytes() == DAYS[2] and [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_without_hard_links_a_file_that_appears_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*_arguments: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+    out = tmp_path / "out"
+    with filetarget.FileTarget(str(out), force=False) as writing:
+        out.write_bytes(b"precious")
+        with pytest.raises(TargetError, match="exists"):
+            writing.finish(3)
+    assert out.read_bytes() == b"precious" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "EIO"])
+def test_a_directory_that_cannot_be_synced_is_warned_of(chain: SmallChain, tmp_path: Path, number: str) -> None:
+    out = tmp_path / "out"
+    result = commands.run("blockdiff", "restore", chain.name, out, under=with_fault("fsync", f"error={number}:when=2"))
+    assert result.returncode == 3
+    said = f"warning: {out} is complete, but a power cut soon could take its name away: cannot sync {tmp_path}: "
+    assert said in result.stderr.decode()
+    assert out.read_bytes() == DAYS[2]
+
+
+def test_a_directory_that_only_takes_files_is_warned_of(chain: SmallChain, tmp_path: Path) -> None:
+    """It may be written to and not be read, so that it cannot be opened to be synced."""
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    result = commands.run(
+        *("blockdiff", "restore", chain.name, out), under=[*with_fault("openat", "error=EACCES"), "-P", str(out.parent)]
+    )
+    assert result.returncode == 3 and b"cannot sync" in result.stderr
+    assert out.read_bytes() == DAYS[2]
 
 
 def test_a_full_target_leaves_nothing_behind(large_tmp_path: Path) -> None:
@@ -243,11 +316,14 @@ def test_a_device_that_is_too_small_is_refused(large_tmp_path: Path, device: Pat
     chain = chains.new_chain(large_tmp_path)
     chain.add(b"x" * (2 * MIB + 1), Options(delta_format=1))
     if manifests:
-        assert f"{device} has {2 * MIB} bytes, the image {2 * MIB + 1}" in refused("--force", chain.name, device)
+        said = f"{device} has 2097152 bytes (2 MiB), the image 2097153 (2 MiB)"
+        assert said in refused("--force", chain.name, device)
         assert device.read_bytes() == b"\xee" * 2 * MIB
     else:
         chains.without_manifests(chain)
-        assert f"cannot write {device}: No space left on device" in refused("--force", chain.name, device)
+        said = refused("--force", chain.name, device)
+        assert f"cannot write {device}: No space left on device" in said
+        assert f"warning: {device} is a mixture now: " in said and "do not use it before a restore to it is" in said
 
 
 def test_a_device_that_somebody_holds_is_refused(chain: SmallChain, device: Path) -> None:
@@ -256,7 +332,7 @@ def test_a_device_that_somebody_holds_is_refused(chain: SmallChain, device: Path
         message = refused("--force", chain.name, device)
     finally:
         os.close(fd)
-    assert f"cannot open {device}: Device or resource busy" in message and "mounted or in use" in message
+    assert f"{device} is in use: " in message and f"(process {os.getpid()}) has it open" in message
     assert device.read_bytes() == b"\xee" * 2 * MIB
 
 
@@ -270,12 +346,12 @@ def test_a_mounted_device_is_refused(chain: SmallChain, device: Path, tmp_path: 
         (tmp_path / "mounted" / "file").write_bytes(b"still there")
     finally:
         subprocess.run(["umount", tmp_path / "mounted"], check=True, timeout=60)
-    assert "mounted or in use" in message
+    assert f"{device} is in use: it is mounted on {tmp_path}/mounted" in message
 
 
 def test_the_file_behind_a_loop_device_is_refused(chain: SmallChain, device: Path, large_tmp_path: Path) -> None:
     backing = large_tmp_path / "backing"
-    assert f"{backing} is in use by a loop device" in refused("--force", chain.name, backing)
+    assert f"{backing} is in use by a loop device, {device}" in refused("--force", chain.name, backing)
     assert backing.read_bytes() == b"\xee" * 2 * MIB
 
 

@@ -147,7 +147,7 @@ def test_the_command_prints_what_is_lost_and_never_exits_0(chain: SmallChain, tm
     assert (result.returncode, result.stdout) == (5, b"%d %d\n" % (BLOCK, BLOCK))
     assert result.stderr.decode().splitlines() == [
         f"blockdiff: note: {chain.file('.2.gz')} is missing",
-        f"blockdiff: {BLOCK} of {len(DAYS[2])} bytes are lost, and zero in what was restored",
+        f"blockdiff: {BLOCK} bytes of {len(DAYS[2])} bytes are lost, and zero in what was restored",
     ]
     image = bytearray(DAYS[2])
     image[BLOCK : 2 * BLOCK] = bytes(BLOCK)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 import click
 
@@ -89,6 +90,16 @@ def check_printed() -> None:
     """Raise `StorageError` where standard output could not take what the command was asked for."""
     if (reason := standard.lost()) is not None:
         raise StorageError(f"cannot write to standard output: {reason}", "what was printed there is not complete")
+
+
+def shown_time(text: str | None) -> str:
+    """Return a time of a manifest in local time, a dash for None."""
+    if text is None:
+        return "-"
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return printable(text, 40)
 
 
 @contextmanager

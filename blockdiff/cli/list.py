@@ -3,15 +3,14 @@
 import json
 import sys
 from dataclasses import asdict
-from datetime import datetime
 
 import click
 
 from blockdiff import coordinates, listing
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import check_printed, split_name
-from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
+from blockdiff.cli import check_printed, shown_time, split_name
+from blockdiff.errors import EXIT_DAMAGED, ChainError
 
 
 @click.command("list")
@@ -51,16 +50,6 @@ def _replica_statement(generation: Generation) -> str:
     return coordinates.replica_statement(generation.manifest.database)
 
 
-def _when(text: str | None) -> str:
-    """Return a time of the manifest in local time."""
-    if text is None:
-        return "-"
-    try:
-        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except ValueError:
-        return printable(text, 40)
-
-
 def _size(count: int | None) -> str:
     return "-" if count is None else shown_size(count)
 
@@ -71,7 +60,7 @@ def _print_table(found: list[listing.Entry]) -> None:
     rows += [
         (
             str(entry.generation),
-            _when(entry.when),
+            shown_time(entry.when),
             kinds[entry.full],
             _size(entry.image_size),
             _size(entry.changed),

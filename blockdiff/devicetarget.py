@@ -1,0 +1,103 @@
+"""A block device that is restored to: written in place, so looked at all the more before."""
+
+import os
+import time
+
+from blockdiff import contents, inuse
+from blockdiff.blocks import shown_size
+from blockdiff.errors import TargetError
+from blockdiff.offsetwriter import OffsetWriter
+
+#: How long whoever looks at a new device, as udev does, is waited for, in seconds, and how often it is looked.
+SETTLE_S = 1.0
+_LOOK_S = 0.05
+
+_ZEROS = bytes(1 << 20)
+
+
+class DeviceTarget(OffsetWriter):
+    """A block device, written in place. Refused where it is mounted or in use, by whomever (see `inuse`).
+
+    `image_size` in bytes is what must fit, None where it is not known yet. Without `force` a device that holds data is
+    refused. What is zero already is left alone, so that a thin volume does not grow. A context manager.
+    """
+
+    def __init__(self, path: str, force: bool, image_size: int | None) -> None:
+        super().__init__(path)
+        self._force = force
+        self._image_size = image_size
+
+    def __enter__(self) -> "DeviceTarget":
+        self._refuse_users()
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._failed("open", error) from error
+        try:
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+            if self._image_size is not None and size < self._image_size:
+                raise TargetError(
+                    f"{self._shown} has {size} bytes ({shown_size(size)}), "
+                    f"the image {self._image_size} ({shown_size(self._image_size)})",
+                    "choose a device that is large enough",
+                )
+            if not self._force:
+                self._refuse_data(size)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def check(self) -> None:
+        """Raise `TargetError` where the device would be refused; nothing is written to it."""
+        with self:
+            pass
+
+    def _refuse_users(self) -> None:
+        deadline = time.monotonic() + SETTLE_S
+        while users := self._users():
+            if time.monotonic() > deadline:
+                raise TargetError(
+                    f"{self._shown} is in use: {', '.join(users)}", "unmount it, or stop what uses it, first"
+                )
+            time.sleep(_LOOK_S)
+        if os.geteuid() != 0:
+            self.notes.append(f"only root sees whether a process of another user has {self._shown} open")
+
+    def _users(self) -> list[str]:
+        try:
+            return inuse.users_of_device(os.stat(self.path).st_rdev)
+        except OSError as error:
+            raise self._failed("open", error) from error
+
+    def _refuse_data(self, size: int) -> None:
+        try:
+            found = contents.found_on(self.path, self._fd, size)
+        except OSError as error:
+            raise self._failed("read", error) from error
+        if found is not None:
+            raise TargetError(f"{self._shown} holds {found}", "--force overwrites it")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`; raises `TargetError`."""
+        self.is_changed = True
+        super().write(offset, data)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Write zeros where there are others; raises `TargetError`."""
+        for start in range(offset, offset + length, len(_ZEROS)):
+            zeros = memoryview(_ZEROS)[: min(len(_ZEROS), offset + length - start)]
+            if not self._is_zero(start, len(zeros)):
+                self.write(start, zeros)
+
+    def _is_zero(self, offset: int, length: int) -> bool:
+        """Return whether there are zeros: to read a part of a thin volume that has no room yet does not give it any."""
+        try:
+            found = os.pread(self._fd, length, offset)
+        except OSError:
+            return False  # a bad sector is often one that can be written
+        return found == (_ZEROS if length == len(_ZEROS) else bytes(length))
+
+    def finish(self, image_size: int) -> None:
+        """Make what was written durable; raises `TargetError`."""
+        self._sync()

@@ -1,0 +1,153 @@
+"""Who uses a device or a file of this machine: mounts, volumes on top of it, loop devices, processes.
+
+The system itself lets nobody open a device exclusively that is mounted, swapped to, or a part of a volume. It does not
+count loop devices and processes, such as a guest that runs on the device. Only root sees all processes.
+"""
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+
+from blockdiff import process
+from blockdiff.errors import ProcessError, printable
+
+_SYS = "/sys"
+_PROC = "/proc"
+_DMSETUP_TIMEOUT_S = 10.0
+
+_IsIt = Callable[[os.stat_result], bool]
+
+
+def users_of_device(number: int) -> list[str]:
+    """Return who uses the block device with this number, or a whole disk that it is a part of, or a part of it.
+
+    Each is a phrase that goes on after "in use:". Empty where nobody does, or nobody that this user can see.
+    """
+    numbers = {number, *_related(number)}
+
+    def is_it(status: os.stat_result) -> bool:
+        return stat.S_ISBLK(status.st_mode) and status.st_rdev in numbers
+
+    found = [
+        *_mounts(numbers),
+        *(f"{_name(holder)} lies on it" for each in sorted(numbers) for holder in _listed(_device(each) + "/holders")),
+        *(f"the loop device /dev/{name} lies on it" for name in _loop_devices(is_it)),
+        *_processes(is_it),
+    ]
+    return found or _others(number)
+
+
+def users_of_file(path: str) -> list[str]:
+    """Return which processes have the file open, as phrases like those of `users_of_device`; empty where it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return list(_processes(lambda found: os.path.samestat(found, status)))
+
+
+def loop_device_of(path: str) -> str | None:
+    """Return the path of a loop device on the file, None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return next((f"/dev/{name}" for name in _loop_devices(lambda found: os.path.samestat(found, status))), None)
+
+
+def _device(number: int) -> str:
+    return f"{_SYS}/dev/block/{os.major(number)}:{os.minor(number)}"
+
+
+def _related(number: int) -> Iterator[int]:
+    """Yield the numbers of the partitions of a disk, or of the disk that a partition is a part of."""
+    place = os.path.realpath(_device(number))
+    for each in _listed(place):
+        if os.path.exists(f"{place}/{each}/partition"):
+            yield from _number(f"{place}/{each}")
+    if os.path.exists(f"{place}/partition"):
+        yield from _number(os.path.dirname(place))
+
+
+def _number(place: str) -> Iterator[int]:
+    major, _, minor = _content(f"{place}/dev").partition(":")
+    if major.isdecimal() and minor.isdecimal():
+        yield os.makedev(int(major), int(minor))
+
+
+def _mounts(numbers: set[int]) -> Iterator[str]:
+    wanted = {f"{os.major(number)}:{os.minor(number)}" for number in numbers}
+    for line in _content(f"{_PROC}/self/mountinfo").splitlines():
+        fields = line.split(" ")
+        if len(fields) > 4 and fields[2] in wanted:
+            place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+            yield f"it is mounted on {printable(place)}"
+
+
+def _name(device: str) -> str:
+    """Return the path of a device of the system, with the name that LVM or its like gave it."""
+    name = _content(f"{_SYS}/block/{device}/dm/name")
+    return f"/dev/mapper/{printable(name)}" if name else f"/dev/{device}"
+
+
+def _loop_devices(is_it: _IsIt) -> Iterator[str]:
+    """Yield the names of the loop devices that are on what `is_it` knows."""
+    for name in sorted(_listed(f"{_SYS}/block")):
+        backing = _content(f"{_SYS}/block/{name}/loop/backing_file") if name.startswith("loop") else ""
+        try:
+            if backing and is_it(os.stat(backing)):
+                yield name
+        except OSError:
+            continue  # its file is gone
+
+
+def _processes(is_it: _IsIt) -> Iterator[str]:
+    """Yield the processes, but for this one, that have open what `is_it` knows."""
+    for pid in sorted(int(name) for name in _listed(_PROC) if name.isdecimal()):
+        if pid != os.getpid() and any(map(is_it, _opened(f"{_PROC}/{pid}/fd"))):
+            yield f"{printable(_content(f'{_PROC}/{pid}/comm') or 'a process')} (process {pid}) has it open"
+
+
+def _opened(directory: str) -> Iterator[os.stat_result]:
+    """Yield what a process has open, but for sockets, pipes and the like: those that have no path."""
+    for name in _listed(directory):
+        path = f"{directory}/{name}"
+        try:
+            if os.readlink(path).startswith("/"):
+                yield os.stat(path)
+        except OSError:
+            continue  # it was closed meanwhile
+
+
+def _others(number: int) -> list[str]:
+    """Return what device-mapper says of a volume: it counts those who have it open, even within the system itself."""
+    program = shutil.which("dmsetup", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    if program is None or not os.path.exists(_device(number) + "/dm"):
+        return []
+    place = ["-j", str(os.major(number)), "-m", str(os.minor(number))]
+    try:
+        said = process.run([program, "info", "-c", "--noheadings", "-o", "open", *place], _DMSETUP_TIMEOUT_S).stdout
+    except ProcessError:
+        return []  # not as root
+    count = said.strip().decode("ascii", "replace")
+    if not count.isdecimal() or int(count) == 0:
+        return []
+    return [f"`dmsetup info` counts {count} that have it open, and no process of this system shows why"]
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []  # it is gone, or not for us to see
+
+
+def _content(path: str) -> str:
+    """Return what a small file of the system says, without its line end; nothing where it is gone."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
