@@ -95,7 +95,10 @@ class Generation:
         return found[0]
 
     def check_files(self) -> None:
-        """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has."""
+        """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has.
+
+        Raises `StorageError` where that cannot be told.
+        """
         if self.manifest_error is not None:
             raise self.manifest_error
         for suffix in (self.delta_suffix, self.table_suffix):
@@ -116,9 +119,16 @@ class Generation:
             raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
         return table
 
+    def size_of(self, suffix: str) -> int:
+        """Return the size of the file with this suffix in bytes, 0 where it is not a file that can be looked at."""
+        try:
+            return self.directory.size_of(self.name(suffix)) or 0
+        except (DamagedError, StorageError):
+            return 0
+
     def stored_bytes(self) -> int:
         """Return the size of the generation's files in bytes."""
-        return sum(self.directory.size_of(self.name(suffix)) or 0 for suffix in self.suffixes)
+        return sum(map(self.size_of, self.suffixes))
 
 
 class Chain:
@@ -158,9 +168,8 @@ class Chain:
 
     def reload(self) -> None:
         """Read the directory anew: ``NAME.ver`` first, so that a run that ends meanwhile is found by its manifest."""
-        self.has_version_file = self.directory.size_of(f"{self.base}.ver") is not None
-        match_version = _VERSION.fullmatch(self.directory.read(f"{self.base}.ver", 64) or b"")
-        self.version = int(match_version[1]) if match_version else None
+        self.has_version_file = self.directory.has(f"{self.base}.ver")
+        self.version = self._read_version()
         pattern = re.compile(re.escape(self.base) + r"\.([1-9][0-9]{0,17})(\.[a-z0-9]+)?")
         known = {*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX}
         found: dict[int, Generation] = {}
@@ -174,6 +183,13 @@ class Chain:
         self.generations = dict(sorted(found.items()))
         for generation in self.generations.values():
             self._load_manifest(generation)
+
+    def _read_version(self) -> int | None:
+        try:
+            match = _VERSION.fullmatch(self.directory.read(f"{self.base}.ver", 64) or b"")
+        except DamagedError:  # what is not a file says nothing
+            return None
+        return int(match[1]) if match else None
 
     def _load_manifest(self, generation: Generation) -> None:
         if MANIFEST_SUFFIX not in generation.suffixes:
@@ -262,7 +278,7 @@ class Chain:
         try:
             generation.check_files()
             self.check_parent(generation)
-        except DamagedError:
+        except (DamagedError, StorageError):
             return False
         return True
 

@@ -15,7 +15,7 @@ from blockdiff import checksum, manifest
 from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import OutputFile
-from blockdiff.errors import BusyError, StorageError, UsageError, printable
+from blockdiff.errors import BusyError, DamagedError, StorageError, UsageError, printable
 from blockdiff.manifest import Manifest
 
 
@@ -101,10 +101,18 @@ class LockedChain(Chain):
         beyond = [generation for number, generation in self.generations.items() if number > last]
         for generation in beyond:
             for suffix in sorted(generation.suffixes):
+                self._check_reachable(generation, suffix)
                 self._set_aside(generation, suffix)
             del self.generations[generation.number]
         if beyond:
             self.directory.sync()
+
+    def _check_reachable(self, generation: Generation, suffix: str) -> None:
+        """Raise `StorageError` where a file cannot be looked at now: its generation may be complete all the same."""
+        try:
+            self.directory.size_of(generation.name(suffix))
+        except DamagedError:
+            pass  # it is there, and not a file
 
     def _set_aside(self, generation: Generation, suffix: str) -> None:
         new_name = self.set_aside(generation.name(suffix))
@@ -126,7 +134,7 @@ class LockedChain(Chain):
             stack.callback(self.directory.unlink, temporary)
             write(file)
             file.finish()
-            if self.directory.size_of(name) is not None:
+            if self.directory.has(name):
                 self.set_aside(name)
             self.directory.link(temporary, name)
             self.directory.sync()

@@ -15,9 +15,10 @@ from types import TracebackType
 from blockdiff import checksum, sharing
 from blockdiff.blocks import MAX_IMAGE_SIZE
 from blockdiff.checksum import Checksum
-from blockdiff.errors import StorageError
+from blockdiff.errors import DamagedError, StorageError
 
 _READ_SIZE = 1 << 20
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 _HINTS = {
     errno.ENOSPC: "free some space there; the chain is as it was before this run",
@@ -27,6 +28,7 @@ _HINTS = {
     errno.ENOTSUP: "use a file system with hard links",
     errno.EROFS: "mount it writable",
     errno.ENAMETOOLONG: "choose a shorter NAME",
+    errno.ELOOP: "a symbolic link has this name: move it away",
 }
 
 
@@ -105,6 +107,28 @@ def _change_mode(fd: int, mode: int) -> None:
         pass  # a file system without modes; whatever else is wrong, fsync tells
 
 
+def _open_file(name: str, extra_flags: int, directory_fd: int) -> int:
+    """Open a file for reading, without waiting for the other end of what turns out to be a FIFO."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | extra_flags
+    try:
+        fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=directory_fd)
+    except BlockingIOError:  # a regular file that another process has a lease on: the kernel sees to it that it ends
+        return os.open(name, flags, dir_fd=directory_fd)
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _not_a_file(path: str, mode: int) -> DamagedError:
+    return DamagedError(
+        f"{path} is {_kind(mode)}, not a regular file", "move it away, and restore the file from a copy"
+    )
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 class Directory:
     """An open directory. A context manager; raises `StorageError` where it is missing or cannot be opened."""
 
@@ -139,45 +163,98 @@ class Directory:
         with _named("list", self.path):
             return sorted(os.listdir(self._fd))
 
+    def has(self, name: str) -> bool:
+        """Return whether anything has this name, a symbolic link included."""
+        return self._found(name) is not None
+
     def size_of(self, name: str) -> int | None:
-        """Return the size of a file in bytes, None where there is none."""
-        try:
-            return os.stat(name, dir_fd=self._fd).st_size
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot look at {self.path_of(name)}: {error.strerror}") from error
+        """Return the size of a file in bytes, None where there is none; raises what `open` raises."""
+        found = self._found(name)
+        return None if found is None else self._file(name, found).st_size
 
     def are_same(self, name: str, other: str) -> bool:
         """Return whether both names are there and are those of one file."""
+        found, others = self._found(name), self._found(other)
+        return found is not None and others is not None and os.path.samestat(found, others)
+
+    def modified(self, name: str) -> float:
+        """Return when a file was last written to, in seconds since the epoch; raises what `open` raises."""
+        found = self._found(name)
+        if found is None:
+            raise StorageError(f"cannot look at {self.path_of(name)}: {os.strerror(errno.ENOENT)}")
+        return self._file(name, found).st_mtime
+
+    def open(self, name: str) -> int:
+        """Return a descriptor for reading.
+
+        A symbolic link is followed where nobody but the owner of the directory can have made it. Raises `DamagedError`
+        where the name is not that of a regular file, and `StorageError` where the file cannot be reached.
+        """
+        found = self._found(name)
+        if found is None:
+            raise StorageError(f"cannot open {self.path_of(name)}: {os.strerror(errno.ENOENT)}")
+        return self._open(name, found)
+
+    def _open(self, name: str, found: os.stat_result) -> int:
+        self._file(name, found)
+        with _named("open", self.path_of(name)):
+            fd = _open_file(name, 0 if stat.S_ISLNK(found.st_mode) else os.O_NOFOLLOW, self._fd)
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):  # it has been replaced meanwhile
+            os.close(fd)
+            raise _not_a_file(self.path_of(name), mode)
+        return fd
+
+    def _found(self, name: str) -> os.stat_result | None:
+        """Return what has this name, None where nothing has; raises `StorageError`."""
         try:
-            return os.path.samestat(os.stat(name, dir_fd=self._fd), os.stat(other, dir_fd=self._fd))
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             raise StorageError(f"cannot look at {self.path_of(name)}: {error.strerror}") from error
 
-    def modified(self, name: str) -> float:
-        """Return when a file was last written to, in seconds since the epoch."""
-        with _named("look at", self.path_of(name)):
-            return os.stat(name, dir_fd=self._fd).st_mtime
+    def _file(self, name: str, found: os.stat_result) -> os.stat_result:
+        """Return the regular file that was `found`, or that the symbolic link that was found leads to."""
+        file = self._followed(name, found) if stat.S_ISLNK(found.st_mode) else found
+        if not stat.S_ISREG(file.st_mode):
+            raise _not_a_file(self.path_of(name), file.st_mode)
+        return file
 
-    def open(self, name: str) -> int:
-        """Return a descriptor for reading."""
-        with _named("open", self.path_of(name)):
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._fd)
+    def _followed(self, name: str, link: os.stat_result) -> os.stat_result:
+        """Return what a symbolic link leads to; raises `StorageError` for one that is not the owner's, or dangles."""
+        path = self.path_of(name)
+        with _named("look at", path):
+            directory = os.fstat(self._fd)
+        if directory.st_mode & _OTHERS_WRITE or link.st_uid not in (0, os.geteuid(), directory.st_uid):
+            raise StorageError(
+                f"{path} is a symbolic link that others may have made, and is not followed",
+                f"put the file itself there, in a directory that others may not write to (chmod go-w {self.path})",
+            )
+        try:
+            return os.stat(name, dir_fd=self._fd)
+        except OSError as error:
+            raise StorageError(
+                f"{path} is a symbolic link, and what it leads to cannot be reached: {error.strerror}",
+                "is the disk mounted that it leads to?",
+            ) from error
 
     def read(self, name: str, limit: int = MAX_IMAGE_SIZE) -> bytes | None:
         """Return the content of a small file, at most `limit` bytes of it; None where there is none."""
-        if self.size_of(name) is None:
+        found = self._found(name)
+        if found is None:
             return None
-        with _named("read", self.path_of(name)), os.fdopen(self.open(name), "rb") as file:
+        with _named("read", self.path_of(name)), os.fdopen(self._open(name, found), "rb") as file:
             return file.read(limit)
 
     def open_lock(self, name: str) -> int:
         """Return a descriptor of the file `name` to hold a lock on, made where there is none."""
         with _named("open", self.path_of(name)):
-            return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._fd)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StorageError(f"{self.path_of(name)} is {_kind(mode)}, not a regular file", "move it away")
+        return fd
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
         """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken."""

@@ -6,7 +6,7 @@ from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.clock import iso
 from blockdiff.coordinates import Coordinates
-from blockdiff.errors import DamagedError
+from blockdiff.errors import DamagedError, StorageError
 from blockdiff.manifest import Quiesced, Snapshot
 
 OK = "ok"
@@ -95,13 +95,20 @@ def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | 
         generation.check_files()
         chain.check_parent(generation)
         chain.check_manifest(generation)
-    except DamagedError as error:
+    except (DamagedError, StorageError) as error:  # one file that cannot be read must not hide the other generations
         return DAMAGED, error.message
     return (NO_MANIFEST, None) if generation.manifest is None else (OK, None)
 
 
-def _written(generation: Generation) -> str:
-    return iso(max(generation.directory.modified(generation.name(suffix)) for suffix in generation.suffixes))
+def _written(generation: Generation) -> str | None:
+    """Return when the generation's files were written last, None where none can be looked at."""
+    times = []
+    for suffix in generation.suffixes:
+        try:
+            times.append(generation.directory.modified(generation.name(suffix)))
+        except (DamagedError, StorageError):
+            continue
+    return iso(max(times)) if times else None
 
 
 def _digest(generation: Generation) -> str | None:

@@ -289,7 +289,7 @@ def _most_blocks(generation: Generation) -> int:
     """Return a number of blocks that the generation's image cannot exceed."""
     if generation.manifest is not None:
         return generation.manifest.blocks
-    sizes = [generation.directory.size_of(generation.name(suffix)) or 0 for suffix in generation.suffixes]
+    sizes = map(generation.size_of, generation.suffixes)
     try:
         with generation.open_table() as table:
             count = table.count  # one in the sparse form is smaller than its digests
