@@ -8,6 +8,7 @@ dropped the data and report success the next time.
 import errno
 import os
 import shlex
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,7 +19,6 @@ from blockdiff.checksum import Checksum
 from blockdiff.errors import DamagedError, StorageError
 
 _READ_SIZE = 1 << 20
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 _HINTS = {
     errno.ENOSPC: "free some space there; the chain is as it was before this run",
@@ -224,11 +224,17 @@ class Directory:
         """Return what a symbolic link leads to; raises `StorageError` for one that is not the owner's, or dangles."""
         path = self.path_of(name)
         with _named("look at", path):
-            directory = os.fstat(self._fd)
-        if directory.st_mode & _OTHERS_WRITE or link.st_uid not in (0, os.geteuid(), directory.st_uid):
+            owner = os.fstat(self._fd).st_uid
+            try:
+                sharing.refuse_others(self.path)
+            except StorageError as error:
+                raise StorageError(
+                    f"{path} is a symbolic link, and is not followed: {error.message}", error.hint
+                ) from error
+        if link.st_uid not in (0, os.geteuid(), owner):
             raise StorageError(
-                f"{path} is a symbolic link that others may have made, and is not followed",
-                f"put the file itself there, in a directory that others may not write to (chmod go-w {self.path})",
+                f"{path} is a symbolic link that belongs to another user (UID {link.st_uid}), and is not followed",
+                "put the file itself there, or make the link as the owner of the directory",
             )
         try:
             return os.stat(name, dir_fd=self._fd)
