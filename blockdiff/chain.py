@@ -138,6 +138,9 @@ class Chain:
     by number, committed or not; `version` is what ``NAME.ver`` says, None where it says nothing useful.
     """
 
+    #: Whether its directory may be made where it is missing.
+    is_written = False
+
     def __init__(self, name: str) -> None:
         self.name = name
         parent, self.base = os.path.split(name)
@@ -145,7 +148,7 @@ class Chain:
             raise UsageError(
                 f"{printable(name)!r} is no NAME for a chain", "a NAME is a path like /var/backup/web1-disk"
             )
-        self.directory = Directory(parent or ".")
+        self.directory = Directory(parent or ".", self.is_written)
         try:
             self.reload()
         except BaseException:

@@ -27,6 +27,8 @@ class LockedChain(Chain):
     ``NAME.ver``.
     """
 
+    is_written = True
+
     def __init__(self, name: str, recovers: bool = True) -> None:
         if re.search(r"@[0-9]+$", name):
             raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")

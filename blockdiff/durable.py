@@ -130,14 +130,19 @@ def _kind(mode: int) -> str:
 
 
 class Directory:
-    """An open directory. A context manager; raises `StorageError` where it is missing or cannot be opened."""
+    """An open directory. A context manager; raises `StorageError` where it is missing or cannot be opened.
 
-    def __init__(self, path: str) -> None:
+    `is_written` says whether the user may want it to be made where it is missing.
+    """
+
+    def __init__(self, path: str, is_written: bool = False) -> None:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            hint = f"create it first: mkdir -p -m 700 {shlex.quote(path)}" if error.errno == errno.ENOENT else None
+            hint = "is the disk mounted?" if error.errno == errno.ENOENT else None
+            if hint is not None and is_written:
+                hint += f" If the directory is new, create it: mkdir -p -m 700 {shlex.quote(path)}"
             raise StorageError(f"cannot open the backup directory {path}: {error.strerror}", hint) from error
 
     def __enter__(self) -> "Directory":
@@ -153,6 +158,21 @@ class Directory:
         """Raise `StorageError` where others than the owner may write to the directory, or replace it."""
         with _named("look at", self.path):
             sharing.refuse_others(self.path)
+
+    def refuse_root_file_system(self) -> None:
+        """Raise `StorageError` where nothing is mounted on the way to the directory but the file system of ``/``."""
+        with Directory("/") as root:
+            if self._mount() != root._mount():
+                return
+        raise StorageError(
+            f"{self.path} is on the root file system: no disk is mounted there",
+            "mount the disk for the backups; if they belong on the root file system, leave --mounted away",
+        )
+
+    def _mount(self) -> str:
+        """Return what the kernel calls the mount that the directory lies in; a bind mount is one of its own."""
+        with _named("look at", self.path), open(f"/proc/self/fdinfo/{self._fd}", encoding="ascii") as file:
+            return next(line for line in file if line.startswith("mnt_id:"))
 
     def path_of(self, name: str) -> str:
         """Return the path of `name`, for messages."""

@@ -2,13 +2,14 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from blockdiff.backup import Options
 from blockdiff.errors import StorageError
-from tests import chains, commands, mounts
+from tests import chains, commands, conftest, mounts
 from tests.chains import SmallChain
 
 OPTIONS = Options(block_size=4096, compression="none")
@@ -79,13 +80,14 @@ def test_the_command_says_what_is_full_and_exits_1(tmp_path: Path) -> None:
 
 def test_a_missing_directory_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x")
-    for command in ("backup", "list", "verify"):
-        more = [tmp_path / "source"] if command == "backup" else []
+    for command in ("backup", "list", "verify", "repair", "restore"):
+        more = [tmp_path / "source"] if command in ("backup", "restore") else []
         result = commands.run("blockdiff", command, tmp_path / "not here" / "disk", *more)
         assert result.returncode == 1
         message = result.stderr.decode()
         assert f"cannot open the backup directory {tmp_path}/not here: No such file or directory" in message
-        assert f"mkdir -p -m 700 '{tmp_path}/not here'" in message
+        assert "is the disk mounted?" in message
+        assert (f"mkdir -p -m 700 '{tmp_path}/not here'" in message) == (command == "backup")
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
@@ -130,3 +132,31 @@ def test_a_name_that_gets_too_long_with_a_number_of_two_digits_keeps_its_chain(t
     assert caught.value.hint == "choose a shorter NAME"
     assert chain.files() == before
     chain.assert_sound()
+
+
+def test_a_run_that_needs_its_disk_mounted_refuses_the_root_file_system(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    with mounts.tmpfs(tmp_path / "backup") as directory:
+        commands.done("blockdiff", "backup", "--mounted", directory / "disk", tmp_path / "source")
+        commands.done("blockdiff", "backup", "--mounted", "disk2", tmp_path / "source", cwd=directory)
+        assert (directory / "disk.1.json").exists() and (directory / "disk2.1.json").exists()
+    with tempfile.TemporaryDirectory(prefix="blockdiff-", dir=_on_root_file_system()) as name:
+        result = commands.run("blockdiff", "backup", "--mounted", f"{name}/disk", tmp_path / "source")
+        assert result.returncode == 1 and os.listdir(name) == []
+        assert result.stderr.decode() == (
+            f"blockdiff: {name} is on the root file system: no disk is mounted there\n"
+            "  mount the disk for the backups; if they belong on the root file system, leave --mounted away\n"
+        )
+    result = commands.run("blockdiff", "backup", "--mounted", f"{name}/disk", tmp_path / "source")
+    assert result.returncode == 1 and b"is the disk mounted? If the directory is new" in result.stderr
+
+
+def _on_root_file_system() -> str:
+    """Return a directory on it that may be written to; skips where there is none."""
+    mount_points = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    for place in ("/var/tmp", "/tmp", str(Path.home()), "/root"):
+        parents = {place, *map(str, Path(place).parents)} - {"/"}
+        if os.access(place, os.W_OK) and os.path.realpath(place) == place and not parents & mount_points:
+            return place
+    conftest.require(False, "a directory on the root file system that may be written to")
+    return ""

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
 @click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
+@click.option("--mounted", is_flag=True, help="Refuse a NAME on the root file system: the disk is not mounted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON, with --also a list of them.")
 def command(
     name: str,
@@ -70,6 +71,7 @@ def command(
     bwlimit: int | None,
     streams: int,
     also: tuple[str, ...],
+    mounted: bool,
     as_json: bool,
     **volumes: object,
 ) -> None:
@@ -85,6 +87,8 @@ def command(
         raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
     suffix = _period_suffix(period)
     targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
+    if mounted:
+        _refuse_root_file_system([each for each, _path in targets])
     with ExitStack() as stack:
 
         def begin(_number: int) -> Connection:
@@ -120,6 +124,15 @@ def command(
         click.echo(json.dumps(summaries if also else summaries[0], indent=1))
     if any(result.warnings for result in results):
         sys.exit(EXIT_WARNING)
+
+
+def _refuse_root_file_system(names: list[str]) -> None:
+    """Raise `StorageError` before anything is written where the disk of one of the chains is not mounted."""
+    from blockdiff.durable import Directory
+
+    for name in names:
+        with Directory(os.path.dirname(name) or ".", is_written=True) as directory:
+            directory.refuse_root_file_system()
 
 
 def _split_also(text: str) -> tuple[str, str]:
