@@ -20,7 +20,7 @@ import traceback
 from contextlib import ExitStack
 from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, dump, pipeline, process, relay, signals, wire
+from blockdiff import blocks, datadir, dump, pipeline, process, relay, signals, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
@@ -288,7 +288,16 @@ def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> D
     prepared = [source.prepare() for source in sources]
     paths = [os.fsdecode(path) for path in _paths(request)]
     located = [grant.place(*locate(directory, paths)) for directory in wire.texts(request, "directories")]
-    return {"sources": prepared, "directories": located, "notes": [note for source in sources for note in source.notes]}
+    notes = [note for source in sources for note in source.notes]
+    found: Dict[str, object] = {
+        "sources": prepared,
+        "directories": located,
+        "volumes": datadir.volumes(located),
+        "notes": notes,
+    }
+    if request.get("datadir") is not None:
+        found.update(datadir.outside(wire.text(request, "datadir"), paths, grant.place))
+    return found
 
 
 def _take(sources: List[Source], request: Dict[str, object]) -> int:

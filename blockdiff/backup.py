@@ -144,8 +144,8 @@ def backup_together(
         for job in jobs:
             manifest = _manifest(session, job, moment, started, run)
             _known(job.new).commit(manifest)
-            told = [*job.plan.notes, *manifest.notes]
-            results.append(Result(job.chain.name, manifest, _warnings(job), job.chain.notes, told))
+            told = [*job.plan.notes, *(note for note in manifest.notes if note not in moment.warnings)]
+            results.append(Result(job.chain.name, manifest, [*_warnings(job), *moment.warnings], job.chain.notes, told))
         return results
 
 
@@ -201,6 +201,7 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
         volumes.before if volumes is not None else None,
         volumes.after if volumes is not None else None,
         quiesced.directories,
+        quiesced.datadir,
         low_priority=options.prefix is None,
     )
 
@@ -280,7 +281,7 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
         snapshot=snapshot,
         quiesced=moment.quiesced if snapshot is not None else None,
         database=moment.database,
-        notes=list(totals.notes),
+        notes=[*totals.notes, *moment.notes, *moment.warnings],
         versions=_versions(session),
     )
 

@@ -17,7 +17,7 @@ from blockdiff import __version__, loader
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
     *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "dump", "lvs", "lvcheck", "lvm", "thin"),
-    *("freeze", "sources", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
+    *("freeze", "sources", "datadir", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
 )
 
 NONCE_SIZE = 16

@@ -5,7 +5,6 @@ which is told to end it when it hears nothing from us for a while. Nobody else's
 """
 
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -15,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockdiff import coordinates, process, redolog
+from blockdiff import coordinates, mysqlfiles, process, redolog
 from blockdiff.coordinates import Coordinates, Row, Version
 from blockdiff.errors import DatabaseError, ProcessError, printable
 from blockdiff.mysqlaccount import Account
+from blockdiff.mysqlfiles import Files
 from blockdiff.mysqlsession import Session, TimedOut
 
 #: The exit status for a command that died of a signal, as with the original.
@@ -29,14 +29,6 @@ _GRACE_S = 5.0
 _POLL_INTERVAL_S = 0.25
 _BACKUP_STAGE = (("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"), ("BACKUP STAGE END",))
 _READ_LOCK = (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))
-#: Where data and redo logs of the storage engines lie; empty or relative ones are in the data directory.
-_DIRECTORIES = (
-    "datadir",
-    "innodb_data_home_dir",
-    "innodb_log_group_home_dir",
-    "innodb_undo_directory",
-    "aria_log_dir_path",
-)
 _SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
 
 
@@ -74,11 +66,11 @@ class Statements:
 
 @dataclass(frozen=True)
 class Server:
-    """What a check found: the server's own name for its machine, and the absolute paths where its data lies."""
+    """What a check found: the server's own name for its machine, and where its files are there."""
 
     version: Version
     hostname: str
-    directories: tuple[str, ...]
+    files: Files
 
 
 def _nothing(_line: str) -> None:
@@ -204,14 +196,8 @@ class Database:
             rows("FLUSH LOCAL TABLES mysql.blockdiff_no_such_table")  # needs RELOAD, and does nothing
         if with_coordinates:
             coordinates.read(rows)
-        wanted = ", ".join(f"'{name}'" for name in ("hostname", *_DIRECTORIES))
-        variables = {
-            str(row["Variable_name"]): str(row["Value"])
-            for row in rows(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({wanted})")
-        }
-        data = variables["datadir"]
-        paths = [os.path.normpath(os.path.join(data, variables.get(name, ""))) for name in _DIRECTORIES]
-        return Server(self.version, variables["hostname"], tuple(dict.fromkeys(paths)))
+        (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
+        return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
 
     @contextmanager
     def locked(self) -> Iterator[Held]:

@@ -1,6 +1,6 @@
 """Hold writers still while the agent takes the snapshots: by a database lock, by a command, or not at all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,24 +10,36 @@ from blockdiff.errors import SourceError, printable
 from blockdiff.grant import ELSEWHERE
 from blockdiff.manifest import Quiesced
 from blockdiff.mysqlaccount import SOCKETS, Account
-from blockdiff.rules import Ready
+from blockdiff.rules import Outside, Ready
 from blockdiff.session import Session
+
+#: How many places an error names.
+_SHOWN = 20
+#: In the path of a logical volume: ``/dev/GROUP/NAME``.
+_SLASHES = 3
 
 
 @dataclass(frozen=True)
 class Moment:
-    """How the moment of the image was taken, `took_s` seconds long."""
+    """How the moment of the image was taken, `took_s` seconds long.
+
+    `notes` belong into the manifest, and `warnings` as well: these are what the operator must be told.
+    """
 
     took_s: float
     quiesced: Quiesced | None = None
     database: Coordinates | None = None
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 class Quiesce:
     """Nothing but the commands of --before and --after, which the agent runs, holds writers still."""
 
-    #: Places on the host that must lie on the sources of the run.
+    #: Places on the host of which must be known on which source of the run they lie.
     directories: Sequence[str] = ()
+    #: That of them which is a database's data directory.
+    datadir: str | None = None
 
     def __init__(self, freezes: bool = False) -> None:
         self._freezes = freezes
@@ -61,31 +73,46 @@ class DatabaseQuiesce(Quiesce):
         super().__init__(freezes)
         self._database = database
         self._server = server
-        self.directories = server.directories
+        self._notes: list[str] = []
+        files = server.files
+        self.datadir = files.needed[0]
+        self.directories = [*files.needed, *(path for path, _what in files.others)]
 
     def check(self, ready: Ready, session: Session) -> None:
-        """See `Quiesce`. A database in a guest or a container of the host is nothing that can be checked."""
-        if self._server.hostname != session.host["hostname"]:
-            return
-        places = [
-            (directory, device, source)
-            for directory, (device, source) in zip(self.directories, ready.places, strict=True)
-            if device and not device.startswith("0:")  # of some file systems the kernel does not tell the device
-        ]
-        elsewhere = [(directory, device) for directory, device, source in places if source is None]
-        if elsewhere:
-            directory, device = elsewhere[0]
-            which = "" if device == ELSEWHERE else f" ({device})"
-            raise SourceError(
-                f"the database keeps {printable(directory)} on another device{which}, which is not in this run",
-                "name its volume as well, with --also NAME=PATH",
+        """See `Quiesce`. Where the database is not on the host itself, nothing can be checked, and a note says so."""
+        places = [Outside(path, *place, "") for path, place in zip(self.directories, ready.places, strict=True)]
+        data = places[0]
+        where = printable(data.path)
+        if self._server.hostname != session.host["hostname"] or not data.device:
+            self._notes.append(
+                "whether all files of the database are in this run was not checked: it does not run on the host itself"
+                f" but on {printable(self._server.hostname, 200)}, with its data in {where}"
             )
-        if len({device for _directory, device, _source in places}) > 1 and not self._freezes:
+            return
+        if _is_unknown(data):
+            self._notes.append(
+                "whether all files of the database are in this run was not checked: the kernel does not tell on which"
+                f" device {where} is"
+            )
+        places = [place for place in places if place.device and not (_is_unknown(place) and _is_unknown(data))]
+        others = dict(self._server.files.others)
+        self._notes += [
+            f"{others[place.path]} in {printable(place.path)} are not in this run"
+            for place in places
+            if place.source is None and place.path in others
+        ]
+        needed = [place for place in places if place.path in self._server.files.needed]
+        needed += [place for place in ready.outside if not self._is_temporary(place.path)]
+        _refuse_missing([place for place in needed if place.source is None], ready.devices)
+        if len({place.device for place in needed}) > 1 and not self._freezes:
             raise SourceError(
                 "the database keeps its files on several volumes, whose snapshots are not made at once",
                 # not fsfreeze: device-mapper cannot suspend what is frozen already (Linux before 6.8)
                 "stop it meanwhile: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
             )
+
+    def _is_temporary(self, path: str) -> bool:
+        return any(path == each or path.startswith(each + "/") for each in self._server.files.temporary)
 
     def around(self, session: Session) -> Moment:
         """See `Quiesce`; raises `DatabaseError` where there is no lock, or it did not last."""
@@ -96,7 +123,33 @@ class DatabaseQuiesce(Quiesce):
             held.prove()
             held.release()
         quiesced = Quiesced("mysql", held.held_s, list(held.statements), held.waited_s)
-        return Moment(took_s, quiesced, found)
+        return Moment(took_s, quiesced, found, self._notes)
+
+
+def _is_unknown(place: Outside) -> bool:
+    """Whether the kernel does not tell a device: of btrfs, ZFS, overlays, and memory."""
+    return place.device.startswith("0:")
+
+
+def _refuse_missing(places: Sequence[Outside], devices: Mapping[str, str]) -> None:
+    """Raise `SourceError` for what the database needs and the run does not have, with what would help."""
+    if not places:
+        return
+    shown = [f"{printable(place.path)} on {_volume(place, devices)}" for place in places[:_SHOWN]]
+    more = f", and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    found = dict.fromkeys(_volume(place, devices) for place in places)
+    volumes = [f"--also NAME={volume}" for volume in found if volume.count("/") == _SLASHES]
+    hint = f"take the other volumes as well: {' '.join(volumes)}" if volumes else ""
+    if len(volumes) < len(found):
+        hint += "; " if hint else ""
+        hint += "what is on no logical volume has to be moved to one"
+    raise SourceError(f"the database needs files that are not in this run: {', '.join(shown)}{more}", hint)
+
+
+def _volume(place: Outside, devices: Mapping[str, str]) -> str:
+    if place.device == ELSEWHERE:
+        return "another device"
+    return place.volume or devices.get(place.device) or f"device {place.device}"
 
 
 def _take(session: Session) -> float:

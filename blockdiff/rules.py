@@ -4,9 +4,10 @@ The host is trusted for the content of its own volume and for nothing else (`doc
 """
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from blockdiff import dump, wire
+from blockdiff import datadir, dump, wire
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.errors import ProtocolError, printable
 
@@ -41,16 +42,31 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """What leads from a database's data directory to another device: which of the sources is there, None for none."""
+
+    path: str
+    device: str
+    source: int | None
+    volume: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """What the agent found before anything was held still.
 
     `places` has, for each directory asked for, the number of the device that it is on (``""``: there is none), and
-    which of the sources is beneath that (None: none of them).
+    which of the sources is beneath that (None: none of them). `devices` has the paths of those devices that are beneath
+    none. `outside` is what leads out of the data directory, and `unlogged` says whether there are tables of engines
+    that do not undo what was not committed; None: nobody could look.
     """
 
     volumes: list[Volume]
     places: list[tuple[str, int | None]]
     notes: tuple[str, ...]
+    devices: Mapping[str, str] = field(default_factory=dict)
+    outside: tuple[Outside, ...] = ()
+    unlogged: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,32 @@ def check_ready(fields: dict[str, object], sources: int, directories: int) -> Re
         raise ProtocolError(f"prepared something else than {sources} sources")
     if not isinstance(places, list) or len(places) != directories:
         raise ProtocolError(f"located something else than {directories} directories")
-    return Ready([_volume(each) for each in volumes], [_place(each, sources) for each in places], notes(fields))
+    unlogged = fields.get("unlogged")
+    return Ready(
+        [_volume(each) for each in volumes],
+        [_place(each, sources) for each in places],
+        notes(fields),
+        _devices(fields.get("volumes", {})),
+        _outside(fields.get("outside", []), sources),
+        unlogged if isinstance(unlogged, bool) else None,
+    )
+
+
+def _devices(found: object) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(path, str) for path in found.values()):
+        raise ProtocolError("says nothing of a device")
+    return {printable(number, 40): printable(path, 300) for number, path in found.items()}
+
+
+def _outside(found: object, sources: int) -> tuple[Outside, ...]:
+    if not isinstance(found, list) or len(found) > datadir.LIMIT:
+        raise ProtocolError("says nothing of what the database keeps elsewhere")
+    places = []
+    for each in found:
+        if not (isinstance(each, list) and len(each) == 4 and isinstance(each[0], str) and isinstance(each[3], str)):
+            raise ProtocolError("says nothing of what the database keeps elsewhere")
+        places.append(Outside(printable(each[0], 500), *_place(each[1:3], sources), printable(each[3], 300)))
+    return tuple(places)
 
 
 def _volume(fields: object) -> Volume:

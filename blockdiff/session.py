@@ -49,6 +49,7 @@ class Request:
     before: str | None = None
     after: str | None = None
     directories: Sequence[str] = ()
+    datadir: str | None = None
     low_priority: bool = True
 
 
@@ -170,6 +171,7 @@ class Session:
                 "before": request.before,
                 "after": request.after,
                 "directories": list(request.directories),
+                "datadir": request.datadir,
                 "low_priority": request.low_priority,
             },
         )

@@ -7,6 +7,7 @@ A source goes through the same steps whatever it is: `prepare` while writers go 
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from types import TracebackType
@@ -18,6 +19,9 @@ from blockdiff.extents import Extent
 
 #: What a device is made of, by its number, as the kernel shows it.
 _SLAVES = "/sys/dev/block/{}/slaves"
+_DEVICE = "/sys/dev/block/{}/{}"
+#: The kernel's name of a logical volume: group and volume, whose own hyphens are doubled.
+_VOLUME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
 
 
 class Wish(NamedTuple):
@@ -245,3 +249,23 @@ def _beneath(number: str) -> List[str]:
         except OSError:
             continue  # it was taken away meanwhile
     return found
+
+
+def volume_beneath(number: str) -> str:
+    """Return the path of the logical volume beneath a device number, or else that of the device; ``""``: unknown."""
+    for each in _beneath(number):
+        name, uuid = (_told(each, "dm/" + field) for field in ("name", "uuid"))
+        match = _VOLUME.fullmatch(name)
+        if uuid.startswith("LVM-") and match is not None:
+            return "/dev/{}/{}".format(*(part.replace("--", "-") for part in match.groups()))
+    device = re.search(r"^DEVNAME=(.+)$", _told(number, "uevent"), re.MULTILINE)
+    return "/dev/" + device.group(1) if device is not None else ""
+
+
+def _told(number: str, name: str) -> str:
+    """Return what the kernel tells of a device; ``""`` for nothing."""
+    try:
+        with open(_DEVICE.format(number, name)) as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -30,6 +30,7 @@ ORDER = """
     thin
     freeze
     sources
+    datadir
     tablefeed
     sharedbuffers
     relay
@@ -40,7 +41,7 @@ ORDER = """
     lzop
     codec
     mysqloptions  coordinates
-    mysqlaccount  redolog
+    mysqlaccount  mysqlfiles  redolog
     mysqlsession
     mysqllock
     deltafile  manifest  lockcommand

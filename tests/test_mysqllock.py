@@ -385,7 +385,7 @@ def test_each_missing_privilege_names_itself_and_what_grants_it(mariadb: MariaDB
                 held.prove()
             break
     assert missing == ["PROCESS", "RELOAD", "BINLOG MONITOR", "SLAVE MONITOR"]
-    assert server.directories == (str(mariadb.data),)
+    assert server.files.needed == (str(mariadb.data),)
     assert server.hostname == socket.gethostname()
 
 
@@ -397,19 +397,3 @@ def test_without_coordinates_and_with_other_statements_less_is_needed(
         database.check(with_coordinates=False)
         with pytest.raises(DatabaseError, match="lacks the privilege BINLOG MONITOR"):
             database.check()
-
-
-def test_directories_outside_the_data_directory_are_found(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {
-        "hostname": "db00",
-        "datadir": "/data/mysql/",
-        "innodb_data_home_dir": "",
-        "innodb_log_group_home_dir": "../redo/",
-        "innodb_undo_directory": "./",
-        "aria_log_dir_path": "/aria",
-    }
-    with connect(mariadb) as database:
-        rows = [{"Variable_name": name, "Value": value} for name, value in variables.items()]
-        monkeypatch.setattr(database._session, "rows", lambda statement: rows if "VARIABLES" in statement else [])
-        server = database.check(with_coordinates=False)
-    assert server.directories == ("/data/mysql", "/data/redo", "/aria") and server.hostname == "db00"

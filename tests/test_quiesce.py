@@ -14,9 +14,10 @@ from blockdiff.coordinates import Version
 from blockdiff.errors import ProcessError, SourceError
 from blockdiff.manifest import Quiesced
 from blockdiff.mysqlaccount import Account
+from blockdiff.mysqlfiles import Files
 from blockdiff.mysqllock import Server, connect
 from blockdiff.quiesce import CommandQuiesce, DatabaseQuiesce, Moment, Quiesce
-from blockdiff.rules import Ready
+from blockdiff.rules import Outside, Ready
 from blockdiff.session import Session
 from tests import loop, mounts
 from tests.conftest import require_program
@@ -47,8 +48,15 @@ def database(mariadb: MariaDB) -> Iterator[Callable[..., DatabaseQuiesce]]:
     """Makes what checks the places of these directories, for a database on the machine called `hostname`."""
     with connect(Account(mariadb.user, "", socket=str(mariadb.socket))) as found:
 
-        def make(*directories: str, freezes: bool = False, hostname: str = HERE) -> DatabaseQuiesce:
-            return DatabaseQuiesce(found, Server(Version.parse("11.4.2-MariaDB"), hostname, directories), freezes)
+        def make(
+            *directories: str,
+            freezes: bool = False,
+            hostname: str = HERE,
+            others: tuple[tuple[str, str], ...] = (),
+            temporary: tuple[str, ...] = (),
+        ) -> DatabaseQuiesce:
+            files = Files(directories, others, temporary)
+            return DatabaseQuiesce(found, Server(Version.parse("11.4.2-MariaDB"), hostname, files), freezes)
 
         yield make
 
@@ -69,8 +77,58 @@ def test_a_database_on_a_volume_of_the_run_is_fine(database: Make) -> None:
 def test_a_directory_on_another_device_is_refused(database: Make, freezes: bool) -> None:
     with pytest.raises(SourceError) as caught:
         database("/data", "/re\ndo", freezes=freezes).check(ready(("254:3", 0), ("8:1", None)), Host())
-    assert caught.value.message == (r"the database keeps /re\ndo on another device (8:1), which is not in this run")
-    assert caught.value.hint == "name its volume as well, with --also NAME=PATH"
+    assert caught.value.message == (r"the database needs files that are not in this run: /re\ndo on device 8:1")
+    assert caught.value.hint == "what is on no logical volume has to be moved to one"
+
+
+def test_all_that_is_missing_is_named_with_what_would_take_it(database: Make) -> None:
+    """What the server told, and what was found on the host."""
+    found = Ready(
+        [],
+        [("254:3", 0), ("254:4", None)],
+        (),
+        {"254:4": "/dev/vg/redo"},
+        (
+            Outside("/data/shop/t.MYD", "254:5", None, "/dev/vg/far"),
+            Outside("/data/shop/t.MYI", "254:5", None, "/dev/vg/far"),
+            Outside("/data/sorted", "8:1", None, "/dev/sda1"),
+            *(Outside(f"/data/{n}", "254:5", None, "/dev/vg/far") for n in range(18)),
+        ),
+    )
+    with pytest.raises(SourceError) as caught:
+        database("/data", "/redo").check(found, Host())
+    assert caught.value.message == (
+        "the database needs files that are not in this run: /redo on /dev/vg/redo, /data/shop/t.MYD on /dev/vg/far,"
+        " /data/shop/t.MYI on /dev/vg/far, /data/sorted on /dev/sda1, "
+        + ", ".join(f"/data/{n} on /dev/vg/far" for n in range(16))
+        + ", and 2 more"
+    )
+    assert caught.value.hint == (
+        "take the other volumes as well: --also NAME=/dev/vg/redo --also NAME=/dev/vg/far;"
+        " what is on no logical volume has to be moved to one"
+    )
+
+
+def test_what_lies_on_another_volume_of_the_run_needs_a_freeze(database: Make) -> None:
+    found = Ready([], [("254:3", 0)], (), {}, (Outside("/data/shop/t.MYD", "254:5", 1, ""),))
+    with pytest.raises(SourceError, match="on several volumes, whose snapshots are not made at once"):
+        database("/data").check(found, Host())
+    database("/data", freezes=True).check(found, Host())
+
+
+def test_temporary_files_are_not_missed(database: Make) -> None:
+    found = Ready([], [("254:3", 0)], (), {}, (Outside("/data/tmp", "0:45", None, ""),))
+    database("/data", temporary=("/data/tmp",)).check(found, Host())
+    with pytest.raises(SourceError, match="/data/tmp on device 0:45"):
+        database("/data").check(found, Host())
+
+
+def test_what_is_not_needed_and_not_there_is_a_note(database: Make) -> None:
+    host, logs = Host(), (("/bin/logs", "the binary logs"), ("/data/relay", "the relay logs"))
+    quiesced = database("/data", others=logs)
+    assert quiesced.directories == ["/data", "/bin/logs", "/data/relay"]
+    quiesced.check(ready(("254:3", 0), ("8:1", None), ("254:3", 0)), host)
+    assert quiesced.around(host).notes == ["the binary logs in /bin/logs are not in this run"]
 
 
 def test_several_volumes_need_a_freeze(database: Make) -> None:
@@ -86,16 +144,31 @@ def test_several_volumes_need_a_freeze(database: Make) -> None:
     database("/data", "/redo", freezes=True).check(places, Host())
 
 
-@pytest.mark.parametrize("place", [("0:45", None), ("", None)])
-def test_what_the_kernel_does_not_tell_is_no_reason_to_refuse(database: Make, place: tuple[str, int | None]) -> None:
-    """Of btrfs, ZFS or overlays the number tells no device; and there may be no such directory."""
-    database("/data").check(ready(place), Host())
-    database("/data", "/redo").check(ready(place, ("254:3", 0)), Host())
+def test_what_the_kernel_does_not_tell_is_no_reason_to_refuse_but_a_note(database: Make) -> None:
+    """Of btrfs, ZFS or overlays the number tells no device."""
+    host, quiesced = Host(), database("/data", "/redo")
+    quiesced.check(ready(("0:45", None), ("254:3", 0)), host)
+    (note,) = quiesced.around(host).notes
+    assert note.endswith("was not checked: the kernel does not tell on which device /data is")
 
 
-def test_of_a_database_on_another_machine_nothing_is_known(database: Make) -> None:
+def test_what_is_in_memory_is_not_on_the_volume_of_the_data(database: Make) -> None:
+    with pytest.raises(SourceError, match="not in this run: /redo on device 0:45"):
+        database("/data", "/redo").check(ready(("254:3", 0), ("0:45", None)), Host())
+
+
+@pytest.mark.parametrize(("hostname", "place"), [("guest", ("8:1", None)), (HERE, ("", None))])
+def test_of_a_database_that_is_not_on_the_host_a_note_says_that_nothing_was_checked(
+    database: Make, hostname: str, place: tuple[str, int | None]
+) -> None:
     """In a guest, or a container, of the host: its paths mean nothing there."""
-    database("/data", hostname="guest").check(ready(("8:1", None)), Host())
+    host, quiesced = Host(), database("/data", hostname=hostname)
+    quiesced.check(ready(place), host)
+    (note,) = quiesced.around(host).notes
+    assert note == (
+        "whether all files of the database are in this run was not checked: it does not run on the host itself"
+        f" but on {hostname}, with its data in /data"
+    )
 
 
 def test_without_a_database_there_is_nothing_to_check() -> None:

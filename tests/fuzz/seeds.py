@@ -105,6 +105,7 @@ def _sent(*frames: Sent) -> bytes:
 def frames() -> list[bytes]:
     """What an agent sends of an image of 1 MiB in blocks of 512 bytes."""
     ready = {"sources": [{"uuid": "u", "segtype": "thin"}], "directories": [["8:0", 0]], "notes": ["a note"]}
+    ready.update(volumes={"8:1": "/dev/vg/far"}, outside=[["/data/t.MYD", "8:1", None, "/dev/vg/far"]], unlogged=True)
     source = {"size": 1 << 20, "kind": "device", "path": "/dev/vg/bd_1", "snapshot": "u", "extents": "mapped"}
     totals = {"image_size": 1 << 20, "changed_blocks": 2, "read": 1024, "touched": False, "notes": []}
     error = {"type": "SourceError", "message": "no such file", "hint": "look there"}
