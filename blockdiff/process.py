@@ -4,13 +4,14 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
 import _thread
+import math
 import os
 import selectors
 import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
 from blockdiff import signals
 from blockdiff.errors import ProcessError, printable
@@ -28,6 +29,11 @@ GENTLE_TIMEOUT_S = 10.0
 #: Children that could be waited for no longer and cannot or must not be killed. While here, their pipes stay open.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
+#: Pipes of children that have ended, held open by what they left behind.
+_LEFT_OPEN: "List[IO[bytes]]" = []
+
+#: How long what a child has left behind is listened to, in seconds.
+LINGER_S = 1.0
 _CHUNK = 1 << 16
 #: How often it is looked whether a command is to be stopped, in seconds.
 _LOOK_S = 0.1
@@ -66,10 +72,77 @@ def status_text(returncode: int) -> str:
     return "died of signal {} ({})".format(-returncode, name)
 
 
+class Output:
+    """What a child says on its pipes, taken until it has ended.
+
+    It has ended when it has ended: what others, whom it started, still hold open then is read for a moment more, and
+    left open for as long as we live, so that they are not ended for what they say. Standard output goes to `consume`,
+    where it is given, as it comes.
+    """
+
+    def __init__(self, child: "subprocess.Popen[bytes]", consume: Optional[Callable[[bytes], object]] = None) -> None:
+        self._child = child
+        self._stdout: List[bytes] = []
+        self._stderr: List[bytes] = []
+        self._selector = selectors.PollSelector()
+        self._until: Optional[float] = None
+        #: How long what others hold open is read after the child's end, in seconds.
+        self.linger_s = LINGER_S
+        #: Whether others held it open.
+        self.is_held = False
+        takers = (consume or self._stdout.append, self._stderr.append if consume is None else self._keep_last)
+        for pipe, take in zip((child.stdout, child.stderr), takers):
+            if pipe is not None:
+                self._selector.register(pipe, selectors.EVENT_READ, take)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Take what comes until the child has ended, for `timeout_s` seconds at most; return whether it has."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended, now = self._child.poll() is not None, time.monotonic()
+            if ended and self._until is None:
+                self._until = now + self.linger_s
+            if ended and not self._selector.get_map():
+                return True
+            if self._until is not None and now > self._until:
+                self._let_be()
+                return True
+            if now > deadline:
+                return False
+            self._take(min(_LOOK_S, max(0.0, deadline - now)))
+
+    def _take(self, timeout_s: float) -> None:
+        if not self._selector.get_map():
+            try:
+                self._child.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                pass
+        for key, _ in self._selector.select(timeout_s) if self._selector.get_map() else ():
+            data = os.read(key.fd, _CHUNK)
+            if data:
+                key.data(data)
+            else:
+                self._selector.unregister(key.fileobj)
+
+    def _keep_last(self, data: bytes) -> None:
+        """Keep the end of what is said on standard error beside a stream, whose length nobody knows."""
+        self._stderr[:] = [(b"".join(self._stderr) + data)[-_CHUNK:]]
+
+    def _let_be(self) -> None:
+        self.is_held = True
+        for pipe in (self._child.stdout, self._child.stderr):
+            if pipe is not None:
+                _LEFT_OPEN.append(pipe)
+        self._child.stdout = self._child.stderr = None
+
+    def completed(self) -> Completed:
+        """Return what was said, and how the child ended."""
+        return Completed(b"".join(self._stdout), b"".join(self._stderr), self._child.returncode)
+
+
 def run(
     arguments: Sequence[Argument],
     timeout_s: float,
-    stdin: Optional[bytes] = None,
     env: Optional[Dict[str, str]] = None,
     check: bool = True,
 ) -> Completed:
@@ -78,13 +151,11 @@ def run(
     Raises `ProcessError` when it cannot be started, or fails (its last line of standard error is in the message; not
     without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
     """
-    stdin_kind = subprocess.DEVNULL if stdin is None else subprocess.PIPE
-    with started(lambda: _start(arguments, env, stdin_kind)) as child:
-        try:
-            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise DeadlineError(arguments, timeout_s) from error
-    completed = Completed(stdout, stderr, child.returncode)
+    with started(lambda: _start(arguments, env)) as child:
+        output = Output(child)
+        if not output.wait(timeout_s):
+            raise DeadlineError(arguments, timeout_s)
+    completed = output.completed()
     return checked(arguments, completed) if check else completed
 
 
@@ -102,18 +173,16 @@ def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> C
         deadline = time.monotonic() + timeout_s
         stopped = False
         with started(lambda: _start(arguments, None, start_new_session=True, pass_fds=pass_fds), stop_session) as child:
-            while True:
-                try:
-                    stdout, stderr = child.communicate(timeout=_LOOK_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    if not stopped and (cancelled or time.monotonic() > deadline):
-                        stopped = True
-                        if stop_session(child):  # even where the shell itself has ended
-                            break
+            output = Output(child)
+            while not output.wait(_LOOK_S):
+                if not stopped and (cancelled or time.monotonic() > deadline):
+                    stopped = True
+                    if stop_session(child):
+                        break
+                    output.linger_s = math.inf  # until what we could not stop lets go of it
         if stopped:
             raise DeadlineError(arguments, timeout_s)
-        return Completed(stdout, stderr, child.returncode)
+        return output.completed()
 
     return checked(arguments, undisturbed(work, lambda: cancelled.append(True)))
 
@@ -144,22 +213,20 @@ def run_gently(
 def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]]) -> Completed:
     # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone when we end, and its pipes close
     child = _start(arguments, env, start_new_session=True, restore_signals=False)
-    late = False
+    output, late = Output(child), False
     for patience_s, number in (
         (timeout_s, signal.SIGINT),
         (GENTLE_TIMEOUT_S, signal.SIGTERM),
         (GENTLE_TIMEOUT_S, None),
     ):
-        try:
-            stdout, stderr = child.communicate(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            late = True
-            if number is not None:
-                child.send_signal(number)
-        else:
+        if output.wait(patience_s):
+            child.__exit__(None, None, None)
             if late and child.returncode != 0:
                 raise DeadlineError(arguments, timeout_s)
-            return Completed(stdout, stderr, child.returncode)
+            return output.completed()
+        late = True
+        if number is not None:
+            child.send_signal(number)
     LEFT_ALONE.append(child)
     raise DeadlineError(arguments, timeout_s, ", and process {} is still there".format(child.pid))
 
@@ -219,33 +286,17 @@ def stream(
     soon as `stopped()` is true, and what `consume` raises; it is then stopped first.
     """
     deadline = time.monotonic() + timeout_s
-    said = b""
-    with started(lambda: _start(arguments, env)) as child, selectors.DefaultSelector() as selector:
-        try:
-            assert child.stdout is not None and child.stderr is not None
-            selector.register(child.stdout, selectors.EVENT_READ)
-            selector.register(child.stderr, selectors.EVENT_READ)
-            while selector.get_map():
-                if stopped() or time.monotonic() > deadline:
-                    raise DeadlineError(arguments, timeout_s)
-                for key, _ in selector.select(0.1):
-                    data = os.read(key.fd, _CHUNK)
-                    if not data:
-                        selector.unregister(key.fileobj)
-                    elif key.fileobj is child.stdout:
-                        consume(data)
-                    else:
-                        said = (said + data)[-_CHUNK:]
-            child.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            raise DeadlineError(arguments, timeout_s) from error
-    return Completed(b"", said, child.returncode)
+    with started(lambda: _start(arguments, env)) as child:
+        output = Output(child, consume)
+        while not output.wait(_LOOK_S):
+            if stopped() or time.monotonic() > deadline:
+                raise DeadlineError(arguments, timeout_s)
+    return output.completed()
 
 
 def _start(
     arguments: Sequence[Argument],
     env: Optional[Dict[str, str]],
-    stdin: int = subprocess.DEVNULL,
     start_new_session: bool = False,
     restore_signals: bool = True,
     pass_fds: Sequence[int] = (),
@@ -253,7 +304,7 @@ def _start(
     try:
         return subprocess.Popen(
             list(arguments),
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,

@@ -209,6 +209,34 @@ def test_what_undisturbed_work_raises_is_raised() -> None:
     assert caught.value.hint == "a hint"
 
 
+@pytest.mark.parametrize("how", ["run", "run_shell", "run_gently", "stream"])
+def test_what_a_child_leaves_behind_with_its_output_open_is_not_waited_for_and_let_be(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not ended for what it says later, either."""
+    monkeypatch.setattr(process, "LINGER_S", 0.2)
+    later = "(until [ -e go ]; do sleep 0.01; done; echo more; echo more >&2; touch done) & echo told; echo said >&2"
+    script = f"cd '{tmp_path}'; {later}"
+    taken: list[bytes] = []
+    try:
+        if how == "run":
+            completed = process.run(["sh", "-c", script], LIMIT_S)
+        elif how == "run_shell":
+            completed = process.run_shell(script, LIMIT_S)
+        elif how == "run_gently":
+            completed = process.run_gently(["sh", "-c", script], LIMIT_S)
+        else:
+            completed = process.stream(["sh", "-c", script], LIMIT_S, taken.append, never)
+    finally:
+        (tmp_path / "go").touch()
+    assert completed == (b"" if how == "stream" else b"told\n", b"said\n", 0)
+    assert how != "stream" or b"".join(taken) == b"told\n"
+    wait_for(tmp_path / "done")
+    for pipe in process._LEFT_OPEN:
+        pipe.close()
+    process._LEFT_OPEN.clear()
+
+
 def never() -> bool:
     return False
 
@@ -290,7 +318,7 @@ def test_a_failure_while_a_session_is_listened_to_ends_it(monkeypatch: pytest.Mo
     def fail(*_arguments: object, **_keywords: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", fail)
+    monkeypatch.setattr(process.Output, "wait", fail)
     with pytest.raises(MemoryError):
         process.run_shell("sleep 600; sleep 600", LIMIT_S)
     processes.wait_until_gone(mark)
