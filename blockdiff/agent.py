@@ -279,8 +279,8 @@ def _sources(request: Dict[str, object]) -> List[Source]:
     owners, kept = wire.texts(request, "owners"), wire.texts(request, "kept")
     if not len(paths) == len(owners) == len(kept):
         raise ProtocolError("the request names {} sources, {} owners".format(len(paths), len(owners)))
-    keep = bool(request.get("keep"))
-    return [VolumeSource(path, size, owner, uuid, keep) for path, owner, uuid in zip(paths, owners, kept)]
+    how = bool(request.get("keep")), bool(request.get("rehearsal"))
+    return [VolumeSource(path, size, owner, uuid, *how) for path, owner, uuid in zip(paths, owners, kept)]
 
 
 def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> Dict[str, object]:

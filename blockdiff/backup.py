@@ -8,14 +8,15 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from blockdiff import __version__, codec, quiesce, signals, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
+from blockdiff.chain import Chain
 from blockdiff.clock import now
-from blockdiff.commit import LockedChain, NewGeneration
+from blockdiff.commit import LockedChain, NewGeneration, writable_chain
 from blockdiff.deltawriter import DeltaWriter, Written
 from blockdiff.errors import UsageError, printable
 from blockdiff.manifest import Manifest, Snapshot, Source
@@ -77,21 +78,23 @@ class Options(Choices):
 class Result:
     """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to put in order before.
 
-    `notes` are for whoever watches.
+    `kept` says what the chain keeps although the command line asks for something else, `notes` are for whoever watches.
     """
 
     name: str
     manifest: Manifest
     warnings: list[str]
     recovered: list[str]
+    kept: list[str]
     notes: list[str]
 
 
 @dataclass
 class _Job:
-    """One chain of the run, and what is known of its new generation so far."""
+    """One chain of the run, and what is known of its new generation so far. A rehearsal has it not `locked`."""
 
-    chain: LockedChain
+    chain: Chain
+    locked: LockedChain | None
     path: str
     plan: Plan
     hasher: Hasher
@@ -133,9 +136,8 @@ def backup_together(
         jobs = _jobs(targets, address, options, stack)
         started = now()
         session = stack.enter_context(connect())
-        for job in jobs:
-            session.check_digest(job.hasher.digest)
-        moment = _take(session, jobs, options)
+        with _prepared(session, jobs, options) as quiesced:
+            moment = quiesced.around(session)
         for job in jobs:
             _dump(session, job, connect, options, compress, watcher, stack)
         session.finish()
@@ -144,36 +146,59 @@ def backup_together(
         for job in jobs:
             manifest = _manifest(session, job, moment, started, run)
             _known(job.new).commit(manifest)
-            told = [*job.plan.notes, *(note for note in manifest.notes if note not in moment.warnings)]
-            results.append(Result(job.chain.name, manifest, [*_warnings(job), *moment.warnings], job.chain.notes, told))
+            notes = [note for note in manifest.notes if note not in moment.warnings]
+            told = (_known(job.locked).notes, job.plan.kept, notes)
+            results.append(Result(job.chain.name, manifest, [*_warnings(job), *moment.warnings], *told))
         return results
+
+
+def rehearse(
+    targets: Sequence[tuple[str, str]], address: Address, options: Options, begun: Connection | None = None
+) -> list[Plan]:
+    """Check all that a run of `backup_together` begins with, and return what it would do with each of its chains.
+
+    The chain, the connection, the source and the database's login are looked at; nothing is locked, made or written.
+    Raises what the run would raise.
+    """
+    codec.compressor(options.compression, options.level)
+    with ExitStack() as stack:
+        jobs = _jobs(targets, address, options, stack, rehearsal=True)
+        session = stack.enter_context(_session(address, options, begun))
+        with _prepared(session, jobs, options, rehearsal=True):
+            return [job.plan for job in jobs]
 
 
 def _session(address: Address, options: Options, begun: Connection | None) -> Session:
     return Session(address, options.transport, options.ssh_options, options.prefix or (), begun)
 
 
-def _jobs(targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack) -> list[_Job]:
+def _jobs(
+    targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack, rehearsal: bool = False
+) -> list[_Job]:
     names = [os.path.realpath(name) for name, _path in targets]
     if len(set(names)) < len(names):
         raise UsageError("two sources of one run cannot go to the same chain", "give each its own NAME")
     jobs = []
     for name, path in targets:
-        chain = stack.enter_context(LockedChain(name))
+        locked = None if rehearsal else stack.enter_context(LockedChain(name))
+        chain = locked or stack.enter_context(writable_chain(name))
         plan = make_plan(chain, address, path, choices, stack)
-        jobs.append(_Job(chain, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
+        jobs.append(_Job(chain, locked, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
     return jobs
 
 
-def _take(session: Session, jobs: list[_Job], options: Options) -> Moment:
-    """Take the moment of all sources."""
+@contextmanager
+def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: bool = False) -> Iterator[Quiesce]:
+    """Yield what holds writers still, after the agent has found all sources fit."""
+    for job in jobs:
+        session.check_digest(job.hasher.digest)
     with _quiesce(session, options) as quiesced:
-        ready = session.prepare(_request(jobs, quiesced, options))
+        ready = session.prepare(replace(_request(jobs, quiesced, options), rehearsal=rehearsal))
         for job, volume in zip(jobs, ready.volumes, strict=True):
             job.volume = volume
             check_volume(job.plan, job.chain.name, volume.uuid)
         quiesced.check(ready, session)
-        return quiesced.around(session)
+        yield quiesced
 
 
 @contextmanager
@@ -236,7 +261,9 @@ def _dump(
         job.opened = opened = found.opened
         watcher.begin(opened.size)
         with signals.held():  # a signal comes when its files are known to what removes them
-            job.new = stack.enter_context(job.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
+            job.new = stack.enter_context(
+                _known(job.locked).begin(codec.SUFFIXES[options.compression], "." + plan.digest)
+            )
         delta, table = job.new.delta, job.new.table
         writer = DeltaWriter(delta, table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
 
@@ -259,7 +286,7 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
             opened.snapshot, kind, round(moment.took_s, 3), totals.fill_percent, totals.kept, opened.extents
         )
     return Manifest(
-        chain=job.chain.chain_id(),
+        chain=_known(job.locked).chain_id(),
         generation=new.number,
         parent=plan.parent,
         full=plan.old is None,

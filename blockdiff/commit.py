@@ -19,6 +19,31 @@ from blockdiff.errors import BusyError, DamagedError, StorageError, UsageError, 
 from blockdiff.manifest import Manifest
 
 
+def refuse_name(name: str) -> None:
+    """Raise `UsageError` for a NAME that readers would take for a generation of another chain."""
+    if re.search(r"@[0-9]+$", name):
+        raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
+
+
+def writable_chain(name: str) -> Chain:
+    """Return a chain to look at that a run could add to, as far as that can be told without a lock.
+
+    Raises what `LockedChain` raises, and `StorageError` where we may not write to its directory.
+    """
+    refuse_name(name)
+    chain = Chain(name)
+    try:
+        chain.directory.refuse_others()
+        if not os.access(chain.directory.path, os.W_OK | os.X_OK):
+            raise StorageError(
+                f"cannot write to the backup directory {chain.directory.path}", "run as the user that owns the backups"
+            )
+    except BaseException:
+        chain.close()
+        raise
+    return chain
+
+
 class LockedChain(Chain):
     """A chain that this process alone may add to, after what a crash left was put in order.
 
@@ -30,8 +55,7 @@ class LockedChain(Chain):
     is_written = True
 
     def __init__(self, name: str, recovers: bool = True) -> None:
-        if re.search(r"@[0-9]+$", name):
-            raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
+        refuse_name(name)
         self.notes: list[str] = []
         self._lock_fd = -1
         super().__init__(name)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from blockdiff import merge
 from blockdiff.address import Address
 from blockdiff.blocks import check_block_size
-from blockdiff.chain import MANIFEST_SUFFIX, Generation
-from blockdiff.commit import LockedChain
+from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.errors import ChainError, DamagedError, printable
 from blockdiff.manifest import Parent, Snapshot, Source
@@ -34,7 +33,8 @@ class Choices:
 class Plan:
     """What one run will do. `old` is the digest table that it builds on, None for a full generation.
 
-    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any).
+    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any). `kept` says
+    what the chain keeps although the command line asks for something else.
     """
 
     block_size: int
@@ -45,10 +45,15 @@ class Plan:
     snapshot: Snapshot | None = None
     volume: str | None = None
     audit_due: bool = False
-    notes: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """The number of the new generation."""
+        return 1 if self.parent is None else self.parent.generation + 1
 
 
-def make_plan(chain: LockedChain, address: Address, path: str, choices: Choices, stack: ExitStack) -> Plan:
+def make_plan(chain: Chain, address: Address, path: str, choices: Choices, stack: ExitStack) -> Plan:
     """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
 
     Raises `ChainError` or `DamagedError` where the chain cannot take it.
@@ -70,7 +75,7 @@ def make_plan(chain: LockedChain, address: Address, path: str, choices: Choices,
     if base.manifest is not None:
         plan.snapshot, plan.volume = base.manifest.snapshot, base.manifest.source.volume
     plan.audit_due = _audit_is_due(chain)
-    plan.notes += _kept_notes(plan, choices)
+    plan.kept += _kept(plan, choices)
     return plan
 
 
@@ -83,7 +88,7 @@ def _full_plan(base: Generation | None, parent: Parent | None, choices: Choices)
     return Plan(block_size, digest, delta_format, None, parent, known.snapshot if known else None)
 
 
-def _check_source(chain: LockedChain, here: Source) -> None:
+def _check_source(chain: Chain, here: Source) -> None:
     """Refuse another source than that of the newest manifest."""
     known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
     if not known or known[-1].kind == "command" or known[-1].same_place(here):
@@ -103,14 +108,14 @@ def check_volume(plan: Plan, name: str, found: str | None) -> None:
         )
 
 
-def _audit_is_due(chain: LockedChain) -> bool:
+def _audit_is_due(chain: Chain) -> bool:
     """Return whether the last runs all trusted thin_delta, and there were enough of them."""
     known = [g.manifest for g in list(chain.generations.values())[-HINTED_RUNS:]]
     hinted = [m for m in known if m is not None and m.snapshot is not None and m.snapshot.extents == "changed"]
     return len(hinted) >= HINTED_RUNS
 
 
-def _check_base(chain: LockedChain, base: Generation) -> None:
+def _check_base(chain: Chain, base: Generation) -> None:
     """Refuse to build on what could not be restored: a cheap look at all that the new generation would need."""
     needed = chain.needed(base.number)
     for generation in needed:
@@ -137,7 +142,7 @@ def _format_of(base: Generation) -> int:
     return found
 
 
-def _kept_notes(plan: Plan, choices: Choices) -> list[str]:
+def _kept(plan: Plan, choices: Choices) -> list[str]:
     asked = (
         ("block size", choices.block_size, plan.block_size),
         ("digest", choices.digest, plan.digest),

@@ -40,7 +40,8 @@ class Request:
     """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
 
     `keep` leaves them on the host. `before` and `after` are commands to run on the host around the snapshots;
-    `directories` are places on the host about which the run must know on which of the sources they lie.
+    `directories` are places on the host about which the run must know on which of the sources they lie. A `rehearsal`
+    ends when all was checked.
     """
 
     sources: Sequence[Wanted]
@@ -51,6 +52,7 @@ class Request:
     directories: Sequence[str] = ()
     datadir: str | None = None
     low_priority: bool = True
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Session:
                 "directories": list(request.directories),
                 "datadir": request.datadir,
                 "low_priority": request.low_priority,
+                "rehearsal": request.rehearsal,
             },
         )
         ready = self._expect(wire.READY)

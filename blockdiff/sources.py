@@ -110,11 +110,12 @@ class VolumeSource(Source):
     """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of its `owner`.
 
     `kept` is the LV UUID of the snapshot that the chain's last run kept, ``""`` for none. With `keep` this run's stays
-    on the host.
+    on the host. A `rehearsal` removes nothing.
     """
 
-    def __init__(self, path: bytes, size: str, owner: str, kept: str, keep: bool) -> None:
+    def __init__(self, path: bytes, size: str, owner: str, kept: str, keep: bool, rehearsal: bool = False) -> None:
         super().__init__()
+        self._rehearsal = rehearsal
         self._path = os.fsdecode(path)
         self._size = size
         self._tag = lvs.TAG + "_owner_" + owner
@@ -138,8 +139,9 @@ class VolumeSource(Source):
     def prepare(self) -> Dict[str, object]:
         """Sweep what earlier runs left, and see whether there is room."""
         self._origin = lvcheck.find(self._path)
-        self._sweep()
-        self._origin = lvcheck.find(self._path)  # what was removed made room
+        if not self._rehearsal:
+            self._sweep()
+            self._origin = lvcheck.find(self._path)  # what was removed made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
         self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag)
         return {"uuid": self._origin.uuid, "name": self._origin.full_name, "segtype": self._origin.segtype}

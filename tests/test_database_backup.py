@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tests import chains, commands, processes
 from tests.chains import SmallChain
 from tests.descriptors import all_closed
 from tests.fake_lvm import FakeLvm
-from tests.mariadb import MariaDB, Running
+from tests.mariadb import MariaDB, Running, execute
 
 LIMIT_S = 30.0
 MIB = 1 << 20
@@ -295,6 +296,18 @@ def test_a_long_statement_is_not_waited_for_longer_than_allowed(
     assert type(error) is DatabaseError and "has been running for" in error.message
     assert fake.calls("lvcreate") == []
     statement.end()
+
+
+def test_a_dry_run_logs_in_and_waits_for_no_lock(chain: SmallChain, fake: FakeLvm, mariadb: MariaDB) -> None:
+    """Somebody else holds the lock, which a run would have to wait for."""
+    targets, here = [(chain.name, str(chain.source))], Address(None, str(chain.source))
+    with closing(mariadb.connect()) as session:
+        execute(session, "BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT")
+        (planned,) = backup.rehearse(targets, here, options(through_socket(mariadb)))
+    assert (planned.number, planned.old) == (1, None)
+    with pytest.raises(DatabaseError, match=r"refused the login|Access denied"):
+        backup.rehearse(targets, here, options(f"mysql://nobody:x@localhost/?socket={mariadb.socket}"))
+    assert fake.calls("lvcreate") == [] and list(chain.directory.iterdir()) == []
 
 
 def test_a_wrong_password_names_itself_before_anything_is_made(

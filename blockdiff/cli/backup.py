@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,17 +19,40 @@ from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
     from blockdiff.backup import Result
+    from blockdiff.manifest import Source
+    from blockdiff.plan import Plan
+
+
+class SnapshotSize(click.ParamType[str]):
+    """A number of bytes, or a share of the volume in percent, as the agent takes it."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the number without a unit, or the share."""
+        text = str(value)
+        return text if re.fullmatch(r"0*[1-9][0-9]{0,14}%", text) else str(ByteSize().convert(value, param, ctx))
 
 
 @click.command("backup")
 @click.argument("name")
 @click.argument("source")
-@click.option("--block-size", type=ByteSize(), help="Bytes of a block. Default 64K; a chain keeps its own.")
-@click.option("--digest", type=click.Choice(list(DIGEST_SIZES)), help="Default sha256; a chain keeps its own.")
-@click.option("--compression", type=click.Choice(list(codec.LEVELS)), default="gzip", show_default=True)
+@click.option(
+    "--block-size", type=ByteSize(), help="Of a new chain, default 64K. An old one keeps its own until --full."
+)
+@click.option("--digest", type=click.Choice(list(DIGEST_SIZES)), help="Likewise. Default sha256.")
+@click.option(
+    "--format", "delta_format", type=click.Choice(["2", "1"]), help="Likewise. Default 2; 1 is the original's."
+)
+@click.option(
+    "--compression",
+    type=click.Choice(list(codec.LEVELS)),
+    default="gzip",
+    show_default=True,
+    help="Of this generation; those of one chain may differ.",
+)
 @click.option("--level", type=int, help="gzip 1-9 (default 2), zstd 1-19 (default 1).")
-@click.option("--format", "delta_format", type=click.Choice(["2", "1"]), help="Default 2; 1 is the original's.")
-@click.option("--full", is_flag=True, help="Store every block, inside the chain.")
+@click.option("--full", is_flag=True, help="Store every block, inside the chain: it may then change all of the above.")
 @click.option(
     "--chain",
     "period",
@@ -39,12 +63,12 @@ if TYPE_CHECKING:
     "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
 )
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
-@click.option("--bwlimit", type=ByteSize(), help="Bytes a second that the host may send at most.")
+@click.option("--bwlimit", type=ByteSize(), help="What the host may send in a second, at most.")
 @click.option(
     "--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Connections to read through."
 )
 @click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
-@click.option("--snapshot-size", metavar="SIZE", help="Of a thick snapshot: bytes, or % of the volume. Default 20%.")
+@click.option("--snapshot-size", type=SnapshotSize(), help="Of a thick snapshot, or % of the volume. Default 20%.")
 @click.option("--mysql", metavar="URL", help="Lock this database meanwhile: mysql://USER@HOST/, or ssh.")
 @click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
 @click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
@@ -55,6 +79,8 @@ if TYPE_CHECKING:
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
 @click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
 @click.option("--mounted", is_flag=True, help="Refuse a NAME on the root file system: the disk is not mounted.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and say what the run would do; nothing is made.")
+@click.option("-v", "--verbose", is_flag=True, help="Print a line when all went well, and notes: for logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON, with --also a list of them.")
 def command(
     name: str,
@@ -72,6 +98,8 @@ def command(
     streams: int,
     also: tuple[str, ...],
     mounted: bool,
+    dry_run: bool,
+    verbose: bool,
     as_json: bool,
     **volumes: object,
 ) -> None:
@@ -79,6 +107,18 @@ def command(
 
     NAME is a path such as /var/backup/web1-disk. SOURCE is /path, [user@]host:/path or
     ssh://[user@]host[:port]/path: a regular file or a block device, with --lvm a logical volume.
+
+    \b
+    Examples:
+      blockdiff backup /var/backup/web1 root@web1:/srv/web1.img
+      blockdiff backup /var/backup/vm7 root@kvm1:/dev/vg/vm7 --lvm --chain monthly
+      blockdiff backup /var/backup/db root@db:/dev/vg/db --lvm --mysql ssh
+
+    \b
+    SIZE is one of:
+      65536               bytes
+      64K, 64KB, 64KiB    64 x 1024 bytes; M, G and T likewise, in either case
+      20%                 of the volume: --snapshot-size only
     """
     where, prefix = address.parse(source), agent_prefix()
     if also and not volumes["lvm"]:
@@ -95,7 +135,7 @@ def command(
             return stack.enter_context(transport.begin(where, via, ssh_options, prefix or ()))
 
         # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
-        count = 1 if volumes["lvm"] else streams
+        count = 1 if volumes["lvm"] or dry_run else streams
         begun = list(pipeline.in_order(begin, range(count), workers=count, ahead=count))
         from blockdiff import backup  # here: these imports take as long as the agent does to begin
         from blockdiff.cli.volumes import volume_options
@@ -115,13 +155,22 @@ def command(
             streams=streams,
             prefix=prefix,
         )
+        if dry_run:
+            from blockdiff.manifest import Source
+
+            plans = backup.rehearse(targets, where, options, begun[0])
+            found = [(each, Source(where.machine, path, ""), plan) for (each, path), plan in zip(targets, plans)]
+            if as_json:
+                _print_json([_plan_summary(*each) for each in found], bool(also))
+            for each in () if as_json else found:
+                _report_plan(*each)
+            return
         with watched(os.path.basename(name + suffix)) as progress:
             results = backup.backup_together(targets, where, options, progress, begun)
     for result in results:
-        _report(result, as_json)
+        _report(result, as_json, verbose)
     if as_json:
-        summaries = [_summary(result) for result in results]
-        click.echo(json.dumps(summaries if also else summaries[0], indent=1))
+        _print_json([_summary(result) for result in results], bool(also))
     if any(result.warnings for result in results):
         sys.exit(EXIT_WARNING)
 
@@ -142,23 +191,55 @@ def _split_also(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _print_json(summaries: list[dict[str, object]], is_list: bool) -> None:
+    click.echo(json.dumps(summaries if is_list else summaries[0], indent=1))
+
+
 def _summary(result: "Result") -> dict[str, object]:
-    notes = result.recovered + result.notes
+    notes = result.recovered + result.kept + result.notes
     return {"name": result.name, **asdict(result.manifest), "warnings": result.warnings, "notes": notes}
 
 
-def _report(result: "Result", as_json: bool) -> None:
-    for note in result.recovered:
+def _report(result: "Result", as_json: bool, verbose: bool) -> None:
+    """Say how it went: nothing where all is well and nobody watches, so that cron mails only what matters."""
+    for note in (*result.recovered, *result.kept):
         say(f"note: {note}")
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or verbose:
         for note in result.notes:
             say(f"note: {note}")
-    if sys.stdout.isatty() and not as_json:
+    if (sys.stdout.isatty() or verbose) and not as_json:
         made = result.manifest
         kind = "full" if made.full else f"{made.changed_blocks} of {made.blocks} blocks changed"
-        click.echo(f"generation {made.generation}: {kind}, {shown_size(made.delta.size + made.table.size)} stored")
+        stored = shown_size(made.delta.size + made.table.size)
+        name = printable(result.name)
+        click.echo(f"{name}: generation {made.generation}: {kind}, {stored} stored, {made.consistency}")
     for warning in result.warnings:
         say(f"warning: {warning}")
+
+
+def _plan_summary(name: str, source: "Source", plan: "Plan") -> dict[str, object]:
+    """Return what a run would add to a chain, in the words of a manifest."""
+    return {
+        "name": name,
+        "generation": plan.number,
+        "parent": None if plan.parent is None else asdict(plan.parent),
+        "full": plan.old is None,
+        "delta_format": plan.delta_format,
+        "digest": plan.digest,
+        "block_size": plan.block_size,
+        "source": {"host": source.host, "path": source.path},
+        "notes": plan.kept,
+    }
+
+
+def _report_plan(name: str, source: "Source", plan: "Plan") -> None:
+    kind = "full" if plan.old is None else f"incremental on generation {plan.number - 1}"
+    how = f"{plan.digest}, blocks of {shown_size(plan.block_size)}, format {plan.delta_format}"
+    click.echo(
+        f"would be done: generation {plan.number} of {printable(name)}, {kind}, of {printable(str(source))}: {how}"
+    )
+    for note in plan.kept:
+        say(f"note: {note}")
 
 
 def _period_suffix(period: str | None) -> str:

@@ -18,7 +18,10 @@ from blockdiff.errors import EXIT_DAMAGED, ChainError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--replica-statement", is_flag=True, help="Print the statement that makes NAME@N, restored, a replica.")
 def command(name: str, as_json: bool, replica_statement: bool) -> None:
-    """Show the generations of the chain NAME (or NAME@N: one of them)."""
+    """Show the generations of a chain.
+
+    NAME is that of the chain; NAME@N is one generation.
+    """
     chain_name, number = split_name(name)
     with Chain(chain_name) as chain:
         if replica_statement:

@@ -15,11 +15,11 @@ from blockdiff.errors import EXIT_DAMAGED, printable
 @click.argument("name")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def command(name: str, dry_run: bool) -> None:
-    """Put the chain NAME in order, and say what was done: run again, nothing is left to do.
+    """Put the chain NAME in order, and say what was done.
 
     NAME.ver, manifests and digest tables are rebuilt from what is there. Behind the last generation that can be
-    restored, what cannot is set aside: renamed to ….aside-1, not removed. Reads everything. Exit status 5 where
-    generations are lost.
+    restored, what cannot is set aside: renamed to ….aside-1, not removed. Reads everything. Run again, nothing is left
+    to do. Exit status 5 where generations are lost.
     """
     with ExitStack() as stack:
         progress = stack.enter_context(watched("repair"))

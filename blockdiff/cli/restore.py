@@ -50,7 +50,9 @@ class _Outcome:
 @click.option("-v", "--verbose", is_flag=True, help="Print a line about what was restored, as on a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print that as JSON.")
 def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, verbose: bool, as_json: bool) -> None:
-    """Write the image of NAME@N (without @N: the newest) to PATH, a new file or a block device.
+    """Write the image of a generation to a file or a device.
+
+    NAME@N is the generation, NAME the newest; PATH is a new file or a block device.
 
     Every block is compared with the digests of its generation before it is written. With --salvage, blocks that are
     lost become zeros, and are printed as lines of offset and length in bytes; the exit status is then never 0.

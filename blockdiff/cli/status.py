@@ -34,10 +34,11 @@ class Age(click.ParamType[float]):
 @click.option("--tap", is_flag=True, help="Print the Test Anything Protocol: a test for each chain.")
 @click.option("--prometheus", "metrics", metavar="FILE", help="Write metrics for the node exporter to FILE as well.")
 def command(names: tuple[str, ...], max_age: float, tap: bool, metrics: str | None) -> None:
-    """Tell how the chains NAME... are doing: one line, with the exit statuses of Nagios plug-ins.
+    """Say how chains are doing, for monitoring.
 
-    0 ok, 1 warning, 2 critical (too old, missing or damaged), 3 unknown. NAME-DATE of `backup --chain` is found as
-    NAME. Looks at names, sizes and manifests; `verify` reads the data.
+    One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
+    3 unknown. NAME-DATE of `backup --chain` is found as NAME. Looks at names, sizes and manifests; `verify` reads the
+    data.
     """
     found = [status.look(name, max_age, time.time()) for name in names]
     if metrics is not None:

@@ -53,7 +53,7 @@ def command(
     transport: str | None,
     ssh_options: tuple[str, ...],
 ) -> None:
-    """Prove that every generation of NAME (or NAME@N: one of them) restores exactly.
+    """Prove that generations restore exactly: all of NAME, or NAME@N.
 
     Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
     """
