@@ -16,7 +16,7 @@ from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain
 from blockdiff.clock import now
-from blockdiff.commit import LockedChain, NewGeneration, writable_chain
+from blockdiff.commit import LockedChain, NewGeneration, WritableChain
 from blockdiff.deltawriter import DeltaWriter, Written
 from blockdiff.errors import UsageError, printable
 from blockdiff.manifest import Manifest, Snapshot, Source
@@ -181,7 +181,7 @@ def _jobs(
     jobs = []
     for name, path in targets:
         locked = None if rehearsal else stack.enter_context(LockedChain(name))
-        chain = locked or stack.enter_context(writable_chain(name))
+        chain = locked or stack.enter_context(WritableChain(name))
         plan = make_plan(chain, address, path, choices, stack)
         jobs.append(_Job(chain, locked, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
     return jobs

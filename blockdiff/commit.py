@@ -19,43 +19,35 @@ from blockdiff.errors import BusyError, DamagedError, StorageError, UsageError, 
 from blockdiff.manifest import Manifest
 
 
-def refuse_name(name: str) -> None:
-    """Raise `UsageError` for a NAME that readers would take for a generation of another chain."""
-    if re.search(r"@[0-9]+$", name):
-        raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
+class WritableChain(Chain):
+    """A chain that we may add to, as far as that can be told without a lock: a run's rehearsal looks at it.
 
-
-def writable_chain(name: str) -> Chain:
-    """Return a chain to look at that a run could add to, as far as that can be told without a lock.
-
-    Raises what `LockedChain` raises, and `StorageError` where we may not write to its directory.
-    """
-    refuse_name(name)
-    chain = Chain(name)
-    try:
-        chain.directory.refuse_others()
-        if not os.access(chain.directory.path, os.W_OK | os.X_OK):
-            raise StorageError(
-                f"cannot write to the backup directory {chain.directory.path}", "run as the user that owns the backups"
-            )
-    except BaseException:
-        chain.close()
-        raise
-    return chain
-
-
-class LockedChain(Chain):
-    """A chain that this process alone may add to, after what a crash left was put in order.
-
-    Raises `BusyError` where another run holds it, and `StorageError` where others may write to the directory. `notes`
-    says what was put in order. Without `recovers`, what is beyond the last complete generation stays, and so does
-    ``NAME.ver``.
+    Raises `UsageError` for a NAME that readers would take for a generation of another chain, and `StorageError` where
+    others may write to the directory, or we may not.
     """
 
     is_written = True
 
+    def __init__(self, name: str) -> None:
+        if re.search(r"@[0-9]+$", name):
+            raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
+        super().__init__(name)
+        try:
+            self.directory.refuse_others()
+            self.directory.refuse_read_only()
+        except BaseException:
+            super().close()
+            raise
+
+
+class LockedChain(WritableChain):
+    """A chain that this process alone may add to, after what a crash left was put in order.
+
+    Raises what `WritableChain` does, and `BusyError` where another run holds it. `notes` says what was put in order.
+    Without `recovers`, what is beyond the last complete generation stays, and so does ``NAME.ver``.
+    """
+
     def __init__(self, name: str, recovers: bool = True) -> None:
-        refuse_name(name)
         self.notes: list[str] = []
         self._lock_fd = -1
         super().__init__(name)
@@ -82,7 +74,6 @@ class LockedChain(Chain):
         super().close()
 
     def _lock(self) -> None:
-        self.directory.refuse_others()
         self._lock_fd = self.directory.open_lock(f".{self.base}.lock")
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

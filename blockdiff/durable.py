@@ -159,6 +159,13 @@ class Directory:
         with _named("look at", self.path):
             sharing.refuse_others(self.path)
 
+    def refuse_read_only(self) -> None:
+        """Raise `StorageError` where we may not write to the directory, or nobody may."""
+        with _named("write to", self.path):
+            if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+                read_only = os.fstatvfs(self._fd).f_flag & os.ST_RDONLY
+                raise OSError(number := errno.EROFS if read_only else errno.EACCES, os.strerror(number))
+
     def refuse_root_file_system(self) -> None:
         """Raise `StorageError` where nothing is mounted on the way to the directory but the file system of ``/``."""
         with Directory("/") as root:
