@@ -19,7 +19,8 @@ from blockdiff.coordinates import Coordinates, Row, Version
 from blockdiff.errors import DatabaseError, ProcessError, printable
 from blockdiff.mysqlaccount import Account
 from blockdiff.mysqlfiles import Files
-from blockdiff.mysqlsession import Session, TimedOut
+from blockdiff.mysqlsession import Session
+from blockdiff.mysqlsocket import TimedOut
 
 #: The exit status for a command that died of a signal, as with the original.
 SIGNALLED = 255
@@ -174,6 +175,16 @@ class Database:
         self._statements = statements
         self._say = say
         self.version = Version.parse(str(session.rows("SELECT VERSION() AS version")[0]["version"]))
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the way to the database; ``""`` where that is fine."""
+        if not self._session.is_open:
+            return ""
+        return (
+            f"the login to {self._session.place} went over the network without encryption: the password was proven and"
+            " not told, but whoever reads along can try to guess it; ?ssl-ca=FILE or mysql+ssh:// encrypt"
+        )
 
     def __enter__(self) -> "Database":
         return self

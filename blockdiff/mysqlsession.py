@@ -1,23 +1,39 @@
 """One session with a MySQL or MariaDB server: log in, execute, and say in words what the server refused."""
 
+import ipaddress
 import math
 import re
 import socket
+import ssl
+import struct
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from blockdiff import mysqlplugins, mysqlsocket
 from blockdiff.coordinates import Row
 from blockdiff.errors import DatabaseError, printable
 from blockdiff.mysqlaccount import Account
+from blockdiff.mysqlsocket import TimedOut
 
 if TYPE_CHECKING:
     import pymysql
 
-CONNECT_TIMEOUT_S = 10.0
 #: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot meanwhile.
 _IDLE_TIMEOUT_S = 600
 
 _TIMED_OUT = (1205, 1969, 3024)
+#: Most rows of an answer.
+_ROWS_LIMIT = 100_000
+#: What PyMySQL raises where a server sends what it should not, a request for a file of ours among that.
+_GARBLED = (
+    *(AssertionError, AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
+    struct.error,
+)
+_PROTOCOL_HINT = "is that a MySQL or MariaDB server?"
+_TLS_HINT = (
+    "the certificate must be of the authority in ssl-ca (without it: of one that this machine trusts), and of this host"
+    " name: ssl-mode=VERIFY_CA leaves that out"
+)
 _PRIVILEGES = re.compile(r"\bthe (.+?) privilege")
 
 #: Hints for error numbers of the server and of the client.
@@ -29,51 +45,79 @@ _HINTS = {
     1129: "FLUSH HOSTS there lets this machine in again",
     1130: "create the account for this machine: CREATE USER 'name'@'this machine'",
     1698: "the account logs in by another way: as its own Unix user through the socket (unix_socket), for one",
+    2026: "let it have ssl_cert and ssl_key, or go through SSH: mysql+ssh://USER@/",
+    3159: "?ssl-ca=FILE encrypts the connection, mysql+ssh://USER@/ goes through SSH",
     2059: "give the account a usual way to log in, such as mysql_native_password or caching_sha2_password",
 }
-
-
-class TimedOut(DatabaseError):  # noqa: N818
-    """A statement was not done within its time; nothing waits for it any more."""
 
 
 class Session:
     """A session, ended by the end of the `with` statement. Not for more than one thread."""
 
     def __init__(self, account: Account, statement_timeout_s: float, sock: socket.socket | None = None) -> None:
-        """Log in. Raises `DatabaseError`.
+        """Log in. Raises `DatabaseError`, and `UsageError` where a file that the account names cannot be used.
 
-        No statement takes longer than `statement_timeout_s` seconds. `sock` is a connection to the server that is
-        there already, and is the session's from now on.
+        No answer takes much longer than `statement_timeout_s` seconds. `sock` is a connection to the server that is
+        there already, and is the session's from now on. `is_open` says whether a password was used on a network
+        where others may read and change what is sent.
         """
         import pymysql  # here: it takes as long as all the rest of a start, and most runs lock no database
-        from pymysql.cursors import DictCursor
+        from pymysql.cursors import Cursor
 
         self._errors = pymysql.err
         self.place = account.place
         self._user = account.user
         self._granted_to = "the account"
-        self._connection: pymysql.Connection[DictCursor] = pymysql.Connection(
-            user=account.user,
-            password=account.password.encode("utf-8", "surrogateescape"),
-            database=account.database,
-            autocommit=True,
-            read_timeout=statement_timeout_s,
-            write_timeout=statement_timeout_s,
-            program_name="blockdiff",
-            defer_connect=True,
-            cursorclass=DictCursor,
-        )
+        self._bounds = mysqlsocket.Bounds(statement_timeout_s)
+        tls = account.tls if account.is_of_network else None
+        password = account.password.encode("utf-8", "surrogateescape")
+        trusted = tls is not None or not account.is_of_network
         try:
-            self._connection.connect(sock if sock is not None else _connected(account))
-        except pymysql.err.MySQLError as error:
+            self._connection: pymysql.Connection[Cursor] = pymysql.Connection(
+                user=account.user,
+                password=password,
+                host=account.host,
+                database=account.database,
+                autocommit=True,
+                read_timeout=statement_timeout_s,
+                write_timeout=statement_timeout_s,
+                program_name="blockdiff",
+                defer_connect=True,
+                cursorclass=Cursor,
+                ssl=mysqlsocket.context(tls, self._bounds) if tls is not None else None,
+                ssl_disabled=tls is None,
+                server_public_key=account.server_key(),
+                auth_plugin_map={**mysqlplugins.handlers(password, trusted, account.public_key is not None)},
+            )
+            sock = mysqlsocket.bounded(sock or mysqlsocket.connected(account), self._bounds)
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        self.is_open = not trusted and bool(password) and not _is_loopback(sock)
+        self._log_in(sock)
+        try:
+            (row,) = self.rows("SELECT CURRENT_USER() AS account")
+            self._granted_to = "`{}`@`{}`".format(*str(row["account"]).rsplit("@", 1))
+            self.execute(f"SET SESSION wait_timeout={_IDLE_TIMEOUT_S}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _log_in(self, sock: socket.socket) -> None:
+        refused = f"cannot log in to {self.place} as {printable(self._user, 100)}"
+        try:
+            self._connection.connect(sock)
+        except self._errors.MySQLError as error:
+            cause = getattr(error, "original_exception", None)
+            if isinstance(cause, ssl.SSLError):
+                raise DatabaseError(f"{refused}: no TLS with it: {_reason(cause)}", _TLS_HINT) from error
             number, said = _parts(error)
-            raise DatabaseError(
-                f"cannot log in to {self.place} as {printable(self._user, 100)}: {said}", _HINTS.get(number)
-            ) from error
-        (row,) = self.rows("SELECT CURRENT_USER() AS account")
-        self._granted_to = "`{}`@`{}`".format(*str(row["account"]).rsplit("@", 1))
-        self.execute(f"SET SESSION wait_timeout={_IDLE_TIMEOUT_S}")
+            raise DatabaseError(f"{refused}: {said}", _HINTS.get(number)) from error
+        except DatabaseError as error:
+            raise DatabaseError(f"{refused}: {error.message}", error.hint) from error
+        except _GARBLED as error:
+            raise DatabaseError(f"{refused}: it does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
 
     def __enter__(self) -> "Session":
         return self
@@ -93,15 +137,24 @@ class Session:
     def rows(self, statement: str) -> list[Row]:
         """Execute a statement and return its rows.
 
-        Raises `TimedOut` where it was not done in time, and `DatabaseError` for whatever else the server says, or where
-        the session is gone.
+        Raises `TimedOut` where it was not done in time, and `DatabaseError` for whatever else the server says, where it
+        sends too much, or where the session is gone.
         """
+        self._bounds.begin()
         try:
             with self._connection.cursor() as cursor:
                 cursor.execute(statement)
-                return list(cursor.fetchall())
+                found, columns = cursor.fetchall(), [column[0] for column in cursor.description or ()]
         except self._errors.MySQLError as error:
             raise self._refused(error) from error
+        except DatabaseError as error:
+            raise type(error)(f"{self.place}: {error.message}", error.hint) from error
+        except _GARBLED as error:
+            self.close()
+            raise DatabaseError(f"{self.place} does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
+        if len(found) > _ROWS_LIMIT:
+            raise DatabaseError(f"{self.place}: {len(found)} rows came for one answer", _PROTOCOL_HINT)
+        return [dict(zip(columns, row)) for row in found]
 
     def execute(self, statement: str) -> None:
         """Execute a statement that returns nothing of interest; raises as `rows`."""
@@ -121,7 +174,7 @@ class Session:
     def _refused(self, error: "pymysql.err.MySQLError") -> DatabaseError:
         number, said = _parts(error)
         message = f"{self.place}: {said}"
-        if number in _TIMED_OUT or "(timed out)" in said:
+        if number in _TIMED_OUT:
             return TimedOut(message)
         match = _PRIVILEGES.search(said)
         if number == 1227 and match is not None:
@@ -133,34 +186,18 @@ class Session:
         return DatabaseError(message, _HINTS.get(number))
 
 
-def _connected(account: Account) -> socket.socket:
-    """Return a connection to the server. PyMySQL's own way leaves a socket open where it fails."""
-    try:
-        if account.socket is None:
-            sock = socket.create_connection((account.host, account.port), CONNECT_TIMEOUT_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return sock
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(CONNECT_TIMEOUT_S)
-            sock.connect(account.socket)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    except (OSError, UnicodeError) as error:  # the latter for host names that cannot be
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DatabaseError(
-            f"cannot reach {account.place}: {printable(str(reason), 200)}",
-            "is the server running, and does it listen to the network? The word ssh for the URL needs no network"
-            if account.socket is None
-            else "is the server running, and is this its socket?",
-        ) from error
-
-
 def _parts(error: "pymysql.err.MySQLError") -> tuple[int, str]:
     """Return the number of an error and its words; neither ever holds a password."""
     if len(error.args) > 1 and isinstance(error.args[0], int):
         return error.args[0], printable(str(error.args[1]), 500) or "the connection is closed"
     return 0, printable(str(error), 500) or "the connection is closed"
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    """Whether the other end is this machine."""
+    return ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0]).is_loopback
+
+
+def _reason(error: ssl.SSLError) -> str:
+    said = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason
+    return printable(str(said or error), 200)

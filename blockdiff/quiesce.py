@@ -73,7 +73,7 @@ class DatabaseQuiesce(Quiesce):
         super().__init__(freezes)
         self._database = database
         self._server = server
-        self._notes: list[str] = []
+        self._notes = [note] if (note := database.note) else []
         files = server.files
         self.datadir = files.needed[0]
         self.directories = [*files.needed, *(path for path, _what in files.others)]

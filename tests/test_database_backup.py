@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, mysqlaccount, mysqllock
+from blockdiff import backup, mysqlaccount, mysqllock, mysqlsession
 from blockdiff.address import Address
 from blockdiff.backup import Options, Volumes
 from blockdiff.coordinates import Coordinates
@@ -84,14 +84,15 @@ def chain(tmp_path: Path, fake: FakeLvm, mariadb: MariaDB) -> Iterator[SmallChai
 
 
 @pytest.fixture
-def network_user(mariadb: MariaDB) -> Iterator[str]:
-    """The user part of a URL of an account that may do what is needed, over the network, with a password."""
+def network_user(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The user of an account that may do what is needed, over the network, with a password in the environment."""
     name = "'net'@'%'"
     mariadb.run(
         f"CREATE USER {name} IDENTIFIED BY 'hu#sh ''secret'''",
         f"GRANT PROCESS, RELOAD, BINLOG MONITOR, SLAVE MONITOR ON *.* TO {name}",
     )
-    yield "net:hu%23sh%20%27secret%27"
+    monkeypatch.setenv("MYSQL_PWD", SECRET)
+    yield "net"
     mariadb.run(f"DROP USER {name}")
 
 
@@ -240,6 +241,20 @@ def test_a_freeze_and_a_lock_go_together(chain: SmallChain, mariadb: MariaDB, tm
     assert (tmp_path / "frozen").exists()
 
 
+def test_a_login_over_a_network_without_tls_is_noted(
+    chain: SmallChain, mariadb: MariaDB, network_user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine's own address is none, so it is taken for another one here."""
+    url = f"mysql://{network_user}@127.0.0.1:{mariadb.port}/"
+    assert chain.add(None, options(url)).manifest.notes == []
+    monkeypatch.setattr(mysqlsession, "_is_loopback", lambda sock: False)
+    result = chain.add(None, options(url))
+    (note,) = result.manifest.notes
+    assert note.startswith(f"the login to the database on 127.0.0.1:{mariadb.port} went over the network without encry")
+    assert note.endswith("; ?ssl-ca=FILE or mysql+ssh:// encrypt")
+    assert result.warnings == []
+
+
 # --- failures
 
 
@@ -311,9 +326,10 @@ def test_a_dry_run_logs_in_and_waits_for_no_lock(chain: SmallChain, fake: FakeLv
 
 
 def test_a_wrong_password_names_itself_before_anything_is_made(
-    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, network_user: str
+    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, network_user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = failed(chain, options(f"mysql://net:wrong%20secret@127.0.0.1:{mariadb.port}/"))
+    monkeypatch.setenv("MYSQL_PWD", "wrong secret")
+    error = failed(chain, options(f"mysql://{network_user}@127.0.0.1:{mariadb.port}/"))
     assert "Access denied for user 'net'" in error.message and "wrong" not in error.message
     assert fake.calls() == []
 

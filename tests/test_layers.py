@@ -42,6 +42,7 @@ ORDER = """
     codec
     mysqloptions  coordinates
     mysqlaccount  mysqlfiles  redolog
+    mysqlsocket  mysqlplugins
     mysqlsession
     mysqllock
     deltafile  manifest  lockcommand

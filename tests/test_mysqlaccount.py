@@ -7,7 +7,7 @@ import pytest
 
 from blockdiff import mysqlaccount
 from blockdiff.errors import UsageError
-from blockdiff.mysqlaccount import Account, Given, from_options, from_url
+from blockdiff.mysqlaccount import Account, Given, Tls, from_options, from_url
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +29,27 @@ def option_file(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("url", "account"),
     [
-        ("mysql://backup:pw@db00/", Account("backup", "pw", "db00")),
-        ("mysql://backup:pw@db00:3307", Account("backup", "pw", "db00", 3307)),
+        ("mysql://backup@db00/", Account("backup", "", "db00")),
+        ("mysql://backup@db00:3307", Account("backup", "", "db00", 3307)),
         ("mysql://backup:@db00/shop", Account("backup", "", "db00", database="shop")),
-        ("mysql://:pw@db00/", Account("me", "pw", "db00")),
-        ("mysql://u:p%23%2F%3F%40%3A%25%20%22'@[::1]/d%2Fb", Account("u", "p#/?@:% \"'", "::1", database="d/b")),
-        ("mysql://u:p%C3%A9@h/", Account("u", "pé", "h")),
-        ("mysql://u:p@localhost/?socket=/run/db.sock", Account("u", "p", socket="/run/db.sock")),
-        ("mysql://u:p@/?socket=/run/a%20b.sock", Account("u", "p", socket="/run/a b.sock")),
-        ("mysql://u:p@localhost/", Account("u", "p")),
+        ("mysql://p%23%2F%3F%40%3A%25%20%22'@[::1]/d%2Fb", Account("p#/?@:% \"'", "", "::1", database="d/b")),
+        ("mysql://p%C3%A9@h/", Account("pé", "", "h")),
+        ("mysql://u@localhost/?socket=/run/db.sock", Account("u", "", socket="/run/db.sock")),
+        ("mysql://u@/?socket=/run/a%20b.sock", Account("u", "", socket="/run/a b.sock")),
+        ("mysql://u@localhost/", Account("u", "")),
         ("mysql:///", Account("me", "")),
         ("ssh", Account("root", "", through_ssh=True)),
-        ("mysql+ssh://backup:pw@/", Account("backup", "pw", through_ssh=True)),
+        ("mysql+ssh://backup@/", Account("backup", "", through_ssh=True)),
         ("mysql+ssh:///?socket=/run/db.sock", Account("root", "", socket="/run/db.sock", through_ssh=True)),
+        ("mysql://u@h/?ssl-ca=/ca.pem", Account("u", "", "h", tls=Tls("/ca.pem"))),
+        ("mysql://u@h/?ssl-mode=required", Account("u", "", "h", tls=Tls())),
+        (
+            "mysql://u@h/?ssl-ca=/ca.pem&ssl-cert=/c.pem&ssl-key=/k.pem&ssl-mode=VERIFY_CA",
+            Account("u", "", "h", tls=Tls("/ca.pem", cert="/c.pem", key="/k.pem", checks_name=False)),
+        ),
+        ("mysql://u@h/?ssl-mode=PREFERRED", Account("u", "", "h")),
+        ("mysql://u@h/?server-public-key-path=/key.pem", Account("u", "", "h", public_key="/key.pem")),
+        ("mysql://u@localhost/?socket=/s&ssl-ca=/ca.pem", Account("u", "", socket="/s")),
     ],
 )
 def test_a_url_says_who_and_where(url: str, account: Account) -> None:
@@ -67,8 +75,15 @@ def test_the_word_ssh_logs_in_as_the_ssh_login_does() -> None:
         ("postgres://u:hushed@h/", "neither mysql://"),
         ("mysql:u:hushed@h", "neither mysql://"),
         ("hushed", "neither mysql://"),
-        ("mysql://u:hushed@h/?socket=/x", "a socket is of this machine, and not of h"),
-        ("mysql+ssh://u:hushed@h/", "takes no host or port"),
+        ("mysql://u@h/?socket=/x", "a socket is of this machine, and not of h"),
+        ("mysql://u:hushed@h/", "has a password in it, which others see in the list of processes"),
+        ("mysql://u:hushed@/?socket=/run/db.sock", "has a password in it"),
+        ("mysql+ssh://u:hushed@/", "has a password in it"),
+        ("mysql+ssh://u@h/", "takes no host, port or TLS"),
+        ("mysql+ssh://u@/?ssl-ca=/ca.pem", "takes no host, port or TLS"),
+        ("mysql://u@h/?ssl-mode=odd", "ssl-mode=ODD is unknown"),
+        ("mysql://u@h/?ssl-mode=VERIFY_CA", "needs an authority of your own"),
+        ("mysql://u@h/?ssl-crl=/crl", "more than a database name"),
     ],
 )
 def test_a_wrong_url_is_told_without_its_secret(url: str, message: str) -> None:
@@ -79,14 +94,20 @@ def test_a_wrong_url_is_told_without_its_secret(url: str, message: str) -> None:
 
 
 def test_an_account_does_not_show_its_password() -> None:
-    assert "secret" not in repr(from_url("mysql://u:secret@h/")) + repr(Given(password="secret"))
+    assert "secret" not in repr(from_options(Given(password="secret"))) + repr(Given(password="secret"))
+
+
+def test_the_hint_says_where_a_password_goes() -> None:
+    with pytest.raises(UsageError) as caught:
+        from_url("mysql://u:hushed@h/")
+    assert "MYSQL_PWD" in str(caught.value.hint) and "?defaults-file=PATH" in str(caught.value.hint)
 
 
 def test_a_url_without_a_password_has_the_rest_from_the_option_file_at_home(bare: Path) -> None:
     option_file(bare / ".my.cnf", "[client]\nuser=file\npassword='p # w'\nport=3333\n[mysqllock]\nhost=db01\n")
     assert from_url("mysql://backup@db00/") == Account("backup", "p # w", "db00", 3333)
     assert from_url("mysql:///") == Account("file", "p # w", "db01", 3333)
-    assert from_url("mysql://backup:own@db00/") == Account("backup", "own", "db00")
+    assert from_url("mysql://backup:@db00/") == Account("backup", "", "db00")
     assert from_url("ssh") == Account("root", "", through_ssh=True)
 
 
@@ -146,3 +167,57 @@ def test_a_port_in_an_option_file_that_is_none_is_an_error(bare: Path, port: str
 )
 def test_an_account_says_where_it_is(account: Account, place: str) -> None:
     assert account.place == place
+
+
+# --- TLS in option files
+
+
+@pytest.mark.parametrize(
+    ("options", "tls"),
+    [
+        ("", None),
+        ("ssl-ca=/ca.pem", Tls("/ca.pem")),
+        ("ssl_ca = '/ca.pem'\nssl_mode=VERIFY_CA", Tls("/ca.pem", checks_name=False)),
+        ("ssl-capath=/cas\nloose-ssl-cert=/c.pem\nssl-key=/k.pem", Tls(None, "/cas", "/c.pem", "/k.pem")),
+        ("ssl", Tls()),
+        ("ssl-verify-server-cert", Tls()),
+        ("ssl-mode=VERIFY_IDENTITY", Tls()),
+        ("ssl=0", None),
+        ("ssl-ca=/ca.pem\nssl-mode=disabled", None),
+        ("ssl-ca=/ca.pem\nskip-ssl", None),
+    ],
+)
+def test_option_files_say_how_to_encrypt(bare: Path, options: str, tls: Tls | None) -> None:
+    path = option_file(bare / "my.cnf", f"[client]\nhost=db00\n{options}\n")
+    assert from_options(Given(defaults_file=path)).tls == tls
+    assert from_url(f"mysql://u@db00/?defaults-file={path}").tls == tls
+    assert from_options(Given(defaults_file=path, host="localhost", socket="/s")).tls is None
+    assert from_url(f"mysql+ssh://u@/?defaults-file={path}").tls is None
+
+
+def test_a_url_goes_before_the_option_file(bare: Path) -> None:
+    path = option_file(bare / "my.cnf", "[client]\nssl-ca=/ca.pem\n")
+    assert from_url(f"mysql://u@h/?defaults-file={path}&ssl-ca=/own.pem").tls == Tls("/own.pem")
+    assert from_url(f"mysql://u@h/?defaults-file={path}&ssl-mode=DISABLED").tls is None
+
+
+@pytest.mark.parametrize(
+    "option", ["ssl-crl=/crl", "ssl-fp=ab:cd", "ssl-verify-server-cert=0", "disable-ssl-verify-server-cert"]
+)
+def test_what_is_not_done_of_the_clients_options_is_refused_by_name(bare: Path, option: str) -> None:
+    path = option_file(bare / "my.cnf", f"[client]\nhost=db00\n{option}\n")
+    with pytest.raises(UsageError, match=f"{option.partition('=')[0]} is not supported: .* is always checked"):
+        from_options(Given(defaults_file=path))
+
+
+def test_a_file_that_is_not_the_servers_key_is_refused(bare: Path) -> None:
+    path = option_file(bare / "key.pem", "-----BEGIN PRIVATE KEY-----")
+    with pytest.raises(UsageError, match=r"key\.pem is not a public key"):
+        Account("u", "", public_key=path).server_key()
+    with pytest.raises(UsageError, match=r"cannot read the server's public key .*No such file"):
+        Account("u", "", public_key=path + ".none").server_key()
+
+
+def test_what_is_of_a_network(bare: Path) -> None:
+    assert Account("u", "", "db00").is_of_network
+    assert not Account("u", "", socket="/s").is_of_network and not Account("u", "", through_ssh=True).is_of_network

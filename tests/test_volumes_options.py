@@ -24,7 +24,7 @@ NOTHING: dict[str, object] = {
     "keep_snapshot": False,
     "audit": False,
 }
-MYSQL = ("--mysql", "mysql://u:p@127.0.0.1/")
+MYSQL = ("--mysql", "mysql://u@127.0.0.1/")
 
 
 def parsed(**given: object) -> Volumes | None:
@@ -44,7 +44,7 @@ def test_each_option_arrives() -> None:
     found = parsed(
         lvm=True,
         snapshot_size="5G",
-        mysql="mysql://u:p@db00:33/",
+        mysql="mysql://u:@db00:33/",
         lock_wait=1.5,
         long_query=2.0,
         max_hold=3.0,
@@ -53,7 +53,7 @@ def test_each_option_arrives() -> None:
         keep_snapshot=True,
         audit=True,
     )
-    account = Account("u", "p", "db00", 33)
+    account = Account("u", "", "db00", 33)
     assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), "freeze", "thaw", True, True)
 
 

@@ -51,6 +51,8 @@ def _mysqllock(
     limits = Limits(lock_wait, long_query, max_hold)
     statements = Statements(before or None, after or None)
     with mysqllock.connect(account, limits, statements, say=_say) as database:
+        if database.note:
+            _say(f"note: {database.note}")
         database.check(with_coordinates=False)
         status = mysqllock.run_locked(database, command)
     sys.exit(status)

@@ -73,8 +73,6 @@ def login(how: str, shop: Shop, home: Path) -> Login:
         return Login(f"mysql://{user}@127.0.0.1:{port}/", {**env, "MYSQL_PWD": PASSWORD})
     if how == "MYSQL_PWD through SSH":
         return Login(f"mysql+ssh://{user}@/", {**env, "MYSQL_PWD": PASSWORD})
-    if how == "URL":
-        return Login(f"mysql://{user}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/", env)
     if how == "~/.my.cnf":
         option_file(home / ".my.cnf")
         return Login(f"mysql://127.0.0.1:{port}/", env)
@@ -84,7 +82,7 @@ def login(how: str, shop: Shop, home: Path) -> Login:
     return Login(f"mysql://127.0.0.1:{port}/?defaults-file={quote(str(home / 'main.cnf'))}", env)
 
 
-WAYS = ["unix_socket", "MYSQL_PWD", "MYSQL_PWD through SSH", "URL", "~/.my.cnf", "!includedir"]
+WAYS = ["unix_socket", "MYSQL_PWD", "MYSQL_PWD through SSH", "~/.my.cnf", "!includedir"]
 
 
 class Run(NamedTuple):
