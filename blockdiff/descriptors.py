@@ -194,7 +194,7 @@ def dump_volume(
         say("creating snapshot...")
         (CommandQuiesce(taken.lock) if taken.lock else Quiesce()).around(session)
         command = "ssh_blockdiff_dump" + _FLAGS[compression]
-        snapshot = _scan(session, ends, lambda device: say(f'running: {command} "{host.login}" "{device}"'))
+        snapshot = _scan(session, ends, lambda device: say(f'running: {command} "{host.login}" "{device}"...'))
         say(f"removing snapshot {snapshot}...")
         for note in session.totals.notes[len(ready.notes) :] if session.totals is not None else ():
             say(note)

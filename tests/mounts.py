@@ -35,3 +35,19 @@ def leave_pages(path: Path, count: int) -> None:
     status = os.statvfs(path)
     used = (status.f_blocks - status.f_bfree) * status.f_frsize
     remount(path, f"size={used + count * PAGE}")
+
+
+def without_places(writable: Path | None = None) -> list[str]:
+    """Return the words before a command that finds no directory for temporary files, with TMPDIR=/proc; or skip.
+
+    `writable` is a directory that stays so.
+    """
+    script = (
+        'stays="$1"; shift; [ -z "$stays" ] || mount --bind "$stays" "$stays" || exit 99; '
+        "for place in /tmp /var/tmp; do "
+        'mount --rbind "$place" "$place" && mount -o remount,bind,ro "$place" || exit 99; done; cd /proc; exec "$@"'
+    )
+    words = [conftest.require_program("unshare"), "-m", "sh", "-c", script, "sh", str(writable or "")]
+    probe = os.getuid() == 0 and subprocess.run([*words, "true"], capture_output=True, timeout=60, check=False)
+    conftest.require(probe and probe.returncode == 0, "the right to mount")
+    return words

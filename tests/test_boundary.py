@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import chains, commands, conftest
+from tests import chains, commands, mounts
 from tests.chains import DAYS, SmallChain
 
 #: What a shell does to the standard streams of a command.
@@ -146,30 +146,17 @@ def test_what_cannot_be_encoded_is_shown_escaped() -> None:
 # What the system refuses
 
 
-def without_places() -> list[str]:
-    """Return the words before a command that finds no directory for temporary files."""
-    unshare = conftest.require_program("unshare")
-    script = (
-        "for place in /tmp /var/tmp; do "
-        'mount --bind "$place" "$place" && mount -o remount,bind,ro "$place" || exit 99; done; cd /proc; exec "$@"'
-    )
-    words = [unshare, "-m", "sh", "-c", script, "sh"]
-    probe = os.getuid() == 0 and subprocess.run([*words, "true"], capture_output=True, timeout=60, check=False)
-    conftest.require(probe and probe.returncode == 0, "the right to mount")
-    return words
-
-
 NO_PLACE = "there is no directory for temporary files: none of /proc, /tmp, /var/tmp can be written to"
 
 
 def test_no_directory_for_temporary_files_is_named(chain: SmallChain) -> None:
-    result = commands.run("blockdiff", "verify", chain.name, under=without_places(), env={"TMPDIR": "/proc"})
+    result = commands.run("blockdiff", "verify", chain.name, under=mounts.without_places(), env={"TMPDIR": "/proc"})
     assert (result.returncode, result.stdout) == (1, b"")
     assert result.stderr.decode() == f"blockdiff: {NO_PLACE}\n  set TMPDIR to a directory that can\n"
 
 
 def test_no_directory_for_the_old_table_is_named() -> None:
-    words = [*without_places(), "sh", "-c", 'exec "$@" 5</dev/null 6>/dev/null', "sh"]
+    words = [*mounts.without_places(), "sh", "-c", 'exec "$@" 5</dev/null 6>/dev/null', "sh"]
     result = commands.run("blockdiff_dump", under=words, env={"TMPDIR": "/proc"})
     assert result.returncode == 1 and f"blockdiff: {NO_PLACE}\n" in result.stderr.decode()
 

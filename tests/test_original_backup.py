@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import commands, conftest
+from tests.mariadb import wait_for
 from tests.protocol import BLOCK, GOLDEN, IMAGES, dumped, run, snapshot
 from tests.sshd import Sshd
 
@@ -104,6 +105,16 @@ def test_a_command_that_fails_leaves_the_chain_as_it_was(text: str, words: str, 
     before = snapshot(chain.parent)
     assert_refused(backup(chain, script(tmp_path, text.format(image=GOLDEN / "image.3"))), 1, words)
     assert snapshot(chain.parent) == before
+
+
+def test_what_a_command_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
+    later = f"(until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; touch '{tmp_path}/done') >/dev/null 2>&1 6>&- &\n"
+    try:
+        assert_done(backup(tmp_path / "disk", script(tmp_path, f"{later}exec blockdiff_dump '{GOLDEN}/image.1'\n")))
+        assert not (tmp_path / "done").exists()
+    finally:
+        (tmp_path / "go").touch()
+    wait_for((tmp_path / "done").exists, "what was left running")
 
 
 def test_a_command_that_is_missing_is_named_and_leaves_the_chain_as_it_was(chain: Path) -> None:

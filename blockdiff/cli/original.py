@@ -8,11 +8,11 @@ import click
 
 from blockdiff import __version__, address, codec
 from blockdiff.apply import apply
-from blockdiff.cli import agent_prefix, run
+from blockdiff.cli import agent_prefix, run, say_error
 from blockdiff.command_backup import backup_with_command
 from blockdiff.cronlog import run_logged
 from blockdiff.descriptors import Taken, check_given, dump_local, dump_remote, dump_volume
-from blockdiff.errors import UsageError, printable
+from blockdiff.errors import BlockdiffError, UsageError, printable
 
 #: The original's block size for logical volumes, in bytes.
 LVM_BLOCK_SIZE = 1 << 20
@@ -107,8 +107,16 @@ def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
 @_version
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def _cronlog(logfile: str | None, timestamp: bool, print_always: bool, command: tuple[str, ...]) -> None:
-    """Run COMMAND, log what it says, and print this run's log if it fails. Exits with the status of COMMAND."""
-    sys.exit(run_logged(command, logfile, timestamp, print_always, sys.stdout.buffer))
+    """Run COMMAND, log what it says, and print this run's log if it fails.
+
+    Exits with the status of COMMAND, or 128+N where signal N ended it. A log that cannot be written ends nothing: this
+    is said, and the run's log printed. What COMMAND leaves running is not waited for.
+    """
+
+    def warn(error: BlockdiffError) -> None:
+        say_error(error, "warning: ")
+
+    sys.exit(run_logged(command, logfile, timestamp, print_always, sys.stdout.buffer, warn))
 
 
 def _compression(gzip: bool, lzop: bool) -> str:
