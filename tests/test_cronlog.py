@@ -158,7 +158,7 @@ def test_a_log_that_is_a_socket_on_standard_output_is_written(tmp_path: Path) ->
     with ours:
         with theirs:
             words = [sys.executable, str(commands.BIN / "cronlog"), "-l", "/dev/stdout", "echo", "out"]
-            status = subprocess.run(words, stdout=theirs, timeout=60, check=False).returncode
+            status = subprocess.run(words, stdout=theirs.fileno(), timeout=60, check=False).returncode
         assert status == 0
         assert b"".join(iter(lambda: ours.recv(4096), b"")).splitlines()[2:] == [b"out", (EXITED % 0).encode()]
 
