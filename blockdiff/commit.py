@@ -56,6 +56,7 @@ class LockedChain(WritableChain):
             self.reload()
             self._set_uncommitted_aside()
             self._remove_temporary()
+            self.directory.check_abilities(self._lock_name, self.temporary_version)  # now, not after hours of reading
             self.reload()
             if recovers:
                 self._recover()
@@ -74,7 +75,7 @@ class LockedChain(WritableChain):
         super().close()
 
     def _lock(self) -> None:
-        self._lock_fd = self.directory.open_lock(f".{self.base}.lock")
+        self._lock_fd = self.directory.open_lock(self._lock_name)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -165,6 +166,10 @@ class LockedChain(WritableChain):
             self.directory.unlink(self.temporary_version)
             raise
         self.directory.sync()
+
+    @property
+    def _lock_name(self) -> str:
+        return f".{self.base}.lock"
 
     @property
     def temporary_version(self) -> str:

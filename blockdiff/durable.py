@@ -10,7 +10,7 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from blockdiff import checksum, sharing
@@ -299,6 +299,19 @@ class Directory:
         """Give a file a second name; raises `StorageError` where that is taken: nothing is ever overwritten."""
         with _named("create", self.path_of(new_name)):
             os.link(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
+
+    def check_abilities(self, name: str, spare_name: str) -> None:
+        """Raise `StorageError` where the file system lacks what a commit needs: hard links, and synced directories.
+
+        The file `name` has the name `spare_name`, which must be free, for a moment.
+        """
+        with _named("make a hard link in", self.path):
+            try:
+                os.link(name, spare_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
+            finally:
+                with suppress(OSError):  # what is still there is found by whoever writes the file of that name
+                    os.unlink(spare_name, dir_fd=self._fd)
+        self.sync()
 
     def rename(self, name: str, new_name: str) -> None:
         """Move a file over whatever bears the new name."""

@@ -256,6 +256,8 @@ class Recorder:
         follow_symlinks: bool = True,
     ) -> None:
         os.link(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=follow_symlinks)
+        if source.endswith(".lock"):
+            return
         file = self._names[os.path.basename(source)]
         self._names[os.path.basename(target)] = file
         self.history.steps.append(Enter(os.path.basename(target), file))
@@ -268,8 +270,8 @@ class Recorder:
 
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
         os.unlink(path, dir_fd=dir_fd)
-        self._names.pop(os.path.basename(path), None)
-        self.history.steps.append(Remove(os.path.basename(path)))
+        if self._names.pop(os.path.basename(path), None) is not None:
+            self.history.steps.append(Remove(os.path.basename(path)))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.errors import EXIT_BUSY, BlockdiffError, StorageError
-from tests import chains, commands, faults
+from tests import chains, commands, conftest, faults
 from tests.chains import DAYS, SmallChain
 
 
@@ -75,7 +75,7 @@ def test_a_file_system_without_hard_links_is_refused(
     before = chain.files()
     with (
         faults.at_step(monkeypatch, 1, number, ("link",)),
-        pytest.raises(StorageError, match=r"cannot create .*disk\.2\.gz: ") as caught,
+        pytest.raises(StorageError, match=r"cannot make a hard link in .*backup: ") as caught,
     ):
         chain.add(DAYS[1])
     assert caught.value.hint is not None and "a file system with hard links" in caught.value.hint
@@ -96,3 +96,19 @@ def test_a_file_system_without_locks_is_refused(
     assert caught.value.hint == "keep backups on a file system with flock(2)"
     assert chain.files() == before
     assert chain.restored(1) == DAYS[0]
+
+
+def test_a_file_system_without_hard_links_is_refused_before_anything_is_read(chain: SmallChain) -> None:
+    """Not after the hours that a source may take: this one does not even exist."""
+    strace = [conftest.require_strace(), "-f", "-qq", "-o", "/dev/null"]
+    no_links = [*strace, "-e", "trace=linkat", "-e", "inject=linkat:error=EPERM"]
+    result = commands.run("blockdiff", "backup", chain.name, chain.source.parent / "no-such-source", under=no_links)
+    said = f"cannot make a hard link in {chain.directory}: Operation not permitted"
+    assert result.returncode == 1 and said in result.stderr.decode()
+
+
+def test_a_directory_that_cannot_be_synced_is_refused_before_anything_is_read(chain: SmallChain) -> None:
+    strace = [conftest.require_strace(), "-f", "-qq", "-o", "/dev/null"]
+    no_sync = [*strace, "-e", "trace=fsync", "-e", "inject=fsync:error=EINVAL"]
+    result = commands.run("blockdiff", "backup", chain.name, chain.source.parent / "no-such-source", under=no_sync)
+    assert result.returncode == 1 and f"cannot sync {chain.directory}: Invalid argument" in result.stderr.decode()

@@ -104,7 +104,7 @@ def test_missing_generations_are_listed_as_one_gap(chain: SmallChain) -> None:
 
 
 def test_a_run_that_was_cut_off_is_incomplete_and_no_damage(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
-    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+    with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])
     assert states(chain) == [
         *["ok"] * 3,

@@ -92,7 +92,7 @@ def test_a_first_generation_that_was_never_completed_is_moved_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = chains.new_chain(tmp_path)
-    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+    with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])
     assert chain.file(".1.gz").exists() and chain.file(".1.sha256").exists() and not chain.file(".1.json").exists()
     result = chain.add(DAYS[1])
@@ -117,7 +117,7 @@ def test_the_same_files_without_their_temporary_names_are_no_crash_of_ours(tmp_p
 def test_list_shows_what_a_crash_left_as_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = chains.new_chain(tmp_path)
     chain.add(DAYS[0])
-    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+    with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[1])
     with Chain(chain.name) as found:
         assert [entry.state for entry in listing.entries(found)] == ["ok", "incomplete"]

@@ -277,7 +277,7 @@ def test_a_full_generation_of_another_chain_is_not_taken_in(chain: SmallChain, t
 
 
 def test_what_a_crash_left_is_set_aside(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
-    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+    with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])
     repair.repair(chain.name)
     assert repair.repair(chain.name).deeds == []

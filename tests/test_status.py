@@ -98,7 +98,7 @@ def test_a_chain_without_version_file_and_manifests_is_critical(tmp_path: Path) 
 
 def test_a_run_that_was_cut_off_is_a_warning(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
     when = finished(chain)
-    with faults.at_step(monkeypatch, 3, None, ("link",)), pytest.raises(faults.Crash):
+    with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])
     found = status.look(chain.name, HOUR_S, when + 60)
     assert (found.state, found.text) == (State.WARNING, "generation 3 is 1min old, and a run after it was cut off")
