@@ -5,6 +5,8 @@ VENV = .venv
 PYTHON = $(VENV)/bin/python
 # a plain path: what setuptools does by default adds 30 ms to each start of Python
 EDITABLE = --config-settings editable_mode=compat --editable
+# what the tests are known to pass with; tests/dependencies.py tries the oldest and the newest
+CONSTRAINTS = --constraint tests/constraints.txt
 
 .PHONY: demo test torture check lab bench fuzz mutants clean
 
@@ -38,15 +40,15 @@ mutants: $(VENV)/installed-for-tests
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-$(VENV)/installed: setup.cfg pyproject.toml
+$(VENV)/installed: setup.cfg pyproject.toml tests/constraints.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo 'the server side of blockdiff needs python3 of version 3.10 or newer' >&2; exit 1; }
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(EDITABLE) .
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(EDITABLE) .
 	touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/installed
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(EDITABLE) '.[test]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(EDITABLE) '.[test]'
 	touch $@
 
 $(VENV)/installed-for-fuzzing: $(VENV)/installed-for-tests
