@@ -65,15 +65,12 @@ def _entry(chain: Chain, number: int, end: int, last: int) -> Entry:
         return Entry(
             number, _written(generation), None, None, None, stored, None, state, problem, digest=_digest(generation)
         )
-    changed = known.changed_blocks * known.block_size
-    if known.image_size is not None:
-        changed = min(changed, known.image_size)
     return Entry(
         generation=number,
         when=known.finished,
         full=known.full,
         image_size=known.image_size,
-        changed=changed,
+        changed=known.changed_bytes,
         stored=stored,
         consistency=known.consistency,
         state=state,

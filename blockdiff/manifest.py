@@ -123,6 +123,12 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def changed_bytes(self) -> int:
+        """How many bytes of the image the delta carries."""
+        carried = self.changed_blocks * self.block_size
+        return carried if self.image_size is None else min(carried, self.image_size)
+
     def to_bytes(self) -> bytes:
         """Return the file's content."""
         fields = {"blockdiff_manifest": VERSION, "sha256": _NO_DIGEST, **asdict(self)}

@@ -1,5 +1,8 @@
 """How long work tells whoever watches how far it is. This watcher keeps it to itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Progress:
     """Told how a run goes, by the thread that runs it."""
@@ -9,6 +12,11 @@ class Progress:
 
     def update(self, offset: int, received: int) -> None:
         """Everything below `offset` was examined, and `received` bytes have come from the host."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make room for what is printed meanwhile."""
+        yield
 
     def advance(self, count: int) -> None:
         """`count` more bytes are done."""

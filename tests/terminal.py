@@ -12,19 +12,25 @@ from pathlib import Path
 from tests.commands import BIN, PATH
 
 
-def run(*arguments: str | Path, timeout_s: float = 60) -> tuple[int, str]:
-    """Run a command of ``bin/`` with all three standard streams on a terminal; return exit status and what it shows."""
+def run(*arguments: str | Path, timeout_s: float = 60, stdout: Path | None = None) -> tuple[int, str]:
+    """Run a command of ``bin/`` with all three standard streams on a terminal; return exit status and what it shows.
+
+    With `stdout`, standard output is that file instead.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     environment = {**os.environ, "PATH": PATH, "TERM": "xterm", "COLUMNS": "160"}
-    with subprocess.Popen(
-        [sys.executable, BIN / str(arguments[0]), *arguments[1:]],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env=environment,
-        start_new_session=True,
-    ) as process:
+    with (
+        open(os.devnull if stdout is None else stdout, "wb") as file,
+        subprocess.Popen(
+            [sys.executable, BIN / str(arguments[0]), *arguments[1:]],
+            stdin=slave,
+            stdout=slave if stdout is None else file,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+        ) as process,
+    ):
         os.close(slave)
         shown = bytearray()
         try:

@@ -121,3 +121,35 @@ def test_first_generations_that_are_gone_are_missing_unless_the_oldest_is_full(c
     for path in chain.directory.glob("disk.3.*"):
         path.unlink()
     assert states(chain) == ["ok", "ok"]
+
+
+# The same words in `verify --json`
+
+
+def test_verify_says_the_same_of_each_generation(chain: SmallChain) -> None:
+    found = json.loads(commands.done("blockdiff", "verify", "--json", chain.name))
+    assert found == [{"generation": n, "state": "ok", "problem": None, "hint": None} for n in (1, 2, 3)]
+    chain.file(".2.gz").write_bytes(b"cut")
+    result = commands.run("blockdiff", "verify", "--json", f"{chain.name}@2")
+    listed = json.loads(commands.run("blockdiff", "list", "--json", chain.name).stdout)[1]
+    (only,) = json.loads(result.stdout)
+    assert (result.returncode, result.stderr) == (5, b"")
+    assert {key: only[key] for key in ("generation", "state", "problem")} == {
+        key: listed[key] for key in ("generation", "state", "problem")
+    }
+    for path in chain.directory.glob("disk.2.*"):
+        path.unlink()
+    result = commands.run("blockdiff", "verify", "--json", chain.name)
+    assert result.returncode == 5
+    assert [entry["state"] for entry in json.loads(result.stdout)] == ["ok", "missing", "damaged"]
+
+
+def test_verify_says_where_the_source_differs(chain: SmallChain) -> None:
+    words = ["verify", "--json", "--source", str(chain.source), chain.name]
+    found = json.loads(commands.done("blockdiff", *words))
+    size = len(chain.images[3])
+    expected = {"generation": 3, "source": str(chain.source), "ranges": [], "image_size": size, "source_size": size}
+    assert found == expected
+    chain.source.write_bytes(b"x" + chain.images[3][1:])
+    result = commands.run("blockdiff", *words)
+    assert (result.returncode, json.loads(result.stdout)) == (1, {**expected, "ranges": [[0, chains.BLOCK]]})

@@ -104,8 +104,11 @@ def shown_time(text: str | None) -> str:
 
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
-    """Yield a progress bar where standard output and standard error are a terminal, and a silent one elsewhere."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+    """Yield a progress bar where standard error is a terminal, and a silent one elsewhere.
+
+    What is printed meanwhile is printed within `Progress.aside`.
+    """
+    if not sys.stderr.isatty():
         yield Progress()
         return
     from blockdiff.cli.progressbar import Bar  # here, because its import takes longer than a small backup

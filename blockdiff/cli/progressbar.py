@@ -1,13 +1,32 @@
 """A progress bar for whoever watches a run; imported only where there is a terminal."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
+from blockdiff.blocks import shown_size
 from blockdiff.progress import Progress
+
+
+class _Done(ProgressColumn):
+    """How many bytes are done, of how many."""
+
+    def render(self, task: Task) -> Text:
+        done = shown_size(int(task.completed))
+        return Text(done if task.total is None else f"{done} of {shown_size(int(task.total))}")
+
+
+class _Rate(ProgressColumn):
+    """How many bytes are done in a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{shown_size(int(speed))}/s")
 
 
 class Bar(Progress):
@@ -17,12 +36,14 @@ class Bar(Progress):
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            _Done(),
+            _Rate(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # that would lead what is printed to a file to the terminal
+            redirect_stderr=False,
         )
         self._what = what
         self._task: TaskID | None = None
@@ -34,6 +55,15 @@ class Bar(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """See `progress.Progress`."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
     def begin(self, total: int | None) -> None:
         """See `progress.Progress`."""
         self._task = self._bar.add_task(self._what, total=total, note="")
@@ -41,7 +71,7 @@ class Bar(Progress):
     def update(self, offset: int, received: int) -> None:
         """See `progress.Progress`."""
         if self._task is not None:
-            self._bar.update(self._task, completed=offset, note=f"{decimal(received)} sent")
+            self._bar.update(self._task, completed=offset, note=f"{shown_size(received)} sent")
 
     def advance(self, count: int) -> None:
         """See `progress.Progress`."""

@@ -30,7 +30,12 @@ def command(name: str, dry_run: bool) -> None:
         if dry_run:
             findings = repair.examine(chain, progress.advance)
         else:
-            findings = repair.repair(name, progress.advance, click.echo)
+
+            def tell(text: str) -> None:
+                with progress.aside():
+                    click.echo(text)
+
+            findings = repair.repair(name, progress.advance, tell)
     for deed in findings.deeds if dry_run else ():
         click.echo(f"would be done: {deed.text}")
     for number, why in findings.lost.items():

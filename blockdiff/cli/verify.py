@@ -1,18 +1,21 @@
 """``blockdiff verify``: prove that generations restore exactly, or compare one with its source."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 
 import click
 
-from blockdiff import address, proofs, transport, verify
+from blockdiff import address, listing, proofs, transport, verify
 from blockdiff.chain import Chain
 from blockdiff.cli import agent_prefix, print_ranges, say, say_error, split_name, watched
 from blockdiff.compare import compare
 from blockdiff.errors import (
     EXIT_DAMAGED,
+    EXIT_DONE,
     EXIT_FAILED,
     BlockdiffError,
     DamagedError,
@@ -45,6 +48,7 @@ class Subset(click.ParamType[tuple[int, int]]):
 @click.option("--source", metavar="SOURCE", help="Compare the newest generation, or NAME@N, with a source instead.")
 @click.option("--transport", type=click.Choice(list(transport.NAMES)), help="To the SOURCE, as for backup.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON instead.")
 def command(
     name: str,
     deep: bool,
@@ -52,6 +56,7 @@ def command(
     source: str | None,
     transport: str | None,
     ssh_options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Prove that generations restore exactly: all of NAME, or NAME@N.
 
@@ -63,21 +68,61 @@ def command(
     if source is not None:
         if deep or subset is not None:
             raise UsageError("--source compares, --deep and --subset prove: do one after the other")
-        _compare(chain_name, number, source, transport, ssh_options)
+        _compare(chain_name, number, source, transport, ssh_options, as_json)
         return
-    damaged = False
+    found = []
     with Chain(chain_name) as chain, watched("verify") as progress:
         if number is not None or not chain.generations:
             chain.generation(number)  # says what is not there
-        progress.begin(None)
+        progress.begin(_total(chain, number, deep, subset))
         for verdict in _verdicts(chain, number, deep, subset, progress):
-            damaged = damaged or verdict.error is not None
-            if verdict.error is not None:
-                say_error(verdict.error, f"generation {verdict.number}: ")
-            elif sys.stdout.isatty():
-                click.echo(f"generation {verdict.number}: ok")
-    if damaged:
+            found.append(_entry(chain, verdict))
+            if not as_json:
+                with progress.aside():
+                    _say(verdict)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    if any(entry["state"] != listing.OK for entry in found):
         sys.exit(EXIT_DAMAGED)
+
+
+def _total(chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None) -> int | None:
+    """Return how many bytes will be looked at, of deltas and of images; None where no manifest tells."""
+    part, parts = subset or (0, 1)
+    last = chain.last() if number is None else number
+    proven = [n for n in chain.generations if number in (None, n) and n <= last and (n - part) % parts == 0]
+    read = proven if number is None else [generation.number for generation in chain.needed(number)]
+    deltas = [chain.generations[n].manifest for n in read]
+    images = [chain.generations[n].manifest for n in proven if deep]
+    total = 0
+    for known in deltas:
+        if known is None:
+            return None
+        total += known.changed_bytes
+    for known in images:
+        if known is None or known.image_size is None:
+            return None
+        total += known.image_size
+    return total
+
+
+def _entry(chain: Chain, verdict: Verdict) -> dict[str, object]:
+    """Return what `--json` prints of a generation, in the words of `list --json`."""
+    bad = listing.DAMAGED if verdict.number in chain.generations else listing.MISSING
+    error = verdict.error
+    return {
+        "generation": verdict.number,
+        "state": listing.OK if error is None else bad,
+        "problem": None if error is None else error.message,
+        "hint": None if error is None else error.hint,
+    }
+
+
+def _say(verdict: Verdict) -> None:
+    if verdict.error is not None:
+        say_error(verdict.error, f"generation {verdict.number}: ")
+    elif sys.stdout.isatty():
+        click.echo(f"generation {verdict.number}: ok")
 
 
 def _verdicts(
@@ -112,7 +157,9 @@ def _error(proof: proofs.Proof, chain: Chain, number: int, progress: Progress) -
     return None
 
 
-def _compare(name: str, number: int | None, source: str, transport: str | None, ssh_options: tuple[str, ...]) -> None:
+def _compare(
+    name: str, number: int | None, source: str, transport: str | None, ssh_options: tuple[str, ...], as_json: bool
+) -> None:
     """Say where the generation and the source differ, as lines of offset and length in bytes."""
     where = address.parse(source)
     with ExitStack() as stack:
@@ -121,6 +168,9 @@ def _compare(name: str, number: int | None, source: str, transport: str | None, 
         progress = stack.enter_context(watched("verify"))
         session = stack.enter_context(Session(where, transport, ssh_options, prefix=agent_prefix() or ()))
         found = compare(generation, session, where, progress)
+    if as_json:
+        click.echo(json.dumps({"generation": generation.number, "source": source, **asdict(found)}, indent=1))
+        sys.exit(EXIT_DONE if found.is_none else EXIT_FAILED)
     if found.is_none:
         if sys.stdout.isatty():
             click.echo(f"{printable(source)} is the image of generation {generation.number}")
