@@ -48,13 +48,15 @@ class Source:
     """What was backed up.
 
     `host` (with ``:port`` where one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
-    `volume` is the LV UUID of a logical volume that was read through a snapshot.
+    `volume` is the LV UUID of a logical volume that was read through a snapshot, `was` how the source was called when
+    the generation was made, where `blockdiff repair --source` has given it another name since.
     """
 
     host: str | None
     path: str
     kind: str
     volume: str | None = None
+    was: str | None = None
 
     def __str__(self) -> str:
         return self.path if self.host is None else f"{self.host}:{self.path}"
@@ -274,7 +276,7 @@ def _stored(fields: _Fields) -> StoredFile:
 
 def _source(fields: _Fields) -> Source:
     host, volume = fields.optional("host", str), fields.optional("volume", str)
-    return Source(host, fields.get("path", str), fields.get("kind", str), volume)
+    return Source(host, fields.get("path", str), fields.get("kind", str), volume, fields.optional("was", str))
 
 
 def _snapshot(fields: _Fields | None) -> Snapshot | None:

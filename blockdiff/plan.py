@@ -95,7 +95,8 @@ def _check_source(chain: Chain, here: Source) -> None:
         return
     raise ChainError(
         f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
-        "use another NAME, or say --full if this source really takes the place of the other",
+        "use another NAME; where the same source has another name now: blockdiff repair NAME --source SOURCE; "
+        "where this one takes the place of the other: --full",
     )
 
 

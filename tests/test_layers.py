@@ -62,7 +62,7 @@ ORDER = """
     plan
     inuse  contents  offsetwriter
     filetarget  devicetarget
-    apply  target  verify  listing
+    apply  target  verify  listing  renamed
     proofs  salvage  rebuild
     repair
     descriptors

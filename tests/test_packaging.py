@@ -1,5 +1,6 @@
 """What is shipped to servers: a wheel has the package and nothing else, and a source distribution can run its tests."""
 
+import configparser
 import subprocess
 import sys
 import tarfile
@@ -47,6 +48,28 @@ def built(checkout: Path, kind: str) -> Path:
     assert done.returncode == 0, done.stderr.decode()
     (found,) = out.iterdir()
     return found
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "fish", "csh"])
+def test_the_commands_are_linked_by_any_shell_and_again(tmp_path: Path, shell: str) -> None:
+    """As the README says it; an older installation does not stand in the way."""
+    program = require_program(shell)
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].split("```")[1].split("\n")
+    assert install.index("umask 022") < install.index("python3 -m venv /opt/blockdiff")
+    (link,) = [line for line in install if line.startswith("ln ")]
+    made, linked = tmp_path / "opt" / "bin", tmp_path / "usr"
+    made.mkdir(parents=True)
+    linked.mkdir()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    names = [line.partition("=")[0].strip() for line in setup["options.entry_points"]["console_scripts"].split("\n")]
+    names = [name for name in names if name]
+    for name in (*names, "python3", "pip"):
+        (made / name).touch()
+    line = link.replace("/opt/blockdiff/bin", str(made)).replace("/usr/local/bin", str(linked))
+    for _ in range(2):
+        subprocess.run([program, "-c", line], check=True, timeout=60)
+    assert sorted(path.name for path in linked.iterdir()) == sorted(names)
 
 
 def test_a_wheel_has_the_package_and_nothing_that_an_older_build_left(dirty: Path) -> None:

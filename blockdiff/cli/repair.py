@@ -1,11 +1,13 @@
 """``blockdiff repair``: put a chain in order."""
 
+import json
 import sys
 from contextlib import ExitStack
 
 import click
 
-from blockdiff import repair
+from blockdiff import address, renamed, repair
+from blockdiff.address import Address
 from blockdiff.chain import Chain
 from blockdiff.cli import say, watched
 from blockdiff.errors import EXIT_DAMAGED, printable
@@ -13,14 +15,23 @@ from blockdiff.errors import EXIT_DAMAGED, printable
 
 @click.command("repair")
 @click.argument("name")
+@click.option("--source", metavar="SOURCE", help="Do nothing but let the chain go on with its source under this name.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-def command(name: str, dry_run: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was done, or would be, as JSON.")
+def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None:
     """Put the chain NAME in order, and say what was done.
 
     NAME.ver, manifests and digest tables are rebuilt from what is there. Behind the last generation that can be
     restored, what cannot is set aside: renamed to ….aside-1, not removed. Reads everything. Run again, nothing is left
     to do. Exit status 5 where generations are lost.
+
+    With --source nothing is read or repaired: the last manifest gets another name of the same source, because its host
+    was renamed, or is written otherwise. The one that was there is set aside.
     """
+    if source is not None:
+        _report(name, _rename(name, address.parse(source), dry_run), repair.Findings(), dry_run, as_json)
+        return
+    told: list[str] = []
     with ExitStack() as stack:
         progress = stack.enter_context(watched("repair"))
         chain = stack.enter_context(Chain(name))
@@ -32,15 +43,36 @@ def command(name: str, dry_run: bool) -> None:
         else:
 
             def tell(text: str) -> None:
-                with progress.aside():
-                    click.echo(text)
+                told.append(text)
+                if not as_json:
+                    with progress.aside():
+                        click.echo(text)
 
             findings = repair.repair(name, progress.advance, tell)
-    for deed in findings.deeds if dry_run else ():
-        click.echo(f"would be done: {deed.text}")
+    if as_json or dry_run:
+        _report(name, told or [deed.text for deed in findings.deeds], findings, dry_run, as_json)
     for number, why in findings.lost.items():
         say(f"generation {number} is lost: {printable(why)}")
     if findings.advice is not None:
         click.echo(f"  {printable(findings.advice)}", err=True)
     if findings.lost:
         sys.exit(EXIT_DAMAGED)
+
+
+def _rename(name: str, where: Address, dry_run: bool) -> list[str]:
+    """Return what was done, or would be, so that the chain goes on with its source at another address."""
+    if not dry_run:
+        return renamed.rename(name, where)
+    with Chain(name) as chain:
+        found = renamed.examine(chain, where)
+        return [] if found is None else [found]
+
+
+def _report(name: str, deeds: list[str], findings: repair.Findings, dry_run: bool, as_json: bool) -> None:
+    if not as_json:
+        for text in deeds:
+            click.echo(f"would be done: {text}" if dry_run else text)
+        return
+    lost = [{"generation": number, "problem": why} for number, why in findings.lost.items()]
+    found = {"name": name, "dry_run": dry_run, "deeds": deeds, "lost": lost, "advice": findings.advice}
+    click.echo(json.dumps(found, indent=1))

@@ -1,5 +1,6 @@
 """``blockdiff status``: for monitoring."""
 
+import json
 import os
 import re
 import sys
@@ -7,7 +8,7 @@ import time
 
 import click
 
-from blockdiff import status
+from blockdiff import clock, status
 from blockdiff.cli import say_error
 from blockdiff.errors import StorageError, printable
 
@@ -32,8 +33,9 @@ class Age(click.ParamType[float]):
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--max-age", type=Age(), default="26h", show_default=True, help="Of the last generation: 90m, 26h, 8d.")
 @click.option("--tap", is_flag=True, help="Print the Test Anything Protocol: a test for each chain.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each chain.")
 @click.option("--prometheus", "metrics", metavar="FILE", help="Write metrics for the node exporter to FILE as well.")
-def command(names: tuple[str, ...], max_age: float, tap: bool, metrics: str | None) -> None:
+def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, metrics: str | None) -> None:
     """Say how chains are doing, for monitoring.
 
     One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
@@ -47,8 +49,25 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, metrics: str | No
         except StorageError as error:
             say_error(error)
             sys.exit(status.State.UNKNOWN)
-    click.echo(status.tap(found) if tap else status.nagios(found, max_age))
+    if as_json:
+        click.echo(json.dumps([_summary(each) for each in found], indent=1))
+    else:
+        click.echo(status.tap(found) if tap else status.nagios(found, max_age))
     sys.exit(status.worst(found))
+
+
+def _summary(found: status.Status) -> dict[str, object]:
+    """Return how a chain is doing, in the words of `list --json`."""
+    return {
+        "name": found.name,
+        "state": found.state.name.lower(),
+        "text": found.text,
+        "generation": found.generation,
+        "when": None if found.finished is None else clock.iso(found.finished),
+        "age_s": found.age_s,
+        "image_size": found.image_bytes,
+        "stored": found.stored_bytes,
+    }
 
 
 def _write(path: str, text: str) -> None:
