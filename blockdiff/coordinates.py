@@ -9,6 +9,18 @@ Row = Mapping[str, object]
 #: Executes a statement and returns its rows, by the names of their columns.
 Rows = Callable[[str], list[Row]]
 
+#: Most characters of what a database says of its version, and of all else.
+_VERSION_LENGTH = 200
+_LENGTH = 1000
+#: Of sets of GTIDs, which may have line ends in them, and where these stand.
+_GTID_LENGTH = 1 << 20
+_GTIDS = ("gtid", "Value", "Gtid_Slave_Pos", "Executed_Gtid_Set")
+#: Most digits of a number: of 64 bits.
+_DIGITS = 19
+#: Most sources of a replica.
+_CHANNELS = 1000
+_ODD = "is it a MySQL or MariaDB server that answers?"
+
 MARIADB = "mariadb"
 MYSQL = "mysql"
 
@@ -24,10 +36,12 @@ class Version:
     @classmethod
     def parse(cls, text: str) -> "Version":
         """Return the version in what ``SELECT VERSION()`` gives; raises `DatabaseError`."""
+        if len(text) > _VERSION_LENGTH or not text.isprintable():
+            raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not a version")
         flavour = MARIADB if "mariadb" in text.lower() else MYSQL
         # some proxies put before MariaDB's version what its protocol tells old clients
         numbers = text.removeprefix("5.5.5-").partition("-")[0].split(".")
-        if len(numbers) < 3 or not all(number.isascii() and number.isdigit() for number in numbers[:3]):
+        if len(numbers) < 3 or not all(_is_number(number, 3) for number in numbers[:3]):
             raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which says nothing")
         return cls(text, flavour, (int(numbers[0]), int(numbers[1]), int(numbers[2])))
 
@@ -72,13 +86,16 @@ def read(rows: Rows) -> Coordinates:
     """Ask the server where it stands. Raises `DatabaseError`: the privileges it names are needed for this."""
     version = Version.parse(_text(rows("SELECT VERSION() AS version")[0], "version"))
     log = rows("SHOW BINARY LOG STATUS" if version.is_mysql(8, 2) else "SHOW MASTER STATUS")
+    channels = rows(_replica_status(version))
+    if len(channels) > _CHANNELS:
+        raise DatabaseError(f"the database says that it replicates {len(channels)} sources", _ODD)
     return Coordinates(
         server_version=version.text,
         flavour=version.flavour,
         binlog_file=_text(log[0], "File") if log else None,
         binlog_position=_number(log[0], "Position") if log else None,
         gtid=_gtid(rows, version) if log else None,
-        replica_channels=tuple(_channel(row) for row in rows(_replica_status(version))),
+        replica_channels=tuple(_channel(row) for row in channels),
     )
 
 
@@ -116,11 +133,18 @@ def _joined(gtid: str) -> str | None:
 
 
 def _text(row: Row, *names: str, default: str | None = None) -> str:
-    """Return a column by the first of its names that is there: they changed from version to version."""
+    """Return a column by the first of its names that is there: they changed from version to version.
+
+    What is too long, or would not be fit for a terminal, is refused: a manifest must be readable, and be shown.
+    """
     for name in names:
         if name in row:
             value = row[name]
-            return value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
+            shown, limit = (text.replace("\n", ""), _GTID_LENGTH) if name in _GTIDS else (text, _LENGTH)
+            if len(text) > limit or not shown.isprintable():
+                raise DatabaseError(f"the database says {name}={printable(text, 100)!r} ({len(text)} characters)", _ODD)
+            return text
     if default is not None:
         return default
     raise DatabaseError(f"the database says nothing of {names[0]}", "is its version supported?")
@@ -128,9 +152,13 @@ def _text(row: Row, *names: str, default: str | None = None) -> str:
 
 def _number(row: Row, *names: str) -> int:
     text = _text(row, *names)
-    if not (text.isascii() and text.isdigit()):
-        raise DatabaseError(f"the database says {names[0]}={printable(text, 100)!r}, which is no number")
+    if not _is_number(text, _DIGITS) or int(text) >= 1 << 63:
+        raise DatabaseError(f"the database says {names[0]}={printable(text, 100)!r}, which is not a number")
     return int(text)
+
+
+def _is_number(text: str, digits: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= digits
 
 
 def from_fields(given: object) -> Coordinates:
@@ -201,6 +229,9 @@ def replica_statement(coordinates: Coordinates, host: str | None = None, port: i
             "set log_bin and server_id there; the next generation then has coordinates",
         )
     version = Version.parse(coordinates.server_version)
+    # one of an older version of this program may have them, and no escape in SQL stands for most of them
+    if not (coordinates.binlog_file + (coordinates.gtid or "")).isprintable():
+        raise DatabaseError("the coordinates of this generation have control characters in them", _ODD)
     new_words = version.is_mysql(8, 0, 23)
     change, prefix = ("CHANGE REPLICATION SOURCE TO", "SOURCE") if new_words else ("CHANGE MASTER TO", "MASTER")
     login = [f"{prefix}_USER=...", f"{prefix}_PASSWORD=..."] + ([] if host else [f"{prefix}_HOST=..."])

@@ -13,7 +13,7 @@ from typing import TypeVar
 from blockdiff import checksum, codec, coordinates
 from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.coordinates import Coordinates
-from blockdiff.errors import DamagedError
+from blockdiff.errors import ChainError, DamagedError
 
 #: What is written. Version 1, in which a file had its SHA-256 in place of a checksum with a name, is read as well.
 VERSION = 2
@@ -132,11 +132,24 @@ class Manifest:
         return carried if self.image_size is None else min(carried, self.image_size)
 
     def to_bytes(self) -> bytes:
-        """Return the file's content."""
+        """Return the file's content. Raises `ChainError` for what `from_bytes` would not read as it is."""
         fields = {"blockdiff_manifest": VERSION, "sha256": _NO_DIGEST, **asdict(self)}
         blank = json.dumps(fields, indent=1, ensure_ascii=True).encode("ascii") + b"\n"
         digest = hashlib.sha256(blank).hexdigest().encode("ascii")
-        return blank.replace(_NO_DIGEST.encode("ascii"), digest, 1)
+        content = blank.replace(_NO_DIGEST.encode("ascii"), digest, 1)
+        self._check_readable(content)
+        return content
+
+    def _check_readable(self, content: bytes) -> None:
+        unreadable = f"the manifest of generation {self.generation} could not be read again"
+        if len(content) > MAX_BYTES:
+            raise ChainError(f"{unreadable}: it has {len(content)} bytes, {MAX_BYTES} at most are read")
+        try:
+            same = from_bytes(content, "it") == self
+        except DamagedError as error:
+            raise ChainError(f"{unreadable}: {error.message}") from error
+        if not same:
+            raise ChainError(f"{unreadable}: it would say something else")
 
 
 def from_bytes(content: bytes, path: str) -> Manifest:

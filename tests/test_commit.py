@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from blockdiff import backup
 from blockdiff.backup import Options
 from blockdiff.command_backup import backup_with_command
 from blockdiff.commit import LockedChain, NewGeneration
 from blockdiff.durable import Directory
-from blockdiff.errors import BusyError, Interrupted, StorageError, UsageError
+from blockdiff.errors import BusyError, ChainError, Interrupted, StorageError, UsageError
 from tests import chains, commands, faults, processes
 from tests.chains import DAYS, SmallChain
 from tests.mariadb import wait_for
@@ -56,6 +57,19 @@ def test_a_step_that_fails_leaves_the_chain_as_it_was(
     assert failures >= {"open": 5, "write": 6, "fsync": 7, "link": 3, "rename": 1}[step]
     chain.assert_sound()
     chain.add(DAYS[2])
+    chain.assert_sound()
+
+
+def test_a_manifest_that_could_not_be_read_again_leaves_the_chain_as_it_was(
+    chain: SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = chain.files()
+    with monkeypatch.context() as patch:
+        patch.setattr(backup, "_versions", lambda session: {"host_python": "3" * (16 << 20)})
+        with pytest.raises(ChainError, match="the manifest of generation 2 could not be read again"):
+            chain.add(DAYS[1])
+    assert chain.files() == before
+    chain.add(DAYS[1])
     chain.assert_sound()
 
 

@@ -102,7 +102,7 @@ def test_mysql_without_a_binary_log_has_no_position() -> None:
     ("row", "message"),
     [
         ({"Position": 4}, "the database says nothing of File"),
-        ({"File": "binlog.000001", "Position": "-1"}, "says Position='-1', which is no number"),
+        ({"File": "binlog.000001", "Position": "-1"}, "says Position='-1', which is not a number"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_an_error(row: Row, message: str) -> None:
@@ -222,9 +222,59 @@ def test_the_statement_tells_what_a_copy_needs_before() -> None:
 
 
 def test_strings_are_quoted() -> None:
-    given = replace(MYSQL, binlog_file="it's \\ a\nfile", gtid=None)
-    assert "SOURCE_LOG_FILE='it''s \\\\ a\\nfile', SOURCE_LOG_POS" in replica_statement(given)
-    assert "\n; DROP" not in replica_statement(replace(MYSQL, gtid="x\n; DROP"))
+    given = replace(MYSQL, binlog_file="it's \\ a file", gtid=None)
+    assert "SOURCE_LOG_FILE='it''s \\\\ a file', SOURCE_LOG_POS" in replica_statement(given)
+
+
+@pytest.mark.parametrize("field", ["binlog_file", "gtid"])
+@pytest.mark.parametrize("text", ["x\n; DROP", "\x1b]0;title\x07"])
+def test_control_characters_in_a_manifest_of_old_are_not_printed(field: str, text: str) -> None:
+    for example in (MYSQL, MARIADB):
+        given = replace(example, binlog_file=text) if field == "binlog_file" else replace(example, gtid=text)
+        with pytest.raises(DatabaseError, match="have control characters in them") as caught:
+            replica_statement(given)
+        assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("answer", "row", "message"),
+    [
+        ("log", {"File": "x" * 1001}, r"says File='x+\.\.\.' \(1001 characters\)"),
+        ("log", {"File": "binlog\x1b[2J"}, "says File="),
+        ("log", {"File": "binlog\n1"}, "says File="),
+        ("log", {"Position": "9" * 5000}, "says Position="),
+        ("log", {"Position": 1 << 63}, "says Position='9223372036854775808', which is not a number"),
+        ("replicas", {"Source_Host": "db\x1b[2J"}, "says Source_Host="),
+        ("replicas", {"Executed_Gtid_Set": "a" * ((1 << 20) + 1)}, r"says Executed_Gtid_Set=.* \(1048577 characters\)"),
+        ("replicas", {"Executed_Gtid_Set": "a\x1b[2J"}, "says Executed_Gtid_Set="),
+    ],
+)
+def test_what_no_server_says_is_not_recorded(answer: str, row: Row, message: str) -> None:
+    log, replicas = ({**LOG[0], **row}, NEW_ROW) if answer == "log" else (LOG[0], {**NEW_ROW, **row})
+    rows = server(
+        "8.4.3", SHOW_BINARY_LOG_STATUS=[log], SHOW_REPLICA_STATUS=[replicas], SHOW_GLOBAL_VARIABLES=gtid("OFF", "")
+    )
+    with pytest.raises(DatabaseError, match=message) as caught:
+        coordinates.read(rows)
+    assert caught.value.message.isprintable() and len(caught.value.message) < 300
+
+
+def test_more_sources_than_anybody_replicates_are_not_recorded() -> None:
+    rows = server(
+        "8.4.3",
+        SHOW_BINARY_LOG_STATUS=LOG,
+        SHOW_REPLICA_STATUS=[NEW_ROW for _ in range(1001)],
+        SHOW_GLOBAL_VARIABLES=gtid("OFF", ""),
+    )
+    with pytest.raises(DatabaseError, match="says that it replicates 1001 sources"):
+        coordinates.read(rows)
+
+
+@pytest.mark.parametrize("text", ["8.4." + "3" * 5000, "8.4.3-" + "x" * 200, "8.4.3\x1b[2J", "8.4.4444"])
+def test_a_version_that_is_none_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(DatabaseError, match="the database calls its version '") as caught:
+        Version.parse(text)
+    assert caught.value.message.isprintable() and len(caught.value.message) < 200
 
 
 def test_a_server_without_a_binary_log_seeds_nothing() -> None:

@@ -12,7 +12,7 @@ import xxhash
 
 from blockdiff import manifest
 from blockdiff.coordinates import Channel, Coordinates
-from blockdiff.errors import DamagedError
+from blockdiff.errors import ChainError, DamagedError
 from tests import chains
 from tests.chains import DAYS
 
@@ -41,14 +41,16 @@ EXAMPLE = manifest.Manifest(
 EXAMPLES = {name: dataclasses.asdict(stored) for name, stored in (("delta", EXAMPLE.delta), ("table", EXAMPLE.table))}
 
 CHANNEL = Channel("", "db99", 3306, "binlog.000009", 4, None)
+COORDINATES = Coordinates("10.11.2-MariaDB", "mariadb", "binlog.000001", 930, "0-1-4", (CHANNEL,))
+THICK = manifest.Snapshot("GhIjKl-1111", "thick", 0.25, 41.5, False, None)
 SNAPSHOT = dataclasses.replace(
     EXAMPLE,
     source=manifest.Source("web1", "/dev/vg/root", "device", "AbCdEf-0000"),
     consistency="quiesced",
     run="0123456789abcdef",
-    snapshot=manifest.Snapshot("GhIjKl-1111", "thick", 0.25, 41.5, False, None),
+    snapshot=THICK,
     quiesced=manifest.Quiesced("mysql", 0.5, ["BACKUP STAGE START"], 1.25),
-    database=Coordinates("10.11.2-MariaDB", "mariadb", "binlog.000001", 930, "0-1-4", (CHANNEL,)),
+    database=COORDINATES,
     notes=["something \u2028 else"],
 )
 
@@ -70,6 +72,20 @@ SNAPSHOT = dataclasses.replace(
 )
 def test_a_manifest_is_read_as_it_was_written(example: manifest.Manifest) -> None:
     assert manifest.from_bytes(example.to_bytes(), "x") == example
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"database": dataclasses.replace(COORDINATES, gtid="1" * (16 << 20))}, "it has 1677.... bytes, 16777216 at"),
+        ({"bytes_read": 1 << 63}, "it is damaged: bytes_read is missing or unfit"),
+        ({"snapshot": dataclasses.replace(THICK, took_s=-1.0)}, "it is damaged: took_s is missing or unfit"),
+        ({"notes": [1]}, "it would say something else"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(changes: "dict[str, object]", message: str) -> None:
+    with pytest.raises(ChainError, match=f"the manifest of generation 2 could not be read again: {message}"):
+        dataclasses.replace(SNAPSHOT, **changes).to_bytes()  # type: ignore[arg-type]  # what no type checker lets pass
 
 
 def test_the_file_is_ascii_that_covers_itself() -> None:

@@ -10,7 +10,7 @@ from blockdiff import coordinates, listing
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import check_printed, shown_time, split_name
-from blockdiff.errors import EXIT_DAMAGED, ChainError
+from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
 
 
 @click.command("list")
@@ -68,7 +68,7 @@ def _print_table(found: list[listing.Entry]) -> None:
             _size(entry.image_size),
             _size(entry.changed),
             _size(entry.stored),
-            entry.consistency or "-",
+            printable(entry.consistency or "-", 40),
             entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
         )
         for entry in found
