@@ -162,22 +162,37 @@ class Agent:
         self._relay.start()
 
     def _serve(self, request: Dict[str, object]) -> None:
-        """Take all sources at one moment, and scan one after the other."""
+        """Take all sources at one moment, and scan one after the other.
+
+        The user's commands are run around the moment; where there is none, as of what is read as it is, around it all.
+        """
         commands = [command for command in _commands(request) if command is not None]
         paths = [os.fsdecode(path) for path in _paths(request)]
         self._grant.check_sources(paths, commands)
+        end: Dict[str, object] = {}
         with ExitStack() as stack:
             sources = [stack.enter_context(source) for source in _sources(request)]
             for source, path in zip(sources, paths):
                 source.notes += self._grant.notes([path])
             self._link.send_json(wire.READY, _ready(sources, request, self._grant))
             self._order(wire.TAKE)
-            self._link.send_json(wire.TAKEN, {"took_us": _take(sources, request)})
-            if request.get("low_priority"):
+            begun = time.monotonic()
+            frozen = stack.enter_context(ExitStack())
+            frozen.enter_context(Freeze(*_commands(request)))
+            for source in sources:
+                source.take()
+            held = bool(commands) and not request.get("snapshot")
+            if not held:
+                frozen.close()
+            self._link.send_json(wire.TAKEN, {"took_us": _since(begun)})
+            if request.get("low_priority") and not held:
                 lower_priority()  # not before: whoever is held still waits for us
             for source in sources:
                 self._scan(source, self._order(wire.SCAN))
-        self._link.send_json(wire.END, {})
+            if held:
+                frozen.close()
+                end["held_us"] = _since(begun)
+        self._link.send_json(wire.END, end)
 
     def _scan(self, source: Source, order: Dict[str, object]) -> None:
         """Scan one source, send what changed, and the totals."""
@@ -300,12 +315,7 @@ def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> D
     return found
 
 
-def _take(sources: List[Source], request: Dict[str, object]) -> int:
-    """Take the moment of all sources, between the user's commands; return how long it took, in microseconds."""
-    begun = time.monotonic()
-    with Freeze(*_commands(request)):
-        for source in sources:
-            source.take()
+def _since(begun: float) -> int:
     return int((time.monotonic() - begun) * 1e6)
 
 

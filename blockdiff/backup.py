@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from blockdiff import __version__, codec, quiesce, signals, streams
+from blockdiff import __version__, codec, consistency, quiesce, signals, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain
@@ -31,27 +31,17 @@ from blockdiff.transport.connection import Connection
 
 Value = TypeVar("Value")
 
-# What is known of the image's consistency: nothing wrote to the file while it was read; something did; nobody can tell;
-# it is that of one moment, as after a power cut; and what wrote to it was held still at that moment.
-STILL = "still"
-CHANGING = "changing"
-LIVE = "live"
-SNAPSHOT = "snapshot"
-QUIESCED = "quiesced"
-
 
 @dataclass(frozen=True)
 class Volumes:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    `keep`, `audit`: see `sources.Wish`. `before` and `after` are commands for the host.
+    `keep`, `audit`: see `sources.Wish`.
     """
 
     snapshot_size: str = "20%"
     database: Account | None = None
     limits: Limits = field(default_factory=Limits)
-    before: str | None = None
-    after: str | None = None
     keep: bool = False
     audit: bool = False
 
@@ -60,10 +50,13 @@ class Volumes:
 class Options(Choices):
     """What the command line asks for. `volumes` is None where sources are read as they are.
 
+    `before` and `after` are commands for the host: around the making of the snapshots, or else around all the reading.
     `period` is what each NAME ends with where a new chain begins by itself each month, week or day.
     """
 
     volumes: Volumes | None = None
+    before: str | None = None
+    after: str | None = None
     period: str = ""
     compression: str = "gzip"
     level: int | None = None
@@ -140,7 +133,7 @@ def backup_together(
             moment = quiesced.around(session)
         for job in jobs:
             _dump(session, job, connect, options, compress, watcher, stack)
-        session.finish()
+        moment = _held(moment, session.finish())
         run = secrets.token_hex(8) if len(jobs) > 1 else None
         results = []
         for job in jobs:
@@ -148,7 +141,7 @@ def backup_together(
             _known(job.new).commit(manifest)
             notes = [note for note in manifest.notes if note not in moment.warnings]
             told = (_known(job.locked).notes, job.plan.kept, notes)
-            results.append(Result(job.chain.name, manifest, [*_warnings(job), *moment.warnings], *told))
+            results.append(Result(job.chain.name, manifest, [*_warnings(job, manifest), *moment.warnings], *told))
         return results
 
 
@@ -201,10 +194,17 @@ def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: b
         yield quiesced
 
 
+def _held(moment: Moment, held_s: float | None) -> Moment:
+    """Return the moment with the time for which writers were held in truth, where that ended after the reading."""
+    if moment.quiesced is None or held_s is None:
+        return moment
+    return replace(moment, quiesced=replace(moment.quiesced, held_s=held_s))
+
+
 @contextmanager
 def _quiesce(session: Session, options: Options) -> Iterator[Quiesce]:
     wanted = options.volumes
-    freezes = wanted is not None and wanted.before is not None
+    freezes = options.before is not None
     if wanted is None or wanted.database is None:
         yield Quiesce(freezes)
         return
@@ -223,8 +223,8 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
         sources,
         volumes.snapshot_size if volumes is not None else None,
         volumes is not None and volumes.keep,
-        volumes.before if volumes is not None else None,
-        volumes.after if volumes is not None else None,
+        options.before,
+        options.after,
         quiesced.directories,
         quiesced.datadir,
         low_priority=options.prefix is None,
@@ -299,14 +299,14 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
         blocks=written.blocks,
         changed_blocks=written.changed_blocks,
         source=Source(address.machine, job.path, opened.kind, job.volume.uuid),
-        consistency=_consistency(snapshot, moment, totals),
+        consistency=consistency.of(totals, snapshot is not None, moment.quiesced is not None),
         started=started,
         finished=now(),
         bytes_read=totals.read,
         bytes_received=job.received,
         run=run,
         snapshot=snapshot,
-        quiesced=moment.quiesced if snapshot is not None else None,
+        quiesced=moment.quiesced,
         database=moment.database,
         notes=[*totals.notes, *moment.notes, *moment.warnings],
         versions=_versions(session),
@@ -318,21 +318,12 @@ def _known(value: Value | None) -> Value:
     return value
 
 
-def _consistency(snapshot: Snapshot | None, moment: Moment, totals: Totals) -> str:
-    if snapshot is not None:
-        return SNAPSHOT if moment.quiesced is None else QUIESCED
-    if totals.touched is None:
-        return LIVE
-    return CHANGING if totals.touched else STILL
-
-
-def _warnings(job: _Job) -> list[str]:
+def _warnings(job: _Job, made: Manifest) -> list[str]:
     totals, path = _known(job.totals), printable(job.path)
     if totals.left:
         return [f"the backup is complete, but a snapshot of {path} is left on the host: {totals.notes[-1]}"]
-    if not totals.touched:
-        return []
-    return [f"{path} was written to while it was read; this generation may mix several moments: back up a snapshot"]
+    found = consistency.warning(job.path, made.source.kind, totals, made.consistency, made.quiesced is not None)
+    return [] if found is None else [found]
 
 
 def _versions(session: Session) -> dict[str, str]:

@@ -17,11 +17,13 @@ class Difference:
     """What differs: `ranges` are (offset, length) in bytes, whole blocks, ascending; sizes in bytes.
 
     `image_size` is None where nothing tells that of the generation; `source_size` beyond it counts as different.
+    `unrest` says how the source was written to meanwhile, or in use, in words that follow its path; "" for neither.
     """
 
     ranges: list[tuple[int, int]]
     image_size: int | None
     source_size: int
+    unrest: str = ""
 
     @property
     def is_none(self) -> bool:
@@ -66,4 +68,4 @@ def compare(
         if size is None and block_count(opened.size, table.block_size) < table.count:
             end = block_count(opened.size, table.block_size) * table.block_size
             ranges.append((end, table.count * table.block_size - end))
-    return Difference(ranges, size, opened.size)
+    return Difference(ranges, size, opened.size, session.totals.how if session.totals is not None else "")

@@ -10,8 +10,9 @@ import os
 import re
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+from blockdiff.devices import volume_beneath
 from blockdiff.errors import SourceError, printable
-from blockdiff.sources import locate, volume_beneath
+from blockdiff.sources import locate
 
 _MOUNTS = "/proc/self/mountinfo"
 #: Tables of engines that do not undo what was not committed: MyISAM, Aria, CSV, Archive.

@@ -83,10 +83,10 @@ class Piece(NamedTuple):
 class FileSource:
     """A regular file or block device, open for reading.
 
-    `size` in bytes is taken once, at the start: the image ends there even if the file grows. `known` are the extents of
-    the image where somebody knows them better than the file system. Where `streams` agents scan it together, this one
-    has number `stream`, from 0. Raises `SourceError` when `path` is missing, unreadable, empty, or of another kind. A
-    context manager.
+    `size` in bytes is taken once, at the start: the image ends there even if the file grows; `status` is what the
+    system says of it. `known` are the extents of the image where somebody knows them better than the file system. Where
+    `streams` agents scan it together, this one has number `stream`, from 0. Raises `SourceError` when `path` is
+    missing, unreadable, empty, or of another kind. A context manager.
     """
 
     def __init__(self, path: bytes, known: Optional[Iterable[Extent]] = None) -> None:
@@ -99,7 +99,7 @@ class FileSource:
         except OSError as error:
             raise SourceError("cannot open {}: {}".format(self._shown, error.strerror)) from error
         try:
-            self._status = os.fstat(self._fd)
+            self.status = os.fstat(self._fd)
             self.kind = self._kind()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             if self.size == 0:
@@ -120,7 +120,7 @@ class FileSource:
         os.close(self._fd)
 
     def _kind(self) -> str:
-        mode = self._status.st_mode
+        mode = self.status.st_mode
         if stat.S_ISREG(mode):
             return "file"
         if stat.S_ISBLK(mode):
@@ -128,12 +128,35 @@ class FileSource:
         what = "a directory" if stat.S_ISDIR(mode) else "neither a regular file nor a block device"
         raise SourceError("{} is {}".format(self._shown, what), "name a file, a disk or a logical volume")
 
-    def changed(self) -> Optional[bool]:
-        """Return whether the file was written to since it was opened; None for a device, which does not tell."""
-        if self.kind == "device":
-            return None
-        now = os.fstat(self._fd)
-        return (now.st_mtime_ns, now.st_size) != (self._status.st_mtime_ns, self._status.st_size)
+    def flush(self) -> bool:
+        """Let the system write what it has in memory of the source; return whether it did."""
+        try:
+            os.fsync(self._fd)
+        except OSError:
+            return False
+        return True
+
+    def forget(self) -> None:
+        """Drop what is cached of the source and was not changed there: it is read from the disk again."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def note_status(self) -> None:
+        """Let `changed` speak of the time from now on."""
+        self.status = os.fstat(self._fd)
+
+    def changed(self) -> str:
+        """Return in words what happened to a regular file since it was opened, or since `note_status`; "" for nothing.
+
+        Anybody may put its size and mtime back, its ctime nobody can.
+        """
+        before, now = self.status, os.fstat(self._fd)
+        if (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size):
+            return "was written to"
+        return (
+            "was changed (its ctime says so, though its mtime does not)"
+            if now.st_ctime_ns != before.st_ctime_ns
+            else ""
+        )
 
     def check_size(self) -> None:
         """Raise `SourceError` if the source is smaller than it was at the start."""

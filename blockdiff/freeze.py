@@ -1,4 +1,4 @@
-"""Run the user's commands around the making of the snapshots: one that holds writers still, one that lets them go on.
+"""Run the user's commands around the moment of a run: one that holds writers still, one that lets them go on.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """

@@ -21,8 +21,9 @@ _NOTES = 100
 class Totals:
     """What the agent says at the end of a source.
 
-    `read` in bytes; `touched` says whether a file was written to meanwhile (None: unknown), `fill_percent` how full the
-    snapshot was at most, `kept` that it stays on the host, and `left` that it could not be removed.
+    `read` in bytes; `touched` says whether the source was written to meanwhile (None: unknown), and `how` how, or by
+    whom it was used (see `witness.Seen`). `fill_percent` is how full the snapshot was at most, `kept` that it stays on
+    the host, and `left` that it could not be removed.
     """
 
     read: int
@@ -31,6 +32,7 @@ class Totals:
     kept: bool = False
     left: bool = False
     notes: tuple[str, ...] = ()
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Rules:
             raise ProtocolError(f"counts {changed_blocks} blocks of {image_size} bytes, {self._changed_blocks} came")
         if self._progress != self._image_size or read > self._image_size:
             raise ProtocolError(f"stopped at offset {self._progress} of {self._image_size}")
-        touched, level = fields.get("touched"), fields.get("level_permille")
+        touched, how, level = fields.get("touched"), fields.get("how"), fields.get("level_permille")
         return Totals(
             read,
             touched if isinstance(touched, bool) else None,
@@ -132,6 +134,7 @@ class Rules:
             fields.get("kept") is True,
             fields.get("left") is True,
             notes(fields),
+            printable(how, 500) if isinstance(how, str) else "",
         )
 
 

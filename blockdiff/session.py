@@ -39,9 +39,9 @@ class Wanted:
 class Request:
     """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
 
-    `keep` leaves them on the host. `before` and `after` are commands to run on the host around the snapshots;
-    `directories` are places on the host about which the run must know on which of the sources they lie. A `rehearsal`
-    ends when all was checked.
+    `keep` leaves them on the host. `before` and `after` are commands to run on the host around the making of the
+    snapshots, or where there are none around the reading; `directories` are places on the host about which the run must
+    know on which of the sources they lie. A `rehearsal` ends when all was checked.
     """
 
     sources: Sequence[Wanted]
@@ -287,10 +287,16 @@ class Session:
             pass  # an agent that failed has said why: that is still to be read
         return Run(frame.offset, length, room)
 
-    def finish(self) -> None:
-        """Wait until the agent has put everything away and has ended, and well."""
-        self._expect(wire.END)
+    def finish(self) -> float | None:
+        """Wait until the agent has put everything away and has ended, and well.
+
+        Returns for how many seconds the commands of a run without snapshots held writers still, None without those.
+        """
+        end = self._expect(wire.END)
+        with self._rules():
+            held_s = wire.integers(end, "held_us")[0] / 1e6 if end.get("held_us") is not None else None
         self._check_exit()
+        return held_s
 
     def _read_length(self, frame: wire.Frame) -> int:
         if frame.length != rules.LENGTH.size:

@@ -7,21 +7,14 @@ A source goes through the same steps whatever it is: `prepare` while writers go 
 """
 
 import os
-import re
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Dict, List, NamedTuple, Optional, Tuple, Type
 
-from blockdiff import dump, lvcheck, lvm, lvs, thin
+from blockdiff import devices, dump, lvcheck, lvm, lvs, thin, witness
 from blockdiff.errors import ProcessError, SourceError
 from blockdiff.extents import Extent
-
-#: What a device is made of, by its number, as the kernel shows it.
-_SLAVES = "/sys/dev/block/{}/slaves"
-_DEVICE = "/sys/dev/block/{}/{}"
-#: The kernel's name of a logical volume: group and volume, whose own hyphens are doubled.
-_VOLUME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
 
 
 class Wish(NamedTuple):
@@ -92,7 +85,8 @@ class LiveSource(Source):
         return {}
 
     def take(self) -> None:
-        """Nothing: its moment is as long as the reading takes."""
+        """Begin to watch it: its moment is as long as the reading takes."""
+        self._witness = witness.Witness(self._file)
 
     def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """See `Source`."""
@@ -101,9 +95,9 @@ class LiveSource(Source):
     def finish(self) -> Dict[str, object]:
         """See `Source`."""
         self._file.check_size()
-        touched = self._file.changed()
+        seen = self._witness.look()
         self._stack.close()
-        return {"touched": touched}
+        return {"touched": seen.touched, "how": seen.how}
 
 
 class VolumeSource(Source):
@@ -232,42 +226,9 @@ def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
         wanted = [os.stat(path).st_rdev for path in paths]
     except OSError:
         return "", None
-    shown = "{}:{}".format(os.major(number), os.minor(number))
-    beneath = _beneath(shown)
+    shown = devices.number(number)
+    beneath = devices.beneath(shown)
     for i, device in enumerate(wanted):
-        if "{}:{}".format(os.major(device), os.minor(device)) in beneath:
+        if devices.number(device) in beneath:
             return shown, i
     return shown, None
-
-
-def _beneath(number: str) -> List[str]:
-    """Return a device number and those of all devices that it is made of, as the kernel tells."""
-    found = [number]
-    slaves = _SLAVES.format(number)
-    for name in sorted(os.listdir(slaves)) if os.path.isdir(slaves) else []:
-        try:
-            with open(os.path.join(slaves, name, "dev")) as file:
-                found += _beneath(file.read().strip())
-        except OSError:
-            continue  # it was taken away meanwhile
-    return found
-
-
-def volume_beneath(number: str) -> str:
-    """Return the path of the logical volume beneath a device number, or else that of the device; ``""``: unknown."""
-    for each in _beneath(number):
-        name, uuid = (_told(each, "dm/" + field) for field in ("name", "uuid"))
-        match = _VOLUME.fullmatch(name)
-        if uuid.startswith("LVM-") and match is not None:
-            return "/dev/{}/{}".format(*(part.replace("--", "-") for part in match.groups()))
-    device = re.search(r"^DEVNAME=(.+)$", _told(number, "uevent"), re.MULTILINE)
-    return "/dev/" + device.group(1) if device is not None else ""
-
-
-def _told(number: str, name: str) -> str:
-    """Return what the kernel tells of a device; ``""`` for nothing."""
-    try:
-        with open(_DEVICE.format(number, name)) as file:
-            return file.read().strip()
-    except OSError:
-        return ""

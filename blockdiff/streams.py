@@ -41,8 +41,9 @@ class Streams:
         if first is None or None in others:
             return None
         known = [first, *(totals for totals in others if totals is not None)]
-        touched = first.touched if first.touched is None else any(totals.touched for totals in known)
-        return replace(first, read=sum(totals.read for totals in known), touched=touched)
+        # the worst that one of them saw; they do not look at the same time
+        worst = max(known, key=lambda totals: (totals.touched is True, totals.touched is None, totals.how != ""))
+        return replace(first, read=sum(totals.read for totals in known), touched=worst.touched, how=worst.how)
 
     def changes(
         self, allocate: Callable[[int], memoryview], progress: Callable[[int], object] = lambda offset: None

@@ -1,5 +1,6 @@
 """Block devices for tests: loop devices on files, for root only."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -24,3 +25,42 @@ def device(backing: Path) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run([losetup, "-d", path], check=True, timeout=60)
+
+
+@contextmanager
+def partition(disk: Path, first: int, count: int) -> Iterator[Path]:
+    """Yield a partition of a loop device, of `count` sectors from `first` on."""
+    subprocess.run([conftest.require_program("addpart"), disk, "1", str(first), str(count)], check=True, timeout=60)
+    try:
+        yield Path(f"{disk}p1")
+    finally:
+        subprocess.run(["delpart", disk, "1"], check=True, timeout=60)
+
+
+def make_file_system(path: Path, size: int = 4 << 20) -> None:
+    """Make a file, or take the device that is there, and make a file system on it that writes nothing by itself."""
+    if not path.is_block_device():
+        path.write_bytes(b"")
+        os.truncate(path, size)
+    # what is not initialized now, the kernel would initialize once it is mounted
+    lazy = "lazy_itable_init=0,lazy_journal_init=0"
+    subprocess.run([conftest.require_program("mkfs.ext4"), "-q", "-E", lazy, path], check=True, timeout=60)
+
+
+@contextmanager
+def mount(device: Path, where: Path, *options: str) -> Iterator[Path]:
+    """Mount a device at `where`, a new directory."""
+    where.mkdir()
+    subprocess.run(["mount", *options, device, where], check=True, timeout=60)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True, timeout=60)
+
+
+@contextmanager
+def mounted(backing: Path, where: Path, size: int = 4 << 20) -> Iterator[Path]:
+    """Yield a loop device whose file system is mounted at `where`."""
+    make_file_system(backing, size)
+    with device(backing) as found, mount(found, where):
+        yield found

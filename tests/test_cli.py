@@ -88,7 +88,7 @@ def test_a_block_device_is_a_source(large_tmp_path: Path) -> None:
             file.write(b"changed")
         summary = json.loads(commands.done("blockdiff", "backup", "--json", chain.name, device))
         content = device.read_bytes()
-    assert summary["source"]["kind"] == "device" and summary["consistency"] == "live"
+    assert summary["source"]["kind"] == "device" and summary["consistency"] == "still"
     assert summary["changed_blocks"] == 1 and summary["image_size"] == 300 * KIB
     assert chain.restored(2) == content
     commands.done("blockdiff", "verify", chain.name)

@@ -98,7 +98,7 @@ def network_user(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def options(url: str, limits: Limits | None = None, before: str | None = None) -> Options:
     account = mysqlaccount.from_url(url, ssh_user="")
-    return Options(volumes=Volumes(database=account, limits=limits or Limits(), before=before))
+    return Options(volumes=Volumes(database=account, limits=limits or Limits()), before=before)
 
 
 def through_socket(mariadb: MariaDB) -> str:

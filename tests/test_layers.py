@@ -23,7 +23,9 @@ ORDER = """
     wire
     process
     extents
+    devices
     dump
+    witness
     lvs
     lvcheck
     lvm
@@ -57,7 +59,7 @@ ORDER = """
     transport.openssh  transport.paramiko_ssh
     transport
     rules
-    session
+    session  consistency
     quiesce  streams  compare
     plan
     inuse  contents  offsetwriter

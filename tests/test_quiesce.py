@@ -1,14 +1,12 @@
 """Where a database lies, and whether that is on the volumes of the run; and how a moment is told."""
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from blockdiff import lockcommand, sources
+from blockdiff import devices, lockcommand, sources
 from blockdiff.address import Address
 from blockdiff.coordinates import Version
 from blockdiff.errors import ProcessError, SourceError
@@ -20,7 +18,6 @@ from blockdiff.quiesce import CommandQuiesce, DatabaseQuiesce, Moment, Quiesce
 from blockdiff.rules import Outside, Ready
 from blockdiff.session import Session
 from tests import loop, mounts
-from tests.conftest import require_program
 from tests.mariadb import MariaDB
 
 HERE = "db00"
@@ -228,23 +225,11 @@ def test_a_directory_in_memory_is_on_no_device(tmp_path: Path) -> None:
         assert device.startswith("0:") and index is None
 
 
-@contextmanager
-def mounted(backing: Path, where: Path) -> Iterator[Path]:
-    """Yield a loop device whose file system is mounted at `where`."""
-    backing.write_bytes(b"")
-    os.truncate(backing, 4 << 20)
-    subprocess.run([require_program("mkfs.ext4"), "-q", backing], check=True, timeout=60)
-    with loop.device(backing) as device:
-        where.mkdir()
-        subprocess.run(["mount", device, where], check=True, timeout=60)
-        try:
-            yield device
-        finally:
-            subprocess.run(["umount", where], check=True, timeout=60)
-
-
 def test_a_directory_is_on_the_device_that_is_mounted_there(tmp_path: Path) -> None:
-    with mounted(tmp_path / "a.img", tmp_path / "a") as first, mounted(tmp_path / "b.img", tmp_path / "b") as second:
+    with (
+        loop.mounted(tmp_path / "a.img", tmp_path / "a") as first,
+        loop.mounted(tmp_path / "b.img", tmp_path / "b") as second,
+    ):
         (tmp_path / "b" / "data").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "b" / "data")
         (tmp_path / "device").symlink_to(second)
@@ -259,14 +244,14 @@ def test_a_directory_is_on_the_device_that_is_mounted_there(tmp_path: Path) -> N
 
 def test_a_device_that_is_made_of_others_is_on_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system in an encrypted volume lies on the volume: the kernel lists what each device is made of."""
-    with mounted(tmp_path / "image", tmp_path / "data") as device:
+    with loop.mounted(tmp_path / "image", tmp_path / "data") as device:
         number = device.stat().st_rdev
         shown = f"{os.major(number)}:{os.minor(number)}"
         for upper, lower in ((shown, "254:7"), (shown, "254:8"), ("254:8", f"{os.major(NULL)}:{os.minor(NULL)}")):
-            directory = tmp_path / "sys" / upper / lower
+            directory = tmp_path / "sys" / "dev" / "block" / upper / "slaves" / lower
             directory.mkdir(parents=True)
             (directory / "dev").write_text(f"{lower}\n")
-        (tmp_path / "sys" / shown / "gone").mkdir()  # it was taken away just now
-        monkeypatch.setattr(sources, "_SLAVES", f"{tmp_path}/sys/{{}}")
+        (tmp_path / "sys" / "dev" / "block" / shown / "slaves" / "gone").mkdir()  # it was taken away just now
+        monkeypatch.setattr(devices, "SYS", f"{tmp_path}/sys")
         assert sources.locate(f"{tmp_path}/data", ["/dev/zero", "/dev/null"]) == (shown, 1)
         assert sources.locate(f"{tmp_path}/data", ["/dev/zero"]) == (shown, None)

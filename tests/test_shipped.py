@@ -73,6 +73,7 @@ def test_a_full_run(command: list[str], tmp_path: Path) -> None:
         "changed_blocks": blocks,
         "read": len(image) - (5 << 20),  # the hole was not
         "touched": False,
+        "how": "",
         "notes": [],
     }
 

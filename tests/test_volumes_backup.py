@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def test_a_volume_of_the_same_name_is_another(chain: SmallChain, fake: FakeLvm) 
 
 def test_before_and_after_run_around_the_snapshot(chain: SmallChain, fake: FakeLvm, tmp_path: Path) -> None:
     count = f"grep -c lvcreate '{fake.directory}/calls' >> '{tmp_path}/log'; true"
-    made = chain.add(None, Options(volumes=Volumes(before=count, after=count))).manifest
+    made = chain.add(None, Options(volumes=Volumes(), before=count, after=count)).manifest
     assert (tmp_path / "log").read_text().split() == ["0", "1"]
     assert made.consistency == "quiesced"
     assert made.quiesced is not None and made.snapshot is not None
@@ -158,10 +159,10 @@ def test_before_and_after_run_around_the_snapshot(chain: SmallChain, fake: FakeL
     assert made.quiesced.held_s == pytest.approx(made.snapshot.took_s, abs=0.001)
 
 
-@pytest.mark.parametrize("options", [Volumes(before="exit 3"), Volumes(after="exit 3")])
-def test_a_command_that_fails_fails_the_run(chain: SmallChain, fake: FakeLvm, options: Volumes) -> None:
+@pytest.mark.parametrize("options", [replace(LVM, before="exit 3"), replace(LVM, after="exit 3")])
+def test_a_command_that_fails_fails_the_run(chain: SmallChain, fake: FakeLvm, options: Options) -> None:
     option = "--before" if options.before else "--after"
-    assert failed(chain, Options(volumes=options)).message.startswith(f"localhost: the command of {option} failed: ")
+    assert failed(chain, options).message.startswith(f"localhost: the command of {option} failed: ")
     assert fake.snapshots() == [] and fake.names() == ["lv"]
 
 
@@ -170,8 +171,8 @@ def test_after_runs_where_the_snapshot_cannot_be_made(
     chain: SmallChain, fake: FakeLvm, tmp_path: Path, behaviour: str
 ) -> None:
     fake.order("lvcreate", behaviour)
-    volumes = Volumes(before=f"echo before >> '{tmp_path}/log'", after=f"echo after >> '{tmp_path}/log'")
-    error = failed(chain, Options(volumes=volumes))
+    options = replace(LVM, before=f"echo before >> '{tmp_path}/log'", after=f"echo after >> '{tmp_path}/log'")
+    error = failed(chain, options)
     assert error.message.startswith(
         "localhost: cannot make a snapshot of vg/lv: lvcreate exited with status 5: Somethin"
     )
@@ -193,7 +194,7 @@ def test_a_snapshot_that_cannot_be_made_is_a_failed_run(chain: SmallChain, fake:
 
 def test_no_room_is_told_before_anything_is_made(chain: SmallChain, fake: FakeLvm) -> None:
     fake.add_group("vg", 0)
-    error = failed(chain, Options(volumes=Volumes(before="exit 9")))
+    error = failed(chain, replace(LVM, before="exit 9"))
     assert error.message.startswith("localhost: no room in the volume group vg: ")
     assert fake.calls("lvcreate") == []
 

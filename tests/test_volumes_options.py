@@ -19,8 +19,6 @@ NOTHING: dict[str, object] = {
     "lock_wait": None,
     "long_query": None,
     "max_hold": None,
-    "before": None,
-    "after": None,
     "keep_snapshot": False,
     "audit": False,
 }
@@ -37,7 +35,7 @@ def test_without_lvm_there_are_none() -> None:
 
 def test_defaults() -> None:
     found = parsed(lvm=True)
-    assert found == Volumes("20%", None, Limits(30, 60, 60), None, None, False, False)
+    assert found == Volumes("20%", None, Limits(30, 60, 60), False, False)
 
 
 def test_each_option_arrives() -> None:
@@ -48,24 +46,16 @@ def test_each_option_arrives() -> None:
         lock_wait=1.5,
         long_query=2.0,
         max_hold=3.0,
-        before="freeze",
-        after="thaw",
         keep_snapshot=True,
         audit=True,
     )
     account = Account("u", "", "db00", 33)
-    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), "freeze", "thaw", True, True)
+    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), True, True)
 
 
 def test_the_word_ssh_leaves_the_user_to_the_host() -> None:
     found = parsed(lvm=True, mysql="ssh")
     assert found is not None and found.database == Account("", "", through_ssh=True)
-
-
-@pytest.mark.parametrize("option", ["before", "after"])
-def test_a_command_that_is_empty_is_a_command(option: str) -> None:
-    found = parsed(lvm=True, **{option: ""})
-    assert found is not None and getattr(found, option) == ""
 
 
 @pytest.mark.parametrize(
@@ -74,8 +64,6 @@ def test_a_command_that_is_empty_is_a_command(option: str) -> None:
         ({"snapshot_size": "20%"}, "--snapshot-size means nothing without --lvm"),
         ({"mysql": "ssh"}, "--mysql means nothing without --lvm"),
         ({"lock_wait": 5.0}, "--lock-wait means nothing without --lvm"),
-        ({"before": "x"}, "--before means nothing without --lvm"),
-        ({"after": ""}, "--after means nothing without --lvm"),
         ({"keep_snapshot": True}, "--keep-snapshot means nothing without --lvm"),
         ({"audit": True}, "--audit means nothing without --lvm"),
         ({"lvm": True, "audit": True}, "--audit means nothing without --keep-snapshot"),
@@ -94,6 +82,8 @@ def test_what_means_nothing_is_refused(given: dict[str, object], words: str) -> 
     ("arguments", "words"),
     [
         (("--mysql", "ssh"), "--mysql means nothing without --lvm"),
+        (("--streams", "2", "--before", ""), "--streams does not go with --before and --after without --lvm"),
+        (("--streams", "2", "--after", ""), "--streams does not go with --before and --after without --lvm"),
         (("--lvm", "--audit"), "--audit means nothing without --keep-snapshot"),
         (("--also", "other=/dev/vg/other"), "--also needs --lvm: without snapshots there is no one moment"),
         (("--lvm", "--also", "/dev/vg/other"), "--also /dev/vg/other is not NAME=/PATH"),

@@ -73,7 +73,9 @@ class SnapshotSize(click.ParamType[str]):
 @click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
 @click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
 @click.option("--max-hold", type=SECONDS, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
-@click.option("--before", metavar="COMMAND", help="Run on the host before the snapshots are made.")
+@click.option(
+    "--before", metavar="COMMAND", help="Run on the host before snapshots are made, or without --lvm all is read."
+)
 @click.option("--after", metavar="COMMAND", help="Run on the host after that, whatever happens.")
 @click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
@@ -96,6 +98,8 @@ def command(
     ssh_options: tuple[str, ...],
     bwlimit: int | None,
     streams: int,
+    before: str | None,
+    after: str | None,
     also: tuple[str, ...],
     mounted: bool,
     dry_run: bool,
@@ -125,6 +129,10 @@ def command(
         raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
     if streams > 1 and volumes["keep_snapshot"]:
         raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
+    if streams > 1 and (before, after) != (None, None) and not volumes["lvm"]:
+        raise UsageError(
+            "--streams does not go with --before and --after without --lvm: only one connection is held still"
+        )
     suffix = _period_suffix(period)
     targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
     if mounted:
@@ -146,6 +154,8 @@ def command(
             delta_format=int(delta_format) if delta_format else None,
             full=full,
             volumes=volume_options(volumes),
+            before=before,
+            after=after,
             period=suffix,
             compression=compression,
             level=level,

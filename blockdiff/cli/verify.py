@@ -182,4 +182,6 @@ def _compare(
         else f", and has {found.source_size} bytes, not {found.image_size}"
     )
     say(f"{printable(source)} differs from generation {generation.number} in blocks of {differ} bytes{sizes}")
+    if found.unrest:
+        say(f"note: {printable(source)} {found.unrest}: what differs may come from that")
     sys.exit(EXIT_FAILED)

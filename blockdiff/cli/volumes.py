@@ -29,8 +29,6 @@ def volume_options(given: Mapping[str, object]) -> Volumes | None:
         snapshot_size=_text(asked.get("snapshot_size")) or "20%",
         database=mysqlaccount.from_url(str(url), ssh_user="") if url is not None else None,
         limits=Limits(**{name + "_s": float(str(value)) for name, value in limits.items()}),
-        before=_text(asked.get("before")),
-        after=_text(asked.get("after")),
         keep="keep_snapshot" in asked,
         audit="audit" in asked,
     )

@@ -1,0 +1,180 @@
+"""What the kernel says of block devices: what they are made of, what lies on them, who uses it, what was written.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A device is known by its number, such as ``8:1``. What the kernel does not say, or no more, is passed over: a device may
+be taken away at any moment.
+"""
+
+import glob
+import os
+import re
+import stat
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+#: Where the kernel shows what it knows.
+SYS = "/sys"
+PROC = "/proc"
+
+#: The kernel's name of a logical volume: group and volume, whose own hyphens are doubled.
+_VOLUME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
+
+#: The columns of a device's ``stat``: sectors read, written, and (Linux 4.18 and newer) discarded.
+_READ, _WRITTEN, _DISCARDED = 2, 6, 13
+
+
+class Sectors(NamedTuple):
+    """How many sectors of a device were read, and how many written or discarded, since it is there."""
+
+    read: int
+    written: int
+
+
+def number(device: int) -> str:
+    """Return the number of a device, from the `st_dev` or `st_rdev` of a file."""
+    return "{}:{}".format(os.major(device), os.minor(device))
+
+
+def name(device: str) -> str:
+    """Return what people call a device: ``sda1``, or the name that device-mapper has for it."""
+    place = _place(device)
+    return _text(os.path.join(place, "dm", "name")) or os.path.basename(os.path.realpath(place))
+
+
+def beneath(device: str) -> List[str]:
+    """Return a device and all that it is made of."""
+    return _closure([device], lambda each: _numbers(os.path.join(_place(each), "slaves", "*")))
+
+
+def above(device: str) -> List[str]:
+    """Return a device and all that lie on it: partitions, and what device-mapper, md and loop devices make of it."""
+    return _closure([device], _on)
+
+
+def volume_beneath(device: str) -> str:
+    """Return the path of the logical volume beneath a device, or else that of the device; ``""``: unknown."""
+    for each in beneath(device):
+        mapped, uuid = (_text(os.path.join(_place(each), "dm", field)) for field in ("name", "uuid"))
+        match = _VOLUME.fullmatch(mapped)
+        if uuid.startswith("LVM-") and match is not None:
+            return "/dev/{}/{}".format(*(part.replace("--", "-") for part in match.groups()))
+    found = re.search(r"^DEVNAME=(.+)$", _text(os.path.join(_place(device), "uevent")), re.MULTILINE)
+    return "/dev/" + found.group(1) if found is not None else ""
+
+
+def on_file(status: os.stat_result) -> List[str]:
+    """Return the loop devices that show a regular file, and all that lie on those."""
+    return _closure(_loops((status.st_dev, status.st_ino)), _on)
+
+
+def use(devices: Sequence[str], own: str = "") -> str:
+    """Return how the first of `devices` that may be written to is used, such as ``is mounted on /mnt``, "" for none.
+
+    One that is mounted read-only is not written to. The name of the device is added unless it is `own`.
+    """
+    mounts, swaps = _mounts(), _swaps()
+    for each in devices:
+        how = "is mounted on {}".format(mounts[each]) if each in mounts else ""
+        how = "is used as swap" if each in swaps else how
+        if how:
+            return how if each == own else "{} ({})".format(how, name(each))
+    return ""
+
+
+def sectors(device: str) -> Optional[Sectors]:
+    """Return what was read from and written to a device so far; None where the kernel does not count it."""
+    place = os.path.realpath(_place(device))
+    disk = os.path.dirname(place) if os.path.exists(os.path.join(place, "partition")) else place
+    if _text(os.path.join(disk, "queue", "iostats")) == "0":
+        return None
+    try:
+        counts = [int(word) for word in _text(os.path.join(place, "stat")).split()]
+        return Sectors(counts[_READ], counts[_WRITTEN] + sum(counts[_DISCARDED : _DISCARDED + 1]))
+    except (ValueError, IndexError):
+        return None
+
+
+def _closure(devices: List[str], following: Callable[[str], List[str]]) -> List[str]:
+    found: List[str] = []
+    left = list(devices)
+    while left:
+        device = left.pop(0)
+        if device not in found:
+            found.append(device)
+            left += following(device)
+    return found
+
+
+def _place(device: str) -> str:
+    return os.path.join(SYS, "dev", "block", device)
+
+
+def _on(device: str) -> List[str]:
+    place = _place(device)
+    partitions = [os.path.dirname(path) for path in sorted(glob.glob(os.path.join(place, "*", "partition")))]
+    direct = [each for path in partitions for each in _numbers(path)]
+    return direct + _numbers(os.path.join(place, "holders", "*")) + _loops(device)
+
+
+def _numbers(pattern: str) -> List[str]:
+    words = [_text(os.path.join(path, "dev")) for path in sorted(glob.glob(pattern))]
+    return [word for word in words if word]
+
+
+def _loops(backing: Union[str, Tuple[int, int]]) -> List[str]:
+    """Return the loop devices on a device, by its number, or on a file, by its device and inode."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(SYS, "block", "loop*", "loop", "backing_file"))):
+        try:
+            status = os.stat(_text(path))
+        except (OSError, ValueError):
+            continue  # it was removed, or cannot be seen from here
+        is_device = stat.S_ISBLK(status.st_mode)
+        if backing == (number(status.st_rdev) if is_device else (status.st_dev, status.st_ino)):
+            found += _numbers(os.path.dirname(os.path.dirname(path)))
+    return found
+
+
+def _mounts() -> Dict[str, str]:
+    """Return where devices are mounted that the file system there may write to."""
+    pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
+    found: Dict[str, str] = {}
+    for line in _text(os.path.join(PROC, "self", "mountinfo")).split("\n"):
+        mount, _, file_system = line.partition(" - ")
+        fields, about = mount.split(" "), file_system.split(" ")
+        if len(fields) < 5 or len(about) < 3 or about[2].split(",")[0] != "rw":
+            continue
+        devices = [fields[2]]
+        if fields[2].startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
+            devices = _at(about[1])
+            devices += [each for pool in pools if set(pool) & set(devices) for each in pool]
+        for each in devices:
+            found.setdefault(each, _unescaped(fields[4]))
+    return found
+
+
+def _swaps() -> List[str]:
+    return [each for line in _text(os.path.join(PROC, "swaps")).split("\n")[1:] for each in _at(line.split(" ")[0])]
+
+
+def _at(path: str) -> List[str]:
+    """Return the number of the device at a path, as the kernel writes one; none where there is no device."""
+    try:
+        status = os.stat(_unescaped(path)) if path.startswith("/") else None
+    except (OSError, ValueError):
+        return []
+    return [number(status.st_rdev)] if status is not None and stat.S_ISBLK(status.st_mode) else []
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), path)
+
+
+def _text(path: str) -> str:
+    """Return what a file of the kernel's holds, without the end of its last line; "" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            text = os.fsdecode(file.read())
+    except OSError:
+        return ""
+    return text[:-1] if text.endswith("\n") else text
