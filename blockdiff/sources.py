@@ -73,19 +73,19 @@ class Source(ABC):
 
 
 class LiveSource(Source):
-    """A file or device that is read as it is; `path` must be one, now."""
+    """A file or device that is read as it is; `path` must be one when the moment is taken."""
 
     def __init__(self, path: bytes) -> None:
         super().__init__()
         self._path = path
 
     def prepare(self) -> Dict[str, object]:
-        """Open it: that it can be read is all there is to check."""
-        self._file = self._stack.enter_context(dump.FileSource(self._path))
+        """Nothing: what the user runs before the reading may make it, or replace it by another."""
         return {}
 
     def take(self) -> None:
-        """Begin to watch it: its moment is as long as the reading takes."""
+        """Open it, and begin to watch it: its moment is as long as the reading takes."""
+        self._file = self._stack.enter_context(dump.FileSource(self._path))
         self._witness = witness.Witness(self._file)
 
     def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":

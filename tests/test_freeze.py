@@ -341,19 +341,26 @@ def test_after_is_done_where_the_agent_ends_meanwhile(
     """Killed, it leaves the one that runs to itself, and the guard runs it again: that is better than not at all."""
     after = log.command("after", f"{waiting(tmp_path)}; {log.command('done')}")
     with agents.conversation(command) as talk:
-        request: dict[str, object] = {"paths": [os.fsencode(image).hex()], "directories": [], "after": after}
-        talk.link.send_json(wire.REQUEST, request)
-        talk.link.send_json(wire.TAKE, {})  # and no SCAN: it must not be done before it knows of the end
+        talk.request(image, after=after)
         log.wait_for("after")
         end_agent(talk, how)
         if how == "SIGKILL":
             log.wait_for("after", "after")
+        else:  # it must not be done before it knows of the end
+            wait_until(lambda: ignores(talk.child._child.pid, signal.SIGTERM))
         (tmp_path / "go").touch()
         wait_until(lambda: "done" in log.words())
         assert talk.child.wait(LIMIT_S) not in (None, 0)
     if how != "SIGKILL":
         processes.wait_until_gone(nothing_left)
         assert log.words() == ["after", "done"]
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process ignores a signal: ours do once they have begun to unwind."""
+    ignored = re.search(r"^SigIgn:\s*([0-9a-f]+)$", Path("/proc", str(pid), "status").read_text(), re.MULTILINE)
+    assert ignored is not None
+    return bool(int(ignored[1], 16) >> (number - 1) & 1)
 
 
 def end_agent(talk: agents.Conversation, how: str) -> None:

@@ -220,6 +220,15 @@ def test_a_file_is_held_until_its_last_byte_was_read(chain: SmallChain, tmp_path
     assert made.consistency == "quiesced" and made.quiesced is not None and made.quiesced.by == "freeze"
 
 
+def test_before_may_make_what_is_read(chain: SmallChain) -> None:
+    for number in (1, 2):  # the second takes the place of the first
+        make = f"echo content {number} > '{chain.source}.new' && mv '{chain.source}.new' '{chain.source}'"
+        status, made, said = backed_up(chain, "--before", make, "--after", f"rm '{chain.source}'")
+        assert (status, said, made["consistency"]) == (0, "", "quiesced")
+        assert chain.restored(number) == f"content {number}\n".encode()
+        assert not chain.source.exists()
+
+
 def test_what_before_itself_writes_does_not_count(chain: SmallChain) -> None:
     chain.source.write_bytes(NOISE)
     assert backed_up(chain, "--before", f"echo x >> '{chain.source}'")[0] == 0

@@ -105,8 +105,10 @@ def test_a_file_whose_size_was_put_back(image: Path) -> None:
 def test_what_is_written_before_the_moment_does_not_count(image: Path) -> None:
     with LiveSource(os.fsencode(image)) as source:
         source.prepare()
-        write(image)
+        write(image, 2 * MIB)
         source.take()
+        file, _claimed = source.open(Wish())
+        assert file.size == image.stat().st_size
         assert source.finish() == {"touched": False, "how": ""}
 
 
