@@ -289,7 +289,7 @@ def _sources(request: Dict[str, object]) -> List[Source]:
     """Return the sources that a request names; raises `ProtocolError`."""
     paths = _paths(request)
     if not request.get("snapshot"):
-        return [LiveSource(path) for path in paths]
+        return [LiveSource(path, is_made=request.get("before") is not None) for path in paths]
     size = wire.text(request, "snapshot_size")
     owners, kept = wire.texts(request, "owners"), wire.texts(request, "kept")
     if not len(paths) == len(owners) == len(kept):

@@ -73,14 +73,21 @@ class Source(ABC):
 
 
 class LiveSource(Source):
-    """A file or device that is read as it is; `path` must be one when the moment is taken."""
+    """A file or device that is read as it is; `path` must be one when the moment is taken.
 
-    def __init__(self, path: bytes) -> None:
+    With `is_made` it need not be there before: what the user runs may make it then.
+    """
+
+    def __init__(self, path: bytes, is_made: bool = False) -> None:
         super().__init__()
         self._path = path
+        self._is_made = is_made
 
     def prepare(self) -> Dict[str, object]:
-        """Nothing: what the user runs before the reading may make it, or replace it by another."""
+        """See whether it can be opened: that is all there is to check."""
+        if not self._is_made:
+            with dump.FileSource(self._path):
+                pass
         return {}
 
     def take(self) -> None:
