@@ -42,8 +42,12 @@ def read(path: str) -> str:
     Blank lines and comments around it are left out, and so is a carriage return at the end of a line.
     Raises `UsageError` where the file cannot be read or holds anything else; the hint says what to name instead.
     """
-    shown = "standard input" if path == "-" else printable(path)
-    content = _content(path, shown)
+    return parse(_content(path), path)
+
+
+def parse(content: bytes, path: str) -> str:
+    """Return the one public key in the `content` of the file `path`; raises `UsageError` as `read` does."""
+    shown = _shown(path)
     if _PRIVATE.search(content):
         raise UsageError(f"{shown} is a private key: it must stay on this machine", _hint(path, private=True))
     if len(content) > _MAX_BYTES:
@@ -72,14 +76,18 @@ def read(path: str) -> str:
     return keys[0][1]
 
 
-def _content(path: str, shown: str) -> bytes:
+def _shown(path: str) -> str:
+    return "standard input" if path == "-" else printable(path)
+
+
+def _content(path: str) -> bytes:
     """Return what the file holds, or more than `_MAX_BYTES` of it."""
     try:
         with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as file:
             return file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"cannot read the public key {shown}: {reason}") from error
+        raise UsageError(f"cannot read the public key {_shown(path)}: {reason}") from error
 
 
 def _hint(path: str, private: bool = False) -> str:

@@ -31,6 +31,7 @@ DEEPEST = {
     "thin_delta": "blockdiff.extents.aligned",
     "options": "blockdiff.mysqloptions._without_comment",
     "source": "blockdiff.address._split_port",
+    "publickey": "blockdiff.publickey._is_key",
 }
 
 NAMES = list(TARGETS)

@@ -152,3 +152,9 @@ def options() -> list[bytes]:
 def sources() -> list[bytes]:
     """Words of a command line."""
     return [b"/dev/vg/lv", b"root@web1:/dev/vg/lv", b"ssh://root@[::1]:2222/dev/a%20b", b"ssh://web1/x"]
+
+
+def public_keys() -> list[bytes]:
+    """What ssh-keygen makes, and a key with a comment around it."""
+    key = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHrRmsdBkJpJxybvBclk0WSnIijZzu6AWIeZNtkpEmMk"
+    return [key + b" root@web1\n", b"# the server's\r\n\r\n\t" + key + b"\r\n"]

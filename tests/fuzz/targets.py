@@ -28,6 +28,7 @@ from blockdiff import (
     manifest,
     merge,
     mysqloptions,
+    publickey,
     rules,
     salvage,
     thin,
@@ -337,6 +338,12 @@ def _source(data: bytes) -> None:
     assert found.path.startswith("/") and found.login.isprintable()
 
 
+def _public_key(data: bytes) -> None:
+    found = publickey.parse(data, "/nonexistent/key.pub")
+    assert "\n" not in found and not found.startswith("#")
+    assert found.split()[0] in publickey.parse(found.encode("utf-8"), "-")
+
+
 TARGETS: dict[str, Target] = {
     "delta": Target(_delta, (DamagedError,), seeds.deltas),
     "salvager": Target(_salvager, (), seeds.deltas),
@@ -352,4 +359,5 @@ TARGETS: dict[str, Target] = {
     "thin_delta": Target(_thin_delta, (thin.HintError,), seeds.thin_deltas),
     "options": Target(_options, (UsageError,), seeds.options),
     "source": Target(_source, (UsageError,), seeds.sources),
+    "publickey": Target(_public_key, (UsageError,), seeds.public_keys),
 }
