@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
-from blockdiff import checksum, sharing
+from blockdiff import checksum, owner, sharing
 from blockdiff.blocks import MAX_IMAGE_SIZE
 from blockdiff.checksum import Checksum
 from blockdiff.errors import DamagedError, StorageError
@@ -37,7 +37,7 @@ def _named(action: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0)
+        hint = (owner.hint(path) if error.errno == errno.EACCES else None) or _HINTS.get(error.errno or 0)
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
@@ -251,14 +251,14 @@ class Directory:
         """Return what a symbolic link leads to; raises `StorageError` for one that is not the owner's, or dangles."""
         path = self.path_of(name)
         with _named("look at", path):
-            owner = os.fstat(self._fd).st_uid
+            owners = (0, os.geteuid(), os.fstat(self._fd).st_uid)
             try:
                 sharing.refuse_others(self.path)
             except StorageError as error:
                 raise StorageError(
                     f"{path} is a symbolic link, and is not followed: {error.message}", error.hint
                 ) from error
-        if link.st_uid not in (0, os.geteuid(), owner):
+        if link.st_uid not in owners:
             raise StorageError(
                 f"{path} is a symbolic link that belongs to another user (UID {link.st_uid}), and is not followed",
                 "put the file itself there, or make the link as the owner of the directory",
@@ -281,19 +281,35 @@ class Directory:
 
     def open_lock(self, name: str) -> int:
         """Return a descriptor of the file `name` to hold a lock on, made where there is none."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with _named("open", self.path_of(name)):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+            try:
+                fd = self._new(name, flags | os.O_EXCL)
+            except FileExistsError:
+                fd = os.open(name, flags, 0o600, dir_fd=self._fd)
         if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
             os.close(fd)
             raise StorageError(f"{self.path_of(name)} is {_kind(mode)}, not a regular file", "move it away")
         return fd
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
-        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken."""
+        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken.
+
+        It belongs to the owner of the directory, as does a new lock, even where root makes it.
+        """
         with _named("create", self.path_of(name)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            return OutputFile(os.open(name, flags, 0o600, dir_fd=self._fd), self.path_of(name), algorithm)
+            return OutputFile(self._new(name, flags), self.path_of(name), algorithm)
+
+    def _new(self, name: str, flags: int) -> int:
+        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        try:
+            owner.give(fd, self._fd)
+        except OSError:
+            os.close(fd)
+            os.unlink(name, dir_fd=self._fd)
+            raise
+        return fd
 
     def link(self, name: str, new_name: str) -> None:
         """Give a file a second name; raises `StorageError` where that is taken: nothing is ever overwritten."""

@@ -38,7 +38,7 @@ ORDER = """
     relay
     grant
     agent
-    bundle  checksum  address  clock  progress  publickey  sharing
+    bundle  checksum  address  clock  progress  publickey  sharing  owner
     durable  temporary
     lzop
     codec
