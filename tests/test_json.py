@@ -49,6 +49,10 @@ def test_what_is_printed_is_documented(chain: SmallChain, tmp_path: Path) -> Non
     shown = {
         "list": json.loads(commands.done("blockdiff", "list", "--json", chain.name))[0],
         "status": json.loads(commands.done("blockdiff", "status", "--json", chain.name))[0],
+        "verify": json.loads(commands.done("blockdiff", "verify", "--json", chain.name))[0],
+        "verify --source": json.loads(
+            commands.done("blockdiff", "verify", "--json", chain.name, "--source", chain.source)
+        ),
         "restore": json.loads(commands.done("blockdiff", "restore", "--json", chain.name, tmp_path / "out")),
         "repair": json.loads(commands.done("blockdiff", "repair", "--json", chain.name)),
         "backup --dry-run": json.loads(
