@@ -16,8 +16,8 @@ from blockdiff import __version__, loader
 
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
-    *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "devices", "dump", "witness"),
-    *("lvs", "lvcheck", "lvm", "thin"),
+    *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "devices", "lease", "dump"),
+    *("witness", "lvs", "lvcheck", "lvm", "thin"),
     *("freeze", "sources", "datadir", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
 )
 

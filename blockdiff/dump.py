@@ -13,7 +13,7 @@ import stat
 from abc import ABC, abstractmethod
 from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
-from blockdiff import extents, pipeline
+from blockdiff import extents, lease, pipeline
 from blockdiff.blocks import Hasher
 from blockdiff.errors import SourceError
 from blockdiff.extents import Extent
@@ -95,7 +95,7 @@ class FileSource:
         self.stream, self.streams = 0, 1
         self._shown = path.decode("utf-8", "replace")
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = lease.open_for_reading(path)
         except OSError as error:
             raise SourceError("cannot open {}: {}".format(self._shown, error.strerror)) from error
         try:

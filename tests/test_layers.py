@@ -24,6 +24,7 @@ ORDER = """
     process
     extents
     devices
+    lease
     dump
     witness
     lvs
