@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from blockdiff import __version__, codec, consistency, quiesce, signals, streams
+from blockdiff import __version__, clock, codec, consistency, periods, quiesce, signals, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain
@@ -141,7 +141,9 @@ def backup_together(
             _known(job.new).commit(manifest)
             notes = [note for note in manifest.notes if note not in moment.warnings]
             told = (_known(job.locked).notes, job.plan.kept, notes)
-            results.append(Result(job.chain.name, manifest, [*_warnings(job, manifest), *moment.warnings], *told))
+            warned = [*_warnings(job, manifest), *moment.warnings]
+            warned += _clock_warnings(job.chain, manifest, options.period)
+            results.append(Result(job.chain.name, manifest, warned, *told))
         return results
 
 
@@ -324,6 +326,20 @@ def _warnings(job: _Job, made: Manifest) -> list[str]:
         return [f"the backup is complete, but a snapshot of {path} is left on the host: {totals.notes[-1]}"]
     found = consistency.warning(job.path, made.source.kind, totals, made.consistency, made.quiesced is not None)
     return [] if found is None else [found]
+
+
+def _clock_warnings(chain: Chain, made: Manifest, period: str) -> list[str]:
+    """Return what tells that the clock went back: during the run, since the one before, or into an earlier period."""
+    warnings = []
+    parent = chain.generations.get(made.generation - 1)
+    before = parent.manifest.finished if parent is not None and parent.manifest is not None else None
+    if (why := clock.went_back(made.started, made.finished, before)) is not None:
+        warnings.append(f"generation {made.generation}: {why}")
+    if (later := periods.later(chain.name, period)) is not None:
+        warnings.append(
+            f"{printable(later)} is there, and of a later period than {printable(chain.name)}: is the clock right?"
+        )
+    return warnings
 
 
 def _versions(session: Session) -> dict[str, str]:

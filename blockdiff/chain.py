@@ -4,43 +4,71 @@ Nothing here writes; `commit` does.
 """
 
 import os
-import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 
 from blockdiff import checksum, codec, manifest
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import Directory
-from blockdiff.errors import ChainError, DamagedError, StorageError, UsageError, printable
+from blockdiff.errors import BlockdiffError, BusyError, ChainError, DamagedError, StorageError, UsageError, printable
+from blockdiff.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Inventory
 from blockdiff.manifest import Manifest
 
-DELTA_SUFFIXES = tuple(codec.SUFFIXES.values())
-TABLE_SUFFIXES = tuple("." + name for name in DIGEST_SIZES)
-MANIFEST_SUFFIX = ".json"
-
+#: How many chains of `backup --chain` are named at most where one must be chosen: a year of months.
+_SHOWN_PERIODS = 12
 _COMPRESSION = {suffix: name for name, suffix in codec.SUFFIXES.items()}
 _TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
-_VERSION = re.compile(rb"([1-9][0-9]{0,17})\n?")
 
 
-@dataclass
 class Generation:
-    """The files of one generation, as far as they are there.
+    """The files of one generation, as far as they are there. Its manifest is read when it is asked for, once."""
 
-    `manifest` is None where there is none, as in chains of the original, or where it is damaged, which
-    `manifest_error` then tells.
-    """
+    def __init__(self, directory: Directory, base: str, number: int, suffixes: set[str]) -> None:
+        self.directory = directory
+        self.base = base
+        self.number = number
+        self.suffixes = suffixes
 
-    directory: Directory
-    base: str
-    number: int
-    suffixes: set[str] = field(default_factory=set)
-    manifest: Manifest | None = None
-    manifest_sha256: str | None = None
-    manifest_error: DamagedError | None = None
+    @cached_property
+    def _read(self) -> tuple[Manifest | None, str | None, DamagedError | None]:
+        """The manifest, its SHA-256, and what is wrong with it."""
+        if MANIFEST_SUFFIX not in self.suffixes:
+            return None, None, None
+        path = self.path(MANIFEST_SUFFIX)
+        try:
+            content = self.directory.read(self.name(MANIFEST_SUFFIX), manifest.MAX_BYTES) or b""
+            found = manifest.from_bytes(content, path)
+            if found.generation != self.number:
+                raise DamagedError(f"{path} is the manifest of generation {found.generation}", "move it away")
+        except DamagedError as error:
+            return None, None, error
+        except StorageError as error:  # one file that cannot be read must not hide the other generations
+            damaged = DamagedError(error.message, error.hint)
+            damaged.__cause__ = error
+            return None, None, damaged
+        return found, manifest.sha256(content), None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest; None where there is none, as in chains of the original, or where it is damaged."""
+        return self._read[0]
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """The checksum by which the next generation's manifest knows this one's."""
+        return self._read[1]
+
+    @property
+    def manifest_error(self) -> DamagedError | None:
+        """What is wrong with the manifest, where it is damaged."""
+        return self._read[2]
+
+    def forget_manifest(self) -> None:
+        """Be a generation without a manifest from now on."""
+        self._read = None, None, None
 
     def name(self, suffix: str) -> str:
         """Return the name of the file with this suffix."""
@@ -134,14 +162,15 @@ class Generation:
 class Chain:
     """The generations that share a NAME, for reading. A context manager.
 
-    `name` is a path without ``.N`` and suffix. Raises `StorageError` where its directory is missing. `generations` are
-    by number, committed or not; `version` is what ``NAME.ver`` says, None where it says nothing useful.
+    `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, where there is one already. Raises
+    `StorageError` where that directory is missing. `generations` are by number, committed or not; `version` is what
+    ``NAME.ver`` says, None where it says nothing useful.
     """
 
     #: Whether its directory may be made where it is missing.
     is_written = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, inventory: Inventory | None = None) -> None:
         self.name = name
         parent, self.base = os.path.split(name)
         if self.base in ("", ".", "..") or "\0" in name:
@@ -150,10 +179,14 @@ class Chain:
             )
         self.directory = Directory(parent or ".", self.is_written)
         try:
-            self.reload()
+            self._begin()
+            self._take(inventory or Inventory(self.directory, [self.base]))
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """Do what must be done before the directory is looked at: nothing, for who only reads."""
 
     def __enter__(self) -> "Chain":
         return self
@@ -170,45 +203,17 @@ class Chain:
         return printable(self.directory.path_of(self.base + suffix))
 
     def reload(self) -> None:
-        """Read the directory anew: ``NAME.ver`` first, so that a run that ends meanwhile is found by its manifest."""
-        self.has_version_file = self.directory.has(f"{self.base}.ver")
-        self.version = self._read_version()
-        pattern = re.compile(re.escape(self.base) + r"\.([1-9][0-9]{0,17})(\.[a-z0-9]+)?")
-        known = {*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX}
-        found: dict[int, Generation] = {}
-        for name in self.directory.names():
-            match = pattern.fullmatch(name)
-            if match and (suffix := match[2] or "") in known:
-                number = int(match[1])
-                if number not in found:
-                    found[number] = Generation(self.directory, self.base, number)
-                found[number].suffixes.add(suffix)
-        self.generations = dict(sorted(found.items()))
-        for generation in self.generations.values():
-            self._load_manifest(generation)
+        """Look at the directory again."""
+        self._take(Inventory(self.directory, [self.base]))
 
-    def _read_version(self) -> int | None:
-        try:
-            match = _VERSION.fullmatch(self.directory.read(f"{self.base}.ver", 64) or b"")
-        except DamagedError:  # what is not a file says nothing
-            return None
-        return int(match[1]) if match else None
-
-    def _load_manifest(self, generation: Generation) -> None:
-        if MANIFEST_SUFFIX not in generation.suffixes:
-            return
-        path = generation.path(MANIFEST_SUFFIX)
-        try:
-            content = self.directory.read(generation.name(MANIFEST_SUFFIX), manifest.MAX_BYTES) or b""
-            found = manifest.from_bytes(content, path)
-            if found.generation != generation.number:
-                raise DamagedError(f"{path} is the manifest of generation {found.generation}", "move it away")
-            generation.manifest, generation.manifest_sha256 = found, manifest.sha256(content)
-        except DamagedError as error:
-            generation.manifest_error = error
-        except StorageError as error:  # one file that cannot be read must not hide the other generations
-            generation.manifest_error = DamagedError(error.message, error.hint)
-            generation.manifest_error.__cause__ = error
+    def _take(self, inventory: Inventory) -> None:
+        self.has_version_file = self.base in inventory.versions
+        self.version = inventory.versions.get(self.base)
+        self._periods = inventory.periods(self.base)
+        self.generations = {
+            number: Generation(self.directory, self.base, number, suffixes)
+            for number, suffixes in inventory.generations(self.base).items()
+        }
 
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
@@ -312,14 +317,42 @@ class Chain:
         if wanted in self.generations:
             return self.generations[wanted]
         if not self.generations and not self.has_version_file:
-            raise ChainError(
-                f"there is no chain {printable(self.name)}", "is the NAME right? it has no .N and no suffix"
-            )
+            raise self._nothing_here()
         if number is None or number <= self.last():
             raise DamagedError(
                 f"generation {wanted} of {printable(self.name)} is missing", "restore its files from a copy"
             )
         raise ChainError(f"{printable(self.name)} has no generation {wanted}, the last one is {self.last()}")
+
+    def is_busy(self) -> bool:
+        """Return whether a run is at work with the chain, as far as the system tells."""
+        return self.directory.is_locked(f".{self.base}.lock")
+
+    def _was_begun(self) -> bool:
+        """Return whether a run has begun the chain, complete or not."""
+        return self.directory.has(f".{self.base}.lock")
+
+    def _nothing_here(self) -> BlockdiffError:
+        """Return the error for a chain without generations: why that may be."""
+        name = printable(self.name)
+        if self.is_busy():
+            return BusyError(f"the first run of {name} is at work: no generation is complete yet", "let it finish")
+        if self._periods:
+            shown = [printable(os.path.join(self.directory.path, each)) for each in self._periods[-_SHOWN_PERIODS:]]
+            more = "" if len(shown) == len(self._periods) else f" (and {len(self._periods) - len(shown)} older ones)"
+            return ChainError(
+                f"there is no chain {name}, but those that `backup --chain` began: {', '.join(shown)}{more}",
+                "name one of them",
+            )
+        if os.path.isdir(self.name):
+            return ChainError(f"{name} is a directory", f"`blockdiff list {name}` shows the chains in it")
+        if self._was_begun():
+            return ChainError(
+                f"no generation of {name} is complete: its first run failed or was cut off", "run the backup again"
+            )
+        return ChainError(
+            f"there is no chain {name}", "is the NAME right? it has no .N and no suffix. Is the disk mounted?"
+        )
 
     def needed(self, number: int) -> list[Generation]:
         """Return the generations that generation `number` may be made of, newest first, down to the last full one.

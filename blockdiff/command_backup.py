@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockdiff import __version__, codec, merge, process, signals
+from blockdiff import __version__, clock, codec, merge, process, signals
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.clock import now
@@ -73,7 +73,9 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
             versions={"blockdiff": __version__},
         )
         new.commit(manifest)
-        return new.number, chain.notes
+        before = base.manifest.finished if base is not None and base.manifest is not None else None
+        why = clock.went_back(manifest.started, manifest.finished, before)
+        return new.number, [*chain.notes, *([] if why is None else [f"generation {new.number}: {why}"])]
 
 
 def _old_table(base: Generation) -> TableReader:

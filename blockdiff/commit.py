@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from blockdiff import checksum, manifest
-from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
+from blockdiff.chain import Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import OutputFile
 from blockdiff.errors import BusyError, DamagedError, StorageError, UsageError, printable
+from blockdiff.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES
 from blockdiff.manifest import Manifest
 
 
@@ -32,12 +33,10 @@ class WritableChain(Chain):
         if re.search(r"@[0-9]+$", name):
             raise UsageError(f"a NAME cannot end like {printable(name)!r}", "NAME@2 names generation 2 of a chain NAME")
         super().__init__(name)
-        try:
-            self.directory.refuse_others()
-            self.directory.refuse_read_only()
-        except BaseException:
-            super().close()
-            raise
+
+    def _begin(self) -> None:
+        self.directory.refuse_others()
+        self.directory.refuse_read_only()
 
 
 class LockedChain(WritableChain):
@@ -52,17 +51,18 @@ class LockedChain(WritableChain):
         self._lock_fd = -1
         super().__init__(name)
         try:
-            self._lock()
-            self.reload()
             self._set_uncommitted_aside()
             self._remove_temporary()
             self.directory.check_abilities(self._lock_name, self.temporary_version)  # now, not after hours of reading
-            self.reload()
             if recovers:
                 self._recover()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._lock()
 
     def __enter__(self) -> "LockedChain":
         return self
@@ -88,18 +88,28 @@ class LockedChain(WritableChain):
                 f"another run is busy with {printable(self.name)}", "let it finish, then run again"
             ) from error
 
+    def is_busy(self) -> bool:
+        """Return False: the run that is at work is this one."""
+        return False
+
+    def _was_begun(self) -> bool:
+        return False  # the lock is ours, and may be new
+
     def _set_uncommitted_aside(self) -> None:
         """Move away what a run linked and died before it linked the manifest: its temporary names tell.
 
         In a first generation nothing else does: no ``NAME.ver`` says yet that there is no complete generation.
         """
         moved = False
-        for generation in self.generations.values():
+        for generation in list(self.generations.values()):
             for suffix in sorted(generation.suffixes):
                 name = generation.name(suffix)
                 if MANIFEST_SUFFIX not in generation.suffixes and self.directory.are_same(name, f".{name}.tmp"):
                     self._set_aside(generation, suffix)
+                    generation.suffixes.remove(suffix)
                     moved = True
+            if not generation.suffixes:
+                del self.generations[generation.number]
         if moved:
             self.directory.sync()
 

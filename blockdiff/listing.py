@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blockdiff import periods
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.chain import Chain, Generation
 from blockdiff.clock import iso
@@ -36,6 +37,7 @@ class Entry:
     snapshot: Snapshot | None = None
     quiesced: Quiesced | None = None
     database: Coordinates | None = None
+    started: str | None = None
 
 
 def entries(chain: Chain) -> list[Entry]:
@@ -82,6 +84,7 @@ def _entry(chain: Chain, number: int, end: int, last: int) -> Entry:
         snapshot=known.snapshot,
         quiesced=known.quiesced,
         database=known.database,
+        started=known.started,
     )
 
 
@@ -98,14 +101,8 @@ def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | 
 
 
 def _written(generation: Generation) -> str | None:
-    """Return when the generation's files were written last, None where none can be looked at."""
-    times = []
-    for suffix in generation.suffixes:
-        try:
-            times.append(generation.directory.modified(generation.name(suffix)))
-        except (DamagedError, StorageError):
-            continue
-    return iso(max(times)) if times else None
+    seconds = periods.written(generation)
+    return None if seconds is None else iso(seconds)
 
 
 def _digest(generation: Generation) -> str | None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from blockdiff import merge
 from blockdiff.address import Address
 from blockdiff.blocks import check_block_size
-from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
+from blockdiff.chain import Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.errors import ChainError, DamagedError, printable
+from blockdiff.inventory import MANIFEST_SUFFIX
 from blockdiff.manifest import Parent, Snapshot, Source
 
 DEFAULT_BLOCK_SIZE = 64 << 10

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from blockdiff import merge
 from blockdiff.blocks import Hasher, block_count, digest_named
-from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
+from blockdiff.chain import Chain, Generation
 from blockdiff.deltafile import DeltaReader
 from blockdiff.digesttable import TableReader
 from blockdiff.errors import DamagedError, printable
+from blockdiff.inventory import MANIFEST_SUFFIX
 from blockdiff.verify import CheckedFile, short_runs
 
 Proof = Callable[[Chain, int, Callable[[int], object]], None]

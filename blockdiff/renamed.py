@@ -7,9 +7,10 @@ one; the manifest that was there is set aside, and older generations keep saying
 from dataclasses import replace
 
 from blockdiff.address import Address
-from blockdiff.chain import MANIFEST_SUFFIX, Chain
+from blockdiff.chain import Chain
 from blockdiff.commit import LockedChain
 from blockdiff.errors import ChainError, printable
+from blockdiff.inventory import MANIFEST_SUFFIX
 from blockdiff.manifest import Manifest, Source
 
 

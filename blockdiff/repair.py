@@ -16,9 +16,10 @@ from functools import partial
 
 from blockdiff import __version__, checksum, clock, manifest, merge, rebuild
 from blockdiff.blocks import block_count
-from blockdiff.chain import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Chain, Generation
+from blockdiff.chain import Chain, Generation
 from blockdiff.commit import LockedChain
 from blockdiff.errors import StorageError
+from blockdiff.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES
 from blockdiff.manifest import Manifest, Parent, Source, StoredFile
 from blockdiff.verify import CheckedFile, Verifier
 
@@ -173,7 +174,7 @@ def _strip(generation: Generation) -> None:
     if generation.manifest is not None:
         ours = {generation.manifest.delta.suffix, generation.manifest.table.suffix}
         generation.suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - ours
-    generation.manifest = generation.manifest_error = generation.manifest_sha256 = None
+    generation.forget_manifest()
 
 
 def _set_aside(findings: Findings, generation: Generation, why: str) -> None:

@@ -4,21 +4,20 @@ From a cheap look at the files, as `listing` has it: what they hold is for `veri
 """
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from enum import IntEnum
 
-from blockdiff import listing
+from blockdiff import clock, listing
 from blockdiff.chain import Chain
-from blockdiff.errors import BlockdiffError, DamagedError, printable
+from blockdiff.errors import BlockdiffError, BusyError, DamagedError, printable
+from blockdiff.periods import Place
 
-#: What ``backup --chain`` appends to a NAME.
-_PERIOD = r"-([0-9]{6}|[0-9]{8}|[0-9]{4}W[0-9]{2})"
-
-#: How far clocks may differ before a time that is still to come is told, in seconds.
-_CLOCK_S = 300.0
+#: What of a generation's consistency is a warning, and what to do.
+_TORN = {
+    "live": "the device may have been written to while it was read; use --lvm",
+    "changing": "it was written to while it was read; back up a snapshot, with --lvm",
+}
 
 
 class State(IntEnum):
@@ -36,34 +35,80 @@ _ORDER = (State.OK, State.WARNING, State.UNKNOWN, State.CRITICAL)
 
 @dataclass(frozen=True)
 class Status:
-    """How the chain `name` is doing; `text` says it in words.
+    """How the chain of the NAME `name` is doing; `text` says it in words.
 
-    `generation` is the last complete one, finished at `finished`, in seconds since the epoch, and `age_s` seconds ago.
-    `stored_bytes` is what all generations take. All are None where nothing tells.
+    `chain` is NAME itself, or the ``NAME-DATE`` of ``backup --chain`` that is looked at. `generation` is the last
+    complete one, finished at `finished`, in seconds since the epoch, and `age_s` seconds ago; `succeeded` is when the
+    last one was finished whose files are all there. `stored_bytes` is what all generations take. All are None where
+    nothing tells.
     """
 
     name: str
     state: State
     text: str
+    chain: str | None = None
     generation: int | None = None
     finished: float | None = None
     age_s: float | None = None
+    succeeded: float | None = None
     image_bytes: int | None = None
     stored_bytes: int | None = None
 
 
+def look_at_all(names: Iterable[str], max_age_s: float, now: float) -> list[Status]:
+    """Return how the chains of each NAME are doing; each directory is looked at once."""
+    places: dict[str, Place | BlockdiffError] = {}
+    found = []
+    for name in names:
+        directory = os.path.dirname(name)
+        if directory not in places:
+            places[directory] = _place(directory)
+        found.append(_look_in(places[directory], name, max_age_s, now))
+    return found
+
+
 def look(name: str, max_age_s: float, now: float) -> Status:
-    """Return how the chain `name` is doing; of chains ``NAME-DATE`` (``backup --chain``), the newest one.
+    """Return how the chain `name` is doing: of NAME itself and its ``NAME-DATE`` (``backup --chain``), the newest one.
 
     Its last generation must not be older than `max_age_s`, at the time `now`, in seconds since the epoch.
     """
+    return _look_in(_place(os.path.dirname(name)), name, max_age_s, now)
+
+
+def _place(directory: str) -> "Place | BlockdiffError":
     try:
-        found = [_look(each, max_age_s, now) for each in _chains(name)]
+        return Place(directory)
     except BlockdiffError as error:
-        return Status(name, State.UNKNOWN, printable(error.message))
-    if not found:
-        return Status(name, State.CRITICAL, "there is no chain of this name")
-    return max(found, key=lambda status: status.finished or 0.0)
+        return error
+
+
+def _look_in(place: "Place | BlockdiffError", name: str, max_age_s: float, now: float) -> Status:
+    if isinstance(place, BlockdiffError):
+        return Status(name, State.UNKNOWN, _words(place))
+    try:
+        newest = place.newest(place.names(name), now)
+        if newest is None:
+            return _without_generations(place, name)
+        with place.chain(newest) as chain:
+            return _look(name, chain, max_age_s, now)
+    except BlockdiffError as error:
+        return Status(name, State.UNKNOWN, _words(error))
+
+
+def _words(error: BlockdiffError) -> str:
+    return error.message if error.hint is None else f"{error.message} ({error.hint})"
+
+
+def _without_generations(place: Place, name: str) -> Status:
+    """Return the status of a NAME that no generation is there of."""
+    with place.chain(name) as chain:
+        try:
+            chain.generation(None)
+        except BusyError as error:
+            return Status(name, State.WARNING, error.message)
+        except BlockdiffError as error:
+            return Status(name, State.CRITICAL, error.message)
+    raise AssertionError("a chain without generations has one")
 
 
 def worst(found: Iterable[Status]) -> State:
@@ -71,33 +116,23 @@ def worst(found: Iterable[Status]) -> State:
     return max((status.state for status in found), key=_ORDER.index)
 
 
-def _chains(name: str) -> Iterator[str]:
-    """Yield the names of the chains that `name` stands for and that are there."""
-    with Chain(name) as chain:
-        if chain.generations or chain.has_version_file:
-            yield name
-            return
-        pattern = re.compile(re.escape(chain.base) + _PERIOD + r"\.ver")
-        bases = [each[: -len(".ver")] for each in chain.directory.names() if pattern.fullmatch(each)]
-    for base in bases:
-        yield os.path.join(os.path.dirname(name), base)
-
-
-def _look(name: str, max_age_s: float, now: float) -> Status:
-    with Chain(name) as chain:
-        found = listing.entries(chain)
-        try:
-            last = chain.last()
-        except DamagedError as error:
-            return Status(name, State.CRITICAL, printable(error.message))
+def _look(name: str, chain: Chain, max_age_s: float, now: float) -> Status:
+    found = listing.entries(chain)
+    stored = sum(entry.stored or 0 for entry in found)
+    sound = [clock.seconds(entry.when) for entry in found if entry.state in (listing.OK, listing.NO_MANIFEST)]
+    succeeded = sound[-1] if sound else None
+    try:
+        last = chain.last()
+    except DamagedError as error:
+        return Status(name, State.CRITICAL, error.message, chain.name, succeeded=succeeded, stored_bytes=stored)
     newest = next((entry for entry in found if entry.generation == last), None)
-    finished = _seconds(newest.when if newest is not None else None)
+    finished = clock.seconds(newest.when) if newest is not None else None
     if newest is None or finished is None:
-        return Status(name, State.CRITICAL, "it has no complete generation")
+        text = "it has no complete generation"
+        return Status(name, State.CRITICAL, text, chain.name, succeeded=succeeded, stored_bytes=stored)
     age_s = now - finished
     state, text = _judge(found, newest, age_s, max_age_s)
-    stored = sum(entry.stored or 0 for entry in found)
-    return Status(name, state, text, last, finished, age_s, newest.image_size, stored)
+    return Status(name, state, text, chain.name, last, finished, age_s, succeeded, newest.image_size, stored)
 
 
 def _judge(found: list[listing.Entry], newest: listing.Entry, age_s: float, max_age_s: float) -> tuple[State, str]:
@@ -105,34 +140,27 @@ def _judge(found: list[listing.Entry], newest: listing.Entry, age_s: float, max_
     if bad:
         numbers = ", ".join(str(entry.generation) for entry in bad[:5]) + (", …" if len(bad) > 5 else "")
         return State.CRITICAL, f"generation {numbers} {bad[0].state}: {bad[0].problem}"
-    what = f"generation {newest.generation} is {age(age_s)} old"
+    what = f"generation {newest.generation} is {clock.shown_age(age_s)} old"
     if age_s > max_age_s:
-        return State.CRITICAL, f"{what}, more than {age(max_age_s)}"
-    if age_s < -_CLOCK_S:
+        return State.CRITICAL, f"{what}, more than {clock.shown_age(max_age_s)}"
+    if age_s < -clock.TOLERANCE_S:
         return State.WARNING, f"generation {newest.generation} is from the future: is the clock right?"
+    doubt = _doubt(found, newest)
+    return (State.OK, what) if doubt is None else (State.WARNING, f"{what}, {doubt}")
+
+
+def _doubt(found: list[listing.Entry], newest: listing.Entry) -> str | None:
+    """Return what a careful operator would be told of a newest generation that is there and young enough."""
+    before = next((entry.when for entry in found if entry.generation == newest.generation - 1), None)
+    if (why := clock.went_back(newest.started, newest.when, before)) is not None:
+        return f"but {why}"
+    if newest.consistency in _TORN:
+        return f"and may mix several moments ({newest.consistency}): {_TORN[newest.consistency]}"
     if newest.state == listing.NO_MANIFEST and any(entry.state == listing.OK for entry in found):
-        return State.WARNING, f"{what}, and has no manifest, unlike others before it"
+        return "and has no manifest, unlike others before it"
     if any(entry.state == listing.INCOMPLETE for entry in found):
-        return State.WARNING, f"{what}, and a run after it was cut off"
-    return State.OK, what
-
-
-def _seconds(when: str | None) -> float | None:
-    """Return a time of the listing in seconds since the epoch."""
-    try:
-        time = datetime.fromisoformat(when or "")
-    except ValueError:
-        return None
-    return (time if time.tzinfo is not None else time.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def age(seconds: float) -> str:
-    """Return a length of time for people: the two largest units of it."""
-    minutes = max(0, int(seconds)) // 60
-    days, hours = minutes // 1440, minutes // 60 % 24
-    if days:
-        return f"{days}d {hours}h"
-    return f"{hours}h {minutes % 60}min" if hours else f"{minutes}min"
+        return "and a run after it was cut off"
+    return None
 
 
 def nagios(found: list[Status], max_age_s: float) -> str:
@@ -140,9 +168,10 @@ def nagios(found: list[Status], max_age_s: float) -> str:
     state = worst(found)
     ordered = sorted(found, key=lambda status: _ORDER.index(status.state), reverse=True)
     shown = [status for status in ordered if status.state != State.OK] if state != State.OK else ordered
-    text = "; ".join(f"{_plain(status.name)}: {_plain(status.text)}" for status in shown)
-    data = [f"'{_plain(s.name)}'={max(0, int(s.age_s))}s;;{int(max_age_s)}" for s in found if s.age_s is not None]
-    return f"BLOCKDIFF {state.name} - {text}" + (f" | {' '.join(data)}" if data else "")
+    text = "; ".join(f"{_plain(status.chain or status.name)}: {_plain(status.text)}" for status in shown)
+    data = {f"'{_plain(s.name)}'": f"={max(0, int(s.age_s))}s;;{int(max_age_s)}" for s in found if s.age_s is not None}
+    shown_data = " ".join(label + value for label, value in data.items())
+    return f"BLOCKDIFF {state.name} - {text}" + (f" | {shown_data}" if data else "")
 
 
 def _plain(text: str) -> str:
@@ -151,32 +180,44 @@ def _plain(text: str) -> str:
 
 
 def tap(found: list[Status]) -> str:
-    """Return the lines of the Test Anything Protocol, one test for each chain."""
+    """Return the lines of the Test Anything Protocol, one test for each NAME."""
     lines = ["TAP version 13", f"1..{len(found)}"]
     for number, status in enumerate(found, 1):
         result = "ok" if status.state == State.OK else "not ok"
-        text = f"{printable(status.name)}: {status.text}".replace("#", "\\#")
+        text = printable(f"{status.chain or status.name}: {status.text}").replace("\\", "\\\\").replace("#", "\\#")
         lines.append(f"{result} {number} - {text}")
     return "\n".join(lines)
 
 
 def prometheus(found: list[Status]) -> str:
-    """Return the metrics in Prometheus' text format."""
+    """Return the metrics in Prometheus' text format, each with the labels ``name`` (NAME) and ``chain``."""
     rows: list[tuple[str, str, list[tuple[Status, float | None]]]] = [
         ("state", "0 ok, 1 warning, 2 critical, 3 unknown", [(s, s.state) for s in found]),
         ("last_generation", "Number of the last complete generation", [(s, s.generation) for s in found]),
         ("last_finished_timestamp_seconds", "When that was finished", [(s, s.finished) for s in found]),
-        ("image_bytes", "Size of its image", [(s, s.image_bytes) for s in found]),
+        (
+            "last_success_timestamp_seconds",
+            "When the last generation was finished whose files are all there",
+            [(s, s.succeeded) for s in found],
+        ),
+        ("image_bytes", "Size of the image of the last complete generation", [(s, s.image_bytes) for s in found]),
         ("stored_bytes", "Size of all generations", [(s, s.stored_bytes) for s in found]),
     ]
     lines = []
     for name, text, values in rows:
         lines += [f"# HELP blockdiff_{name} {text}.", f"# TYPE blockdiff_{name} gauge"]
-        lines += [
-            f'blockdiff_{name}{{chain="{_label(s.name)}"}} {value:.0f}' for s, value in values if value is not None
-        ]
+        series = {_labels(status): value for status, value in values if value is not None}
+        lines += [f"blockdiff_{name}{labels} {value:.0f}" for labels, value in series.items()]
     return "\n".join(lines) + "\n"
 
 
+def _labels(status: Status) -> str:
+    chain = "" if status.chain is None else f',chain="{_label(status.chain)}"'
+    return f'{{name="{_label(status.name)}"{chain}}}'
+
+
 def _label(text: str) -> str:
-    return printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    """Return the value of a label: UTF-8, in which bytes that are not become ``\\xNN``."""
+    clean = os.fsencode(text).decode("utf-8", "backslashreplace")
+    escaped = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
+    return "".join(escaped.get(c) or printable(c).replace("\\", "\\\\") for c in clean)

@@ -12,12 +12,13 @@ from typing import BinaryIO
 
 from blockdiff import checksum, merge, temporary
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
-from blockdiff.chain import MANIFEST_SUFFIX, Chain, Generation
+from blockdiff.chain import Chain, Generation
 from blockdiff.checksum import Checksum
 from blockdiff.deltafile import DeltaReader, Sink
 from blockdiff.digesttable import TableReader, TableWriter, sparse_count
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, DamagedError, StorageError
+from blockdiff.inventory import MANIFEST_SUFFIX
 from blockdiff.manifest import Manifest
 
 _COMPARE_BLOCKS = 65536

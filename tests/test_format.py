@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from blockdiff import codec, manifest
 from blockdiff.apply import apply
 from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
-from blockdiff.chain import DELTA_SUFFIXES, TABLE_SUFFIXES
 from blockdiff.coordinates import Channel, Coordinates
 from blockdiff.deltafile import MAX_RECORD, DeltaReader
 from blockdiff.deltawriter import DeltaWriter
 from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import DamagedError, ProtocolError, StorageError
+from blockdiff.inventory import DELTA_SUFFIXES, TABLE_SUFFIXES
 from blockdiff.manifest import Manifest, Parent, Quiesced, Snapshot, Source, StoredFile
 from tests import recipe
 from tests.protocol import FORMAT as TEXT

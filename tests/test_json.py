@@ -47,6 +47,7 @@ def test_repair_says_what_was_done_and_what_is_lost(chain: SmallChain) -> None:
 
 def test_what_is_printed_is_documented(chain: SmallChain, tmp_path: Path) -> None:
     shown = {
+        "list DIRECTORY": json.loads(commands.done("blockdiff", "list", "--json", chain.directory))[0],
         "list": json.loads(commands.done("blockdiff", "list", "--json", chain.name))[0],
         "status": json.loads(commands.done("blockdiff", "status", "--json", chain.name))[0],
         "verify": json.loads(commands.done("blockdiff", "verify", "--json", chain.name))[0],

@@ -51,8 +51,9 @@ ORDER = """
     deltafile  manifest  lockcommand
     digesttable
     deltawriter  tunnel  tablesender
+    inventory
     chain
-    commit
+    commit  periods
     merge
     sharedmemory
     transport.connection  transport.advice
@@ -69,9 +70,9 @@ ORDER = """
     proofs  salvage  rebuild
     repair
     descriptors
-    command_backup  backup  cronlog  status
+    command_backup  backup  cronlog  status  overview
     cli.progressbar  cli.standard
-    cli  cli.volumes
+    cli  cli.volumes  cli.newest
     cli.backup  cli.list  cli.restore  cli.status  cli.verify  cli.repair  cli.authorize
     cli.modern  cli.original  cli.locking
     start

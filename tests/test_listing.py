@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blockdiff.backup import Options
+from blockdiff.chain import Chain
+from blockdiff.commit import LockedChain
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 
@@ -153,3 +156,108 @@ def test_verify_says_where_the_source_differs(chain: SmallChain) -> None:
     chain.source.write_bytes(b"x" + chain.images[3][1:])
     result = commands.run("blockdiff", *words)
     assert (result.returncode, json.loads(result.stdout)) == (1, {**expected, "ranges": [[0, chains.BLOCK]]})
+
+
+# The chains of a directory, and of a NAME that was begun with --chain
+
+
+def months(tmp_path: Path) -> SmallChain:
+    """Return the NAME of two chains, ``disk-202610`` and ``disk-202611``, the second of two generations."""
+    chain = chains.new_chain(tmp_path)
+    old = SmallChain(chain.directory, chain.source, "disk-202610")
+    new = SmallChain(chain.directory, chain.source, "disk-202611")
+    old.add(DAYS[0])
+    with Chain(old.name) as opened:
+        known = opened.generations[1].manifest
+        assert known is not None
+    old.file(".1.json").write_bytes(replace(known, finished="2026-10-01T00:00:00+00:00").to_bytes())
+    new.add(DAYS[1])
+    new.add(DAYS[2])
+    return chain
+
+
+def test_the_newest_chain_of_a_name_is_listed_and_verified(tmp_path: Path) -> None:
+    chain = months(tmp_path)
+    listed = commands.run("blockdiff", "list", chain.name)
+    note = f"blockdiff: note: {chain.name}-202611 is the newest chain of {chain.name}\n"
+    assert (listed.returncode, listed.stderr.decode()) == (0, note)
+    assert len(listed.stdout.splitlines()) == 3
+    commands.done("blockdiff", "verify", chain.name)
+    commands.done("blockdiff", "verify", "--source", chain.source, chain.name)
+    (chain.directory / "disk-202611.2.gz").unlink()
+    done = commands.run("blockdiff", "verify", chain.name)
+    assert done.returncode == 5
+    assert done.stderr.decode().startswith(f"blockdiff: {chain.name}-202611: generation 2: ")
+
+
+def test_commands_that_need_one_chain_name_those_of_a_name(tmp_path: Path) -> None:
+    chain = months(tmp_path)
+    before = chain.files()
+    said = (
+        f"blockdiff: there is no chain {chain.name}, but those that `backup --chain` began: "
+        f"{chain.name}-202610, {chain.name}-202611\n  name one of them\n"
+    )
+    for arguments in (
+        ("restore", chain.name, tmp_path / "out"),
+        ("restore", f"{chain.name}@1", tmp_path / "out"),
+        ("repair", chain.name),
+        ("verify", f"{chain.name}@1"),
+        ("list", f"{chain.name}@1"),
+    ):
+        done = commands.run("blockdiff", *arguments)
+        assert (done.returncode, done.stderr.decode()) == (1, said)
+    assert chain.files() == before
+
+
+def test_a_chain_beside_newer_ones_of_its_name_is_not_verified_in_their_place_without_a_word(tmp_path: Path) -> None:
+    chain = months(tmp_path)
+    for path in chain.directory.glob("disk-202610.*"):
+        path.rename(chain.directory / path.name.replace("-202610", ""))
+    done = commands.run("blockdiff", "verify", chain.name)
+    said = f"blockdiff: warning: {chain.name}-202611 is newer than {chain.name}: name it to see that one\n"
+    assert (done.returncode, done.stderr.decode()) == (3, said)
+    done = commands.run("blockdiff", "list", chain.name)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert done.stderr.decode() == said.replace("warning", "note")
+
+
+def test_a_first_run_that_is_at_work_is_not_a_chain_that_is_not_there(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    with LockedChain(chain.name):
+        for arguments in (("list", chain.name), ("verify", chain.name), ("restore", chain.name, tmp_path / "out")):
+            done = commands.run("blockdiff", *arguments)
+            assert done.returncode == 4
+            assert f"the first run of {chain.name} is at work: no generation is complete yet" in done.stderr.decode()
+        done = commands.run("blockdiff", "list", chain.directory)
+        assert re.split(" {2,}", done.stdout.decode().splitlines()[1])[-1] == "first run at work"
+    done = commands.run("blockdiff", "list", chain.name)
+    assert done.returncode == 1 and b"its first run failed or was cut off" in done.stderr
+
+
+def test_a_directory_is_a_table_of_its_chains(tmp_path: Path) -> None:
+    chain = months(tmp_path)
+    (chain.directory / "notes.txt").touch()
+    done = commands.run("blockdiff", "list", chain.directory)
+    assert (done.returncode, done.stderr) == (0, b"")
+    head, old, new = (re.split(" {2,}", line.strip()) for line in done.stdout.decode().splitlines())
+    assert head == ["chain", "source", "gen", "last", "age", "image", "stored", "state"]
+    assert (old[0], old[2], old[-1]) == ("disk-202610", "1", "ok")
+    assert [new[0], new[1], new[2], new[4], new[7]] == ["disk-202611", str(chain.source), "2", "0min", "ok"]
+    (chain.directory / "disk-202610.1.gz").unlink()
+    done = commands.run("blockdiff", "list", f"{chain.directory}/", "--json")
+    assert done.returncode == 5
+    found = json.loads(done.stdout)
+    assert [entry["name"] for entry in found] == [f"{chain.name}-202610", f"{chain.name}-202611"]
+    assert found[0]["problem"] == f"generation 1: {chain.directory}/disk-202610.1.gz is missing"
+    assert found[1]["image_size"] == len(DAYS[2]) and found[1]["age_s"] >= 0
+    done = commands.run("blockdiff", "verify", chain.directory)
+    assert done.returncode == 1 and f"`blockdiff list {chain.directory}` shows" in done.stderr.decode()
+
+
+def test_a_period_that_the_clock_went_back_to_is_a_warning(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    SmallChain(chain.directory, chain.source, "disk-209901").add(DAYS[0])
+    done = commands.run("blockdiff", "backup", "--chain", "monthly", chain.name, chain.source)
+    assert done.returncode == 3
+    assert f"warning: {chain.name}-209901 is there, and of a later period than {chain.name}-20" in done.stderr.decode()
+    assert commands.run("blockdiff", "backup", "--chain", "daily", chain.name, chain.source).returncode == 0

@@ -2,14 +2,18 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, listing, status
+from blockdiff import backup, clock, listing, manifest, status
 from blockdiff.address import Address
 from blockdiff.backup import Options
 from blockdiff.chain import Chain
+from blockdiff.cli import status as status_command
+from blockdiff.commit import LockedChain
+from blockdiff.durable import Directory
 from blockdiff.status import State
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
@@ -24,7 +28,7 @@ def chain(tmp_path: Path) -> SmallChain:
 
 def finished(chain: SmallChain) -> float:
     with Chain(chain.name) as opened:
-        found = status._seconds(listing.entries(opened)[-1].when)
+        found = clock.seconds(listing.entries(opened)[-1].when)
     assert found is not None
     return found
 
@@ -117,9 +121,11 @@ def test_the_newest_of_the_chains_of_a_period_counts(tmp_path: Path) -> None:
         backup.backup(chain.name + period, Address(None, str(chain.source)), Options(block_size=BLOCK))
     (chain.directory / "disk-other.ver").write_bytes(b"7\n")
     found = status.look(chain.name, HOUR_S, 0)
-    assert re.fullmatch(r".*/disk-20261[01]", found.name) and found.generation == 1
-    os.rename(chain.directory / "disk-202611.ver", chain.directory / "gone")
-    assert status.look(chain.name, HOUR_S, 0).name == f"{chain.name}-202610"
+    assert found.name == chain.name and found.generation == 1
+    assert found.chain is not None and re.fullmatch(r".*/disk-20261[01]", found.chain)
+    for path in chain.directory.glob("disk-202611.*"):
+        path.unlink()
+    assert status.look(chain.name, HOUR_S, 0).chain == f"{chain.name}-202610"
 
 
 def test_the_worst_state_is_that_of_all() -> None:
@@ -132,7 +138,7 @@ def test_the_worst_state_is_that_of_all() -> None:
 
 
 def test_ages_are_told_in_two_units() -> None:
-    assert [status.age(s) for s in (-5, 59, 60, 3599, 3600, 86399, 86400, 26 * HOUR_S, 9e6)] == [
+    assert [clock.shown_age(s) for s in (-5, 59, 60, 3599, 3600, 86399, 86400, 26 * HOUR_S, 9e6)] == [
         *("0min", "0min", "1min", "59min", "1h 0min", "23h 59min", "1d 0h", "1d 2h", "104d 4h"),
     ]
 
@@ -143,7 +149,9 @@ def test_one_line_for_nagios(chain: SmallChain, tmp_path: Path) -> None:
         rf"BLOCKDIFF OK - {chain.name}: generation 3 is 0min old \| '{chain.name}'=[0-9]+s;;93600\n", line
     )
     line = told(chain.name, f"{tmp_path}/no|ne", state=State.CRITICAL)
-    assert line.startswith(f"BLOCKDIFF CRITICAL - {tmp_path}/no/ne: there is no chain of this name | '{chain.name}'=")
+    assert line.startswith(
+        f"BLOCKDIFF CRITICAL - {tmp_path}/no/ne: there is no chain {tmp_path}/no/ne | '{chain.name}'="
+    )
     assert line.count("\n") == 1 and line.count("|") == 1
     assert told("--max-age", "1w", chain.name, state=State.OK).endswith(";;604800\n")
 
@@ -154,7 +162,7 @@ def test_a_test_for_each_chain(chain: SmallChain, tmp_path: Path) -> None:
         "TAP version 13",
         "1..2",
         f"ok 1 - {chain.name}: generation 3 is 0min old",
-        f"not ok 2 - {tmp_path}/no\\#ne: there is no chain of this name",
+        f"not ok 2 - {tmp_path}/no\\#ne: there is no chain {tmp_path}/no\\#ne",
     ]
 
 
@@ -162,27 +170,74 @@ def test_metrics_for_prometheus(chain: SmallChain, tmp_path: Path) -> None:
     path = tmp_path / "blockdiff.prom"
     told("--prometheus", path, chain.name, f'{tmp_path}/no"ne', state=State.CRITICAL)
     lines = path.read_text().splitlines()
-    label = f'{{chain="{chain.name}"}}'
+    label = f'{{name="{chain.name}",chain="{chain.name}"}}'
     assert f"blockdiff_state{label} 0" in lines
-    assert f'blockdiff_state{{chain="{tmp_path}/no\\"ne"}} 2' in lines
+    assert f'blockdiff_state{{name="{tmp_path}/no\\"ne"}} 2' in lines
     assert f"blockdiff_last_generation{label} 3" in lines
     assert f"blockdiff_last_finished_timestamp_seconds{label} {finished(chain):.0f}" in lines
+    assert f"blockdiff_last_success_timestamp_seconds{label} {finished(chain):.0f}" in lines
     assert f"blockdiff_image_bytes{label} {len(DAYS[2])}" in lines
-    assert sum(line.startswith("# TYPE") for line in lines) == 5
+    assert sum(line.startswith("# TYPE") for line in lines) == 6
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_metrics_that_cannot_be_written_are_an_error(chain: SmallChain, tmp_path: Path) -> None:
-    done = commands.run("blockdiff", "status", "--prometheus", tmp_path / "none" / "x", chain.name)
+def test_metrics_that_cannot_be_written_are_unknown_unless_worse_is_known(chain: SmallChain, tmp_path: Path) -> None:
+    path = tmp_path / "none" / "x"
+    done = commands.run("blockdiff", "status", "--prometheus", path, chain.name)
+    said = f"cannot write the metrics to {path}: No such file or directory"
     assert done.returncode == State.UNKNOWN
-    assert done.stderr == f"blockdiff: cannot write {tmp_path}/none/x: No such file or directory\n".encode()
+    assert done.stderr.decode() == f"blockdiff: {said}\n  create the directory first\n"
+    assert done.stdout.decode().startswith(f"BLOCKDIFF UNKNOWN - {path}: {said} | '{chain.name}'=")
+    done = commands.run("blockdiff", "status", "--prometheus", path, chain.name, f"{tmp_path}/other")
+    assert done.returncode == State.CRITICAL
+
+
+def test_metrics_are_readable_whatever_the_umask_is(chain: SmallChain, tmp_path: Path) -> None:
+    path = tmp_path / "blockdiff.prom"
+    before = os.umask(0o077)
+    try:
+        told("--prometheus", path, chain.name, state=State.OK)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_metrics_replace_nothing_but_a_file(chain: SmallChain, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "link").symlink_to(precious)
+    os.mkfifo(tmp_path / "fifo")
+    for name, what in (("link", "a symbolic link"), ("fifo", "not a regular file")):
+        done = commands.run("blockdiff", "status", "--prometheus", tmp_path / name, chain.name)
+        assert done.returncode == State.UNKNOWN
+        assert f"cannot write the metrics to {tmp_path}/{name}: it is {what}" in done.stderr.decode()
+    assert precious.read_text() == "precious" and (tmp_path / "link").is_symlink()
+
+
+def test_the_temporary_name_of_metrics_cannot_be_foreseen(
+    chain: SmallChain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, int]] = []
+    real = os.open
+
+    def noted(path: str, flags: int, mode: int = 0o777) -> int:
+        opened.append((path, flags))
+        return real(path, flags, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", noted)
+        for _ in range(2):
+            status_command._write(str(tmp_path / "x.prom"), "text\n")
+    (first, flags), (second, _) = opened
+    assert first != second and str(os.getpid()) not in first.removeprefix(str(tmp_path))
+    assert flags & os.O_EXCL and flags & os.O_NOFOLLOW
 
 
 @pytest.mark.parametrize("age", ["26", "1y", "-1h", ""])
 def test_what_is_no_age_is_refused(chain: SmallChain, age: str) -> None:
     done = commands.run("blockdiff", "status", f"--max-age={age}", chain.name)
-    assert done.returncode == 2 and b"is no age; use one like 26h or 8d" in done.stderr
+    assert done.returncode == State.UNKNOWN and b"is not an age; use one like 26h or 8d" in done.stderr
 
 
 @pytest.mark.parametrize("has_manifests", [True, False])
@@ -194,3 +249,140 @@ def test_first_generations_that_are_gone_are_critical(tmp_path: Path, has_manife
         path.unlink()
     line = told(chain.name, state=State.CRITICAL)
     assert f"{chain.name}: generation 1 missing: none of its files is there" in line
+
+
+def test_of_name_and_its_periods_the_newest_counts_and_the_label_is_that_of_name(tmp_path: Path) -> None:
+    chain = chains.three_days(tmp_path)  # begun without --chain
+    for period in ("-202610", "-202611"):
+        backup.backup(chain.name + period, Address(None, str(chain.source)), Options(block_size=BLOCK))
+    for path in chain.directory.glob("disk.*.json"):  # an old one: its time is that of its files
+        path.unlink()
+    for path in chain.directory.glob("disk.*"):
+        os.utime(path, (1000, 1000))
+    for path in chain.directory.glob("disk-202610.*"):
+        path.unlink()
+    out = told("--prometheus", tmp_path / "prom", chain.name, chain.name, state=State.OK)
+    assert out.startswith(f"BLOCKDIFF OK - {chain.name}-202611: generation 1 is 0min old | '{chain.name}'=")
+    assert out.count(";;") == 1
+    lines = (tmp_path / "prom").read_text().splitlines()
+    label = f'{{name="{chain.name}",chain="{chain.name}-202611"}}'
+    assert [line for line in lines if line.startswith("blockdiff_state")] == [f"blockdiff_state{label} 0"]
+
+
+def test_a_period_that_has_lost_its_version_file_is_not_passed_over(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    old = chains.SmallChain(chain.directory, chain.source, "disk-202610")
+    new = chains.SmallChain(chain.directory, chain.source, "disk-202611")
+    old.add(DAYS[0])
+    new.add(DAYS[0], Options(block_size=BLOCK, delta_format=1, digest="md5"))
+    for path in chain.directory.glob("disk-202611.*"):
+        if path.suffix in (".json", ".ver"):
+            path.unlink()
+        else:
+            os.utime(path, (finished(old) + 60, finished(old) + 60))
+    found = status.look(chain.name, HOUR_S, finished(old) + 60)
+    assert (found.state, found.chain) == (State.CRITICAL, new.name)
+
+
+def test_names_of_any_bytes_fit_each_format(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path, os.fsdecode(b"a\xff\"'#\n|=\\b"))
+    chain.add(DAYS[0])
+    shown = f'{chain.directory}/a\\udcff"#\\n/-\\b'
+    done = commands.run("blockdiff", "status", "--prometheus", tmp_path / "prom", chain.name)
+    assert done.returncode == State.OK and done.stdout.decode().count("\n") == 1
+    assert done.stdout.decode().startswith(f"BLOCKDIFF OK - {shown}: generation 1 is 0min old | '{shown}'=")
+    label = f"{chain.directory}/a\\\\xff\\\"'#\\n|=\\\\b"
+    assert f'blockdiff_last_generation{{name="{label}",chain="{label}"}} 1' in (tmp_path / "prom").read_text("utf-8")
+    done = commands.run("blockdiff", "status", "--tap", chain.name)
+    tap = f"{chain.directory}/a\\\\udcff\"'\\#\\\\n|=\\\\b"
+    assert done.stdout.decode().splitlines()[2] == f"ok 1 - {tap}: generation 1 is 0min old"
+
+
+@pytest.mark.parametrize(
+    ("consistency", "words"),
+    [("live", "the device may have been written to"), ("changing", "it was written to while it was read")],
+)
+def test_a_newest_generation_of_several_moments_is_a_warning(tmp_path: Path, consistency: str, words: str) -> None:
+    chain = chains.some_days(tmp_path, 2)
+    with Chain(chain.name) as opened:
+        known = opened.generations[2].manifest
+        assert known is not None
+        chain.file(".2.json").write_bytes(replace(known, consistency=consistency).to_bytes())
+    line = told(chain.name, state=State.WARNING)
+    assert f"generation 2 is 0min old, and may mix several moments ({consistency}): {words}" in line
+    chain.add(DAYS[2])
+    assert look(chain).state == State.OK
+
+
+def test_a_clock_that_went_back_is_a_warning(tmp_path: Path) -> None:
+    chain = chains.some_days(tmp_path, 1)
+    with Chain(chain.name) as opened:
+        known = opened.generations[1].manifest
+        assert known is not None
+    later = clock.iso((clock.seconds(known.finished) or 0) + 86400)
+    chain.file(".1.json").write_bytes(replace(known, started=later).to_bytes())
+    found = look(chain)
+    assert found.state == State.WARNING
+    assert f"it was finished at {known.finished}, and it was started later, at {later}" in found.text
+    chain.file(".1.json").write_bytes(replace(known, finished=later).to_bytes())
+    done = commands.run("blockdiff", "backup", chain.name, chain.source)
+    assert done.returncode == 3
+    said = f"the generation before it was finished later, at {later}: the clock is wrong, or it was"
+    assert "blockdiff: warning: generation 2: it was finished at " in done.stderr.decode()
+    assert said in done.stderr.decode() and said in told(chain.name, state=State.WARNING)
+
+
+def test_a_chain_of_the_future_is_not_the_newest_for_ever(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    future = chains.SmallChain(chain.directory, chain.source, "disk-203001")
+    present = chains.SmallChain(chain.directory, chain.source, "disk-202611")
+    for each in (future, present):
+        each.add(DAYS[0])
+    with Chain(future.name) as opened:
+        known = opened.generations[1].manifest
+        assert known is not None
+    future.file(".1.json").write_bytes(replace(known, finished="2030-01-01T00:00:00+00:00").to_bytes())
+    assert status.look(chain.name, HOUR_S, finished(present)).chain == present.name
+    assert status.look(chain.name, HOUR_S, 0.0).chain == future.name
+
+
+def test_a_first_run_that_is_at_work_is_a_warning(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    with LockedChain(chain.name):
+        line = told(chain.name, state=State.WARNING)
+        assert f"the first run of {chain.name} is at work: no generation is complete yet" in line
+    line = told(chain.name, state=State.CRITICAL)
+    assert f"no generation of {chain.name} is complete: its first run failed or was cut off" in line
+
+
+def test_a_directory_is_listed_once_for_all_its_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = chains.some_days(tmp_path, 2)
+    names = []
+    for number in range(30):
+        for path in chain.directory.glob("disk.*"):
+            os.link(path, chain.directory / f"n{number}-202611{path.name.removeprefix('disk')}")
+            os.link(path, chain.directory / f"n{number}-202610{path.name.removeprefix('disk')}")
+        names.append(f"{chain.directory}/n{number}")
+    when = finished(chain)
+    listings: list[str] = []
+    parsed: list[str] = []
+    real_names, real_parse = Directory.names, manifest.from_bytes
+
+    def noted_names(self: Directory) -> list[str]:
+        listings.append(self.path)
+        return real_names(self)
+
+    def noted_parse(content: bytes, path: str) -> manifest.Manifest:
+        parsed.append(path)
+        return real_parse(content, path)
+
+    monkeypatch.setattr(Directory, "names", noted_names)
+    monkeypatch.setattr(manifest, "from_bytes", noted_parse)
+    found = status.look_at_all(names, HOUR_S, when)
+    assert {each.state for each in found} == {State.OK}
+    assert len(listings) <= 3
+    assert len(parsed) <= 30 * (2 + 2)  # the last of each chain, all of the newest
+    parsed.clear()
+    chain.add(DAYS[2])
+    old = [path for path in parsed if path.startswith(str(chain.directory))]
+    assert sorted(old) == [f"{chain.name}.{n}.json" for n in (1, 2)]

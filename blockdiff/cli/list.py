@@ -1,16 +1,22 @@
 """``blockdiff list``: the generations of a chain."""
 
 import json
+import os
 import sys
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
 import click
 
-from blockdiff import coordinates, listing
+from blockdiff import coordinates, listing, overview
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import check_printed, shown_time, split_name
+from blockdiff.cli import check_printed, say, shown_time, split_name
+from blockdiff.cli.newest import meant_by
+from blockdiff.clock import shown_age
 from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
+from blockdiff.periods import Place
 
 
 @click.command("list")
@@ -18,11 +24,20 @@ from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--replica-statement", is_flag=True, help="Print the statement that makes NAME@N, restored, a replica.")
 def command(name: str, as_json: bool, replica_statement: bool) -> None:
-    """Show the generations of a chain.
+    """Show the generations of a chain, or the chains in a directory.
 
-    NAME is that of the chain; NAME@N is one generation.
+    NAME is that of the chain; NAME@N is one generation. Of NAME-DATE of `backup --chain` the newest is shown as NAME.
+    Where NAME is a directory, there is a line for each chain in it.
     """
     chain_name, number = split_name(name)
+    if number is None and not replica_statement:
+        if _is_directory(name):
+            _list_directory(name, as_json)
+            return
+        meant = meant_by(name)
+        chain_name = meant.chain
+        if meant.note is not None:
+            say(f"note: {meant.note}")
     with Chain(chain_name) as chain:
         if replica_statement:
             click.echo(_replica_statement(chain.generation(number)), nl=False)
@@ -39,6 +54,45 @@ def command(name: str, as_json: bool, replica_statement: bool) -> None:
     if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
         sys.exit(EXIT_DAMAGED)
     check_printed()
+
+
+def _is_directory(name: str) -> bool:
+    """Return whether NAME is a directory, and not a chain whose NAME a directory has as well."""
+    if not os.path.isdir(name):
+        return False
+    parent, base = os.path.split(name)
+    return base in ("", ".", "..") or not Place(parent).inventory.has(base)
+
+
+def _list_directory(path: str, as_json: bool) -> None:
+    found = overview.chains_in(path, time.time())
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+    elif not found:
+        say(f"note: there is no chain in {printable(path)}")
+    else:
+        _print_chains(found)
+    if any(entry.state in (listing.DAMAGED, listing.MISSING) for entry in found):
+        sys.exit(EXIT_DAMAGED)
+    check_printed()
+
+
+def _print_chains(found: list[overview.ChainEntry]) -> None:
+    rows = [("chain", "source", "gen", "last", "age", "image", "stored", "state")]
+    rows += [
+        (
+            printable(os.path.basename(entry.name)),
+            printable(entry.source or "-"),
+            "-" if entry.generation is None else str(entry.generation),
+            shown_time(entry.when),
+            "-" if entry.age_s is None else shown_age(entry.age_s),
+            _size(entry.image_size),
+            _size(entry.stored),
+            entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
+        )
+        for entry in found
+    ]
+    _print_rows(rows, right=(2, 4, 5, 6))
 
 
 def _replica_statement(generation: Generation) -> str:
@@ -73,10 +127,14 @@ def _print_table(found: list[listing.Entry]) -> None:
         )
         for entry in found
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    _print_rows(rows, right=(0, 3, 4, 5))
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], right: Collection[int]) -> None:
+    """Print a table; the columns in `right` are aligned to the right, and the last one is as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
     for row in rows:
         cells = [
-            cell.rjust(width) if i in (0, 3, 4, 5) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
+            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
         ]
-        click.echo("  ".join([*cells, row[7]]).rstrip())
+        click.echo("  ".join([*cells, row[-1]]).rstrip())

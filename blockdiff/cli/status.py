@@ -1,10 +1,14 @@
 """``blockdiff status``: for monitoring."""
 
+import errno
 import json
 import os
 import re
+import secrets
+import stat
 import sys
 import time
+from contextlib import suppress
 
 import click
 
@@ -17,7 +21,7 @@ _AGE = re.compile(r"([0-9]{1,9})(s|m|min|h|d|w)")
 
 
 class Age(click.ParamType[float]):
-    """A length of time: a number with s, m, h, d or w behind it. In seconds."""
+    """A length of time: a number with s, m, h, d or w after it. In seconds."""
 
     name = "age"
 
@@ -25,11 +29,28 @@ class Age(click.ParamType[float]):
         """Return the number of seconds."""
         match = _AGE.fullmatch(str(value))
         if match is None:
-            self.fail(f"{printable(str(value), 100)!r} is no age; use one like 26h or 8d", param, ctx)
+            self.fail(f"{printable(str(value), 100)!r} is not an age; use one like 26h or 8d", param, ctx)
         return float(int(match[1]) * _UNITS[match[2]])
 
 
-@click.command("status")
+class _UsageError(click.UsageError):
+    """A usage error with the exit status of a plug-in."""
+
+    exit_code = status.State.UNKNOWN
+
+
+class _Plugin(click.Command):
+    """A command of which 2, for a usage error elsewhere, means critical: such an error is unknown here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; raises `click.UsageError`."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise _UsageError(error.format_message(), ctx) from error
+
+
+@click.command("status", cls=_Plugin)
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--max-age", type=Age(), default="26h", show_default=True, help="Of the last generation: 90m, 26h, 8d.")
 @click.option("--tap", is_flag=True, help="Print the Test Anything Protocol: a test for each chain.")
@@ -39,16 +60,16 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, me
     """Say how chains are doing, for monitoring.
 
     One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
-    3 unknown. NAME-DATE of `backup --chain` is found as NAME. Looks at names, sizes and manifests; `verify` reads the
-    data.
+    3 unknown, usage errors included. Of NAME itself and NAME-DATE of `backup --chain` the newest counts. Looks at
+    names, sizes and manifests; `verify` reads the data.
     """
-    found = [status.look(name, max_age, time.time()) for name in names]
+    found = status.look_at_all(dict.fromkeys(names), max_age, time.time())
     if metrics is not None:
         try:
             _write(metrics, status.prometheus(found))
         except StorageError as error:
             say_error(error)
-            sys.exit(status.State.UNKNOWN)
+            found.append(status.Status(metrics, status.State.UNKNOWN, error.message))
     if as_json:
         click.echo(json.dumps([_summary(each) for each in found], indent=1))
     else:
@@ -60,6 +81,7 @@ def _summary(found: status.Status) -> dict[str, object]:
     """Return how a chain is doing, in the words of `list --json`."""
     return {
         "name": found.name,
+        "chain": found.chain,
         "state": found.state.name.lower(),
         "text": found.text,
         "generation": found.generation,
@@ -71,15 +93,35 @@ def _summary(found: status.Status) -> dict[str, object]:
 
 
 def _write(path: str, text: str) -> None:
-    """Write a file that is read by another user at any time: complete, or as it was before."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Write a file that another user reads at any time: complete, or as it was before. Raises `StorageError`.
+
+    Whoever owns the directory cannot choose what is written to: the name is random, new, and never followed.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
+        _refuse_special(path)
         try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        raise StorageError(f"cannot write {printable(path)}: {error.strerror}") from error
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(text)
+                os.fchmod(fd, 0o644)  # whatever the umask is, the exporter reads it
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the metrics to {printable(path)}: {error.strerror}",
+            "create the directory first" if error.errno == errno.ENOENT else None,
+        ) from error
+
+
+def _refuse_special(path: str) -> None:
+    """Raise `StorageError` where another thing than a file has the name: /dev/stdout must not be replaced."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise StorageError(f"cannot write the metrics to {printable(path)}: it is {what}", "name the file itself")

@@ -12,11 +12,13 @@ import click
 from blockdiff import address, listing, proofs, transport, verify
 from blockdiff.chain import Chain
 from blockdiff.cli import agent_prefix, print_ranges, say, say_error, split_name, watched
+from blockdiff.cli.newest import Meant, meant_by
 from blockdiff.compare import compare
 from blockdiff.errors import (
     EXIT_DAMAGED,
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_WARNING,
     BlockdiffError,
     DamagedError,
     StorageError,
@@ -60,6 +62,8 @@ def command(
 ) -> None:
     """Prove that generations restore exactly: all of NAME, or NAME@N.
 
+    Of NAME-DATE of `backup --chain` the newest is verified as NAME.
+
     Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
     """
     chain_name, number = split_name(name)
@@ -68,10 +72,12 @@ def command(
     if source is not None:
         if deep or subset is not None:
             raise UsageError("--source compares, --deep and --subset prove: do one after the other")
-        _compare(chain_name, number, source, transport, ssh_options, as_json)
+        _compare(_chosen(chain_name, number).chain, number, source, transport, ssh_options, as_json)
         return
+    meant = _chosen(chain_name, number)
+    where = "" if meant.chain == chain_name else f"{printable(meant.chain)}: "
     found = []
-    with Chain(chain_name) as chain, watched("verify") as progress:
+    with Chain(meant.chain) as chain, watched("verify") as progress:
         if number is not None or not chain.generations:
             chain.generation(number)  # says what is not there
         progress.begin(_total(chain, number, deep, subset))
@@ -79,11 +85,21 @@ def command(
             found.append(_entry(chain, verdict))
             if not as_json:
                 with progress.aside():
-                    _say(verdict)
+                    _say(verdict, where)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     if any(entry["state"] != listing.OK for entry in found):
         sys.exit(EXIT_DAMAGED)
+    if meant.passes_over:
+        sys.exit(EXIT_WARNING)
+
+
+def _chosen(name: str, number: int | None) -> Meant:
+    """Return the chain to verify; say which one it is where somebody watches, and always where a newer one is left."""
+    meant = meant_by(name) if number is None else Meant(name)
+    if meant.note is not None and (meant.passes_over or sys.stderr.isatty()):
+        say(f"{'warning' if meant.passes_over else 'note'}: {meant.note}")
+    return meant
 
 
 def _total(chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None) -> int | None:
@@ -118,9 +134,9 @@ def _entry(chain: Chain, verdict: Verdict) -> dict[str, object]:
     }
 
 
-def _say(verdict: Verdict) -> None:
+def _say(verdict: Verdict, where: str) -> None:
     if verdict.error is not None:
-        say_error(verdict.error, f"generation {verdict.number}: ")
+        say_error(verdict.error, f"{where}generation {verdict.number}: ")
     elif sys.stdout.isatty():
         click.echo(f"generation {verdict.number}: ok")
 

@@ -1,0 +1,86 @@
+"""Which files of which chains are in a directory: one look at its names, however many chains there are."""
+
+import re
+from collections.abc import Collection
+
+from blockdiff import codec
+from blockdiff.blocks import DIGEST_SIZES
+from blockdiff.durable import Directory
+from blockdiff.errors import DamagedError
+
+DELTA_SUFFIXES = tuple(codec.SUFFIXES.values())
+TABLE_SUFFIXES = tuple("." + name for name in DIGEST_SIZES)
+MANIFEST_SUFFIX = ".json"
+
+_VERSION_SUFFIX = ".ver"
+_SUFFIXES = frozenset((*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX))
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+_VERSION = re.compile(rb"([1-9][0-9]{0,17})\n?")
+
+#: What ``backup --chain`` appends to a NAME.
+_PERIOD = re.compile(r"-([0-9]{6}|[0-9]{8}|[0-9]{4}W[0-9]{2})")
+
+
+class Inventory:
+    """The files of the chains in a directory, as they were found.
+
+    `versions` has, for each NAME that has a ``NAME.ver``, what that says, None where it says nothing useful. Of `bases`
+    alone where they are given. NAME is without its directory here. Raises `StorageError`.
+    """
+
+    def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:
+        if bases is None:
+            bases = [name.removesuffix(_VERSION_SUFFIX) for name in directory.names() if _is_version_file(name)]
+        # before the names, so that a run that ends meanwhile is found by its manifest
+        self.versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
+        self._found: dict[str, dict[int, set[str]]] = {}
+        self._locks: list[str] = []
+        for name in directory.names():
+            if name.startswith(".") and name.endswith(".lock"):
+                self._locks.append(name[1 : -len(".lock")])
+                continue
+            base, number, suffix = _parts(name)
+            if base:
+                self._found.setdefault(base, {}).setdefault(number, set()).add(suffix)
+
+    def generations(self, base: str) -> dict[int, set[str]]:
+        """Return the suffixes of the files that are there, by the number of their generation, in ascending order."""
+        return dict(sorted(self._found.get(base, {}).items()))
+
+    def has(self, base: str) -> bool:
+        """Return whether anything is there of a chain."""
+        return base in self.versions or base in self._found
+
+    def bases(self) -> list[str]:
+        """Return the NAMEs of all chains of which anything is there, sorted."""
+        return sorted({*self.versions, *self._found})
+
+    def without_generations(self) -> list[str]:
+        """Return the NAMEs of chains that a run has begun, and of which nothing is there."""
+        return [base for base in self._locks if not self.has(base)]
+
+    def periods(self, base: str) -> list[str]:
+        """Return the ``NAME-DATE`` that are there and that ``backup --chain`` may have begun of the NAME `base`."""
+        return [each for each in self.bases() if each.startswith(base) and _PERIOD.fullmatch(each, len(base))]
+
+
+def _is_version_file(name: str) -> bool:
+    return name.endswith(_VERSION_SUFFIX) and not name.startswith(".")
+
+
+def _version(directory: Directory, base: str) -> int | None:
+    try:
+        match = _VERSION.fullmatch(directory.read(base + _VERSION_SUFFIX, 64) or b"")
+    except DamagedError:  # what is not a file says nothing
+        return None
+    return int(match[1]) if match else None
+
+
+def _parts(name: str) -> tuple[str, int, str]:
+    """Return NAME, number and suffix of a chain's file, an empty NAME for any other."""
+    stem, dot, last = name.rpartition(".")
+    suffix = dot + last
+    if suffix not in _SUFFIXES:
+        stem, suffix = name, ""
+    base, _dot, number = stem.rpartition(".")
+    return (base, int(number), suffix) if _NUMBER.fullmatch(number) else ("", 0, "")
