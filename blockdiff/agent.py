@@ -179,12 +179,14 @@ class Agent:
             begun = time.monotonic()
             frozen = stack.enter_context(ExitStack())
             frozen.enter_context(Freeze(*_commands(request)))
+            taking = time.monotonic()
             for source in sources:
                 source.take()
+            apart_us = _since(taking)
             held = bool(commands) and not request.get("snapshot")
             if not held:
                 frozen.close()
-            self._link.send_json(wire.TAKEN, {"took_us": _since(begun)})
+            self._link.send_json(wire.TAKEN, {"took_us": _since(begun), "apart_us": apart_us})
             if request.get("low_priority") and not held:
                 lower_priority()  # not before: whoever is held still waits for us
             for source in sources:

@@ -97,6 +97,7 @@ class _Job:
     totals: Totals | None = None
     new: NewGeneration | None = None
     received: int = 0
+    held: bool = True
 
 
 def backup(name: str, address: Address, options: Options, progress: Progress | None = None) -> Result:
@@ -130,7 +131,7 @@ def backup_together(
         started = now()
         session = stack.enter_context(connect())
         with _prepared(session, jobs, options) as quiesced:
-            moment = quiesced.around(session)
+            moment = _together(quiesced.around(session), session, jobs, quiesced)
         for job in jobs:
             _dump(session, job, connect, options, compress, watcher, stack)
         moment = _held(moment, session.finish())
@@ -194,6 +195,26 @@ def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: b
             check_volume(job.plan, job.chain.name, volume.uuid)
         quiesced.check(ready, session)
         yield quiesced
+
+
+def _together(moment: Moment, session: Session, jobs: list[_Job], quiesced: Quiesce) -> Moment:
+    """Return the moment with a warning where it is not one for all sources.
+
+    One of them may be written to: what the others hold then is as it was at the moment of that one.
+    """
+    for index, job in enumerate(jobs):
+        job.held = quiesced.holds(index) is not False
+    if len(jobs) == 1:
+        return moment
+    moment = replace(moment, apart_s=round(session.apart_s, 3))
+    if sum(quiesced.holds(index) is not True for index in range(len(jobs))) <= 1:
+        return moment
+    found = (
+        f"the snapshots of this run were made one after the other, within {session.apart_s:.2f} s, and nothing held "
+        "all writers still: what was written to one and then to another may be in the second alone; hold them still "
+        "with --before and --after"
+    )
+    return replace(moment, warnings=[*moment.warnings, found])
 
 
 def _held(moment: Moment, held_s: float | None) -> Moment:
@@ -285,8 +306,15 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
     if opened.snapshot is not None:
         kind = "thin" if job.volume.segtype == "thin" else "thick"
         snapshot = Snapshot(
-            opened.snapshot, kind, round(moment.took_s, 3), totals.fill_percent, totals.kept, opened.extents
+            opened.snapshot,
+            kind,
+            round(moment.took_s, 3),
+            totals.fill_percent,
+            totals.kept,
+            opened.extents,
+            moment.apart_s,
         )
+    quiesced = moment.quiesced if job.held else None
     return Manifest(
         chain=_known(job.locked).chain_id(),
         generation=new.number,
@@ -301,14 +329,14 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
         blocks=written.blocks,
         changed_blocks=written.changed_blocks,
         source=Source(address.machine, job.path, opened.kind, job.volume.uuid),
-        consistency=consistency.of(totals, snapshot is not None, moment.quiesced is not None),
+        consistency=consistency.of(totals, snapshot is not None, quiesced is not None),
         started=started,
         finished=now(),
         bytes_read=totals.read,
         bytes_received=job.received,
         run=run,
         snapshot=snapshot,
-        quiesced=moment.quiesced,
+        quiesced=quiesced,
         database=moment.database,
         notes=[*totals.notes, *moment.notes, *moment.warnings],
         versions=_versions(session),

@@ -73,6 +73,7 @@ class Snapshot:
     `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
     `fill_percent` the highest fill level seen (thick), `extents` says how the extents were known that were read:
     ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and held against them), None (all was).
+    `apart_s` is how many seconds lay between the snapshots of a run at most, None where it had one.
     """
 
     uuid: str
@@ -81,6 +82,7 @@ class Snapshot:
     fill_percent: float | None = None
     kept: bool = False
     extents: str | None = None
+    apart_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ def _snapshot(fields: _Fields | None) -> Snapshot | None:
         fields.optional_number("fill_percent"),
         fields.get("kept", bool),
         fields.optional("extents", str),
+        fields.optional_number("apart_s"),
     )
 
 

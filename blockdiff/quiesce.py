@@ -21,7 +21,7 @@ _SLASHES = 3
 
 @dataclass(frozen=True)
 class Moment:
-    """How the moment of the image was taken, `took_s` seconds long.
+    """How the moment of the image was taken, `took_s` seconds long; the sources of one run at most `apart_s` apart.
 
     `notes` belong into the manifest, and `warnings` as well: these are what the operator must be told.
     """
@@ -31,6 +31,7 @@ class Moment:
     database: Coordinates | None = None
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    apart_s: float | None = None
 
 
 class Quiesce:
@@ -46,6 +47,10 @@ class Quiesce:
 
     def check(self, ready: Ready, session: Session) -> None:
         """Raise `SourceError` where the volumes of the run are not those that hold what is quiesced."""
+
+    def holds(self, source: int) -> bool | None:
+        """Return whether what writes to a source of the run, by its place from 0, is held still; None: unknown."""
+        return self._freezes
 
     def around(self, session: Session) -> Moment:
         """Let the agent take the moment, and return how that went."""
@@ -65,6 +70,10 @@ class CommandQuiesce(Quiesce):
         took_s, held_s = lockcommand.around(self._command, lambda: _take(session))
         return Moment(took_s, Quiesced("command", held_s))
 
+    def holds(self, source: int) -> bool | None:
+        """See `Quiesce`."""
+        return True
+
 
 class DatabaseQuiesce(Quiesce):
     """A database lock."""
@@ -74,6 +83,7 @@ class DatabaseQuiesce(Quiesce):
         self._database = database
         self._server = server
         self._notes = [note] if (note := database.note) else []
+        self._held: set[int] | None = None
         files = server.files
         self.datadir = files.needed[0]
         self.directories = [*files.needed, *(path for path, _what in files.others)]
@@ -103,6 +113,8 @@ class DatabaseQuiesce(Quiesce):
         ]
         needed = [place for place in places if place.path in self._server.files.needed]
         needed += [place for place in ready.outside if not self._is_temporary(place.path)]
+        if not _is_unknown(data):
+            self._held = {place.source for place in needed if place.source is not None}
         _refuse_missing([place for place in needed if place.source is None], ready.devices)
         if len({place.device for place in needed}) > 1 and not self._freezes:
             raise SourceError(
@@ -110,6 +122,10 @@ class DatabaseQuiesce(Quiesce):
                 # not fsfreeze: device-mapper cannot suspend what is frozen already (Linux before 6.8)
                 "stop it meanwhile: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
             )
+
+    def holds(self, source: int) -> bool | None:
+        """See `Quiesce`. The lock holds what writes to the database, and nothing else that lies beside it."""
+        return True if self._freezes else None if self._held is None else source in self._held
 
     def _is_temporary(self, path: str) -> bool:
         return any(path == each or path.startswith(each + "/") for each in self._server.files.temporary)

@@ -80,8 +80,9 @@ class Session:
     `finish`. Entering raises `TransportError` where no agent can be started. All of them raise what the agent reports,
     `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` where it breaks a rule.
 
-    `host` is what the agent says of its machine: text, made printable. `prefix` is a command to run the agent under,
-    `begun` a connection of `transport.begin`, where there is one already.
+    `host` is what the agent says of its machine: text, made printable. `apart_s` is how many seconds lay between the
+    moments of its sources at most. `prefix` is a command to run the agent under, `begun` a connection of
+    `transport.begin`, where there is one already.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Session:
     ) -> None:
         self.address = address
         self.totals: Totals | None = None
+        self.apart_s = 0.0
         self._transport_name = transport_name
         self._options = options
         self._prefix = prefix
@@ -190,7 +192,8 @@ class Session:
         """Wait until the moment is taken; return how long that took the agent, in seconds."""
         taken = self._expect(wire.TAKEN)
         with self._rules():
-            (took_us,) = wire.integers(taken, "took_us")
+            took_us, apart_us = wire.integers(taken, "took_us", "apart_us")
+            self.apart_s = apart_us / 1e6
             return took_us / 1e6
 
     def check_digest(self, digest: Digest) -> None:

@@ -66,7 +66,7 @@ class Wire:
         self.ordered(wire.REQUEST)
         self.json(wire.READY, {"sources": [{}], "directories": [], "notes": []})
         self.ordered(wire.TAKE)
-        self.json(wire.TAKEN, {"took_us": 0})
+        self.json(wire.TAKEN, {"took_us": 0, "apart_us": 0})
         self.ordered(wire.SCAN)
         self.json(wire.SOURCE, {"kind": kind, "size": size})
 

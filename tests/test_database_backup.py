@@ -168,6 +168,41 @@ def meanwhile(fake: FakeLvm, do: Callable[[], object], after: threading.Event | 
 # --- what a run makes
 
 
+@pytest.mark.parametrize(
+    ("held", "others", "consistencies"),
+    [
+        ({0}, 1, ["quiesced", "snapshot"]),
+        ({0}, 2, ["quiesced", "snapshot", "snapshot"]),
+        (None, 1, ["quiesced", "quiesced"]),
+    ],
+)
+def test_of_several_volumes_the_lock_holds_those_of_the_database(
+    chain: SmallChain,
+    mariadb: MariaDB,
+    fake: FakeLvm,
+    monkeypatch: pytest.MonkeyPatch,
+    held: set[int] | None,
+    others: int,
+    consistencies: list[str],
+) -> None:
+    """While its one volume cannot change, another may be taken at any moment, but not two. Without a look, none."""
+
+    def check(quiesced: DatabaseQuiesce, ready: object, session: object) -> None:
+        quiesced._held = held
+
+    monkeypatch.setattr(DatabaseQuiesce, "check", check)
+    targets = [(chain.name, str(chain.source))]
+    for number in range(others):
+        targets.append((f"{chain.name}-{number}", str(fake.add_file("vg", f"other{number}", os.urandom(MIB)))))
+    results = backup.backup_together(targets, Address(None, str(chain.source)), options(through_socket(mariadb)))
+    assert [result.manifest.consistency for result in results] == consistencies
+    is_one_moment = held is not None and others == 1
+    for result in results:
+        assert [warning.split(" were made")[0] for warning in result.warnings] == (
+            [] if is_one_moment else ["the snapshots of this run"]
+        )
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_coordinates_and_lock_are_recorded(chain: SmallChain, mariadb: MariaDB, form: Callable[[MariaDB], str]) -> None:
     mariadb.run("INSERT INTO shop.innodb VALUES (7)")

@@ -128,6 +128,20 @@ def test_what_is_not_needed_and_not_there_is_a_note(database: Make) -> None:
     assert quiesced.around(host).notes == ["the binary logs in /bin/logs are not in this run"]
 
 
+def test_a_lock_holds_what_the_database_lies_on(database: Make) -> None:
+    found = database("/data")
+    found.check(ready(("254:3", 1)), Host())
+    assert [found.holds(source) for source in range(3)] == [False, True, False]
+    frozen = database("/data", freezes=True)
+    frozen.check(ready(("254:3", 1)), Host())
+    assert [frozen.holds(source) for source in range(2)] == [True, True]
+    elsewhere = database("/data", hostname="guest")
+    elsewhere.check(ready(("", None)), Host())
+    assert elsewhere.holds(0) is None
+    assert [Quiesce(freezes).holds(0) for freezes in (False, True)] == [False, True]
+    assert CommandQuiesce("lock it").holds(0) is True
+
+
 def test_several_volumes_need_a_freeze(database: Make) -> None:
     """Their snapshots are not made at the same instant, and the lock does not stop all that the database writes."""
     places = ready(("254:3", 0), ("254:4", 1))

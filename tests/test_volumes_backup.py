@@ -398,12 +398,51 @@ def test_of_several_snapshots_all_are_made_or_none(chain: SmallChain, second: Sm
 
 def test_the_command_takes_several(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
     also = f"{second.name}={second.source}"
-    commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also)
+    still = ("--before", "true")
+    commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also, *still)
     assert (chain.restored(1), second.restored(1)) == (IMAGE, IMAGE[::-1])
-    result = commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also, "--chain=monthly")
+    result = commands.done(
+        "blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also, "--chain=monthly", *still
+    )
     assert result == b""
     names = {path.name for path in chain.directory.glob("*-2*.1.json")}
     assert len(names) == 2 and {name.split("-")[0] for name in names} == {"disk", "log"}
+
+
+def test_several_that_nothing_holds_still_are_a_warning(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
+    """Who writes to both, first to the one and then to the other, may be found in the second alone."""
+    fake.order("lvcreate", "late_after", 1)
+    also = f"{second.name}={second.source}"
+    with commands.started(
+        "blockdiff", "backup", chain.name, chain.source, "--lvm", "--also", also, "--json"
+    ) as process:
+        wait_until((fake.directory / "waiting").exists)
+        for source in (chain.source, second.source):
+            source.write_bytes(b"t" * len(IMAGE))
+        fake.go()
+        stdout, stderr = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 3
+    said = re.fullmatch(
+        r"blockdiff: warning: (the snapshots of this run were made one after the other, within (\d+\.\d\d) s, and "
+        r"nothing held all writers still: what was written to one and then to another may be in the second alone; "
+        r"hold them still with --before and --after)\n",
+        stderr.decode(),
+    )
+    assert said is not None, stderr
+    assert (chain.restored(1), second.restored(1)) == (IMAGE, b"t" * len(IMAGE))
+    for made in json.loads(stdout):
+        assert (made["warnings"], made["consistency"], made["quiesced"]) == ([said[1]], "snapshot", None)
+        assert 0 < made["snapshot"]["apart_s"] == pytest.approx(float(said[2]), abs=0.01)
+        assert made["snapshot"]["apart_s"] <= made["snapshot"]["took_s"]
+    assert said[1] in json.loads(second.file(".1.json").read_text())["notes"]
+
+
+def test_several_that_are_held_still_are_of_one_moment(chain: SmallChain, second: SmallChain) -> None:
+    for result in together(chain, second, options=replace(LVM, before="true")):
+        assert (result.warnings, result.manifest.consistency) == ([], "quiesced")
+        assert result.manifest.snapshot is not None and result.manifest.snapshot.apart_s is not None
+    made = chain.add(None, LVM).manifest.snapshot
+    assert made is not None and made.apart_s is None
 
 
 def test_a_chain_that_is_busy_stops_all(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:

@@ -179,6 +179,8 @@ def command(
             results = backup.backup_together(targets, where, options, progress, begun)
     for result in results:
         _report(result, as_json, verbose)
+    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
+        say(f"warning: {warning}")
     if as_json:
         _print_json([_summary(result) for result in results], bool(also))
     if any(result.warnings for result in results):
@@ -223,8 +225,6 @@ def _report(result: "Result", as_json: bool, verbose: bool) -> None:
         stored = shown_size(made.delta.size + made.table.size)
         name = printable(result.name)
         click.echo(f"{name}: generation {made.generation}: {kind}, {stored} stored, {made.consistency}")
-    for warning in result.warnings:
-        say(f"warning: {warning}")
 
 
 def _plan_summary(name: str, source: "Source", plan: "Plan") -> dict[str, object]:

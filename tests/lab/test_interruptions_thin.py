@@ -42,7 +42,7 @@ class Thin:
     def words(self, *more: str) -> list[str]:
         """Return the words of a run of the first volume."""
         source = self.guest.url(self.paths[0])
-        options = ("--lvm", "--keep-snapshot", "--digest", "md5", *self.guest.arguments)
+        options = ("--lvm", "--keep-snapshot", "--digest", "md5", "--before", "true", *self.guest.arguments)
         return ["backup", self._name, source, *options, *more]
 
     def run(self, *more: str) -> list[dict[str, object]]:
