@@ -29,7 +29,7 @@ _PYTHONS = (
     "python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 python3.7 python3.6"
 )
 
-# runs the loader, which comes first on standard input behind its size in 8 digits
+# runs the loader, which comes first on standard input behind a line for shells and its size in 8 digits
 _FIRST_LINES = b"""\
 import os,sys
 def take(n):
@@ -39,6 +39,7 @@ def take(n):
         if not more: sys.exit(92)
         data+=more
     return data
+take(8)
 exec(take(int(take(8))))
 """
 
@@ -103,7 +104,7 @@ def startup(nonce: bytes, prefix: Sequence[str] = ()) -> bytes:
 
 def _with_loader(header: dict[str, object]) -> bytes:
     source = _source("loader").encode("utf-8")
-    return b"%08d%s%s\n" % (len(source), source, json.dumps(header).encode("ascii"))
+    return b"%s%08d%s%s\n" % (loader.FOR_SHELLS, len(source), source, json.dumps(header).encode("ascii"))
 
 
 @cache

@@ -61,7 +61,11 @@ class ProtocolError(BlockdiffError):
 
 
 class ConnectionLost(BlockdiffError):  # noqa: N818
-    """The other side is gone or silent."""
+    """The other side is gone, or `silent`: it may still be there, and nothing comes of it."""
+
+    def __init__(self, message: str, hint: Optional[str] = None, silent: bool = False) -> None:
+        super().__init__(message, hint)
+        self.silent = silent
 
 
 class Interrupted(BaseException):  # noqa: N818

@@ -5,13 +5,8 @@ Shipped to the host ahead of everything else; it must run on any Python 3. Stand
 under), and the archive: a zlib'd JSON list of module names and sources in the order in which they import each other.
 """
 
-import hashlib
-import json
-import linecache
 import os
 import sys
-import types
-import zlib
 
 # exit statuses of the start on the host; 90 comes from the shell that looks for a Python
 NO_PYTHON = 90
@@ -19,7 +14,11 @@ TOO_OLD = 91
 DAMAGED = 92
 NO_PREFIX = 93
 OTHER_AGENT = 94
+NO_MODULE = 95
+OTHER_SHELL = 96
 
+#: Comes first on standard input: a shell that reads its commands there, instead of the agent, ends at once.
+FOR_SHELLS = "exit {}\n".format(OTHER_SHELL).encode("ascii")
 #: The first argument where one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
 PINNED = "blockdiff-pinned"
 
@@ -29,6 +28,22 @@ _MAX_LOADER = 1 << 20
 _MAX_HEADER = 256 << 10
 
 START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
+
+
+def lacking(error: ImportError) -> None:
+    """End: this Python is not the whole one, as that of Debian's python3-minimal."""
+    sys.stderr.write("{}\n".format(error))
+    sys.exit(NO_MODULE)
+
+
+try:
+    import hashlib
+    import json
+    import linecache
+    import types
+    import zlib
+except ImportError as error:
+    lacking(error)
 
 
 def read_exactly(count: int) -> bytes:
@@ -68,7 +83,10 @@ def load(modules: bytes) -> None:
         sys.modules[full_name] = module
         setattr(package, name, module)
         linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
-        exec(compile(source, module.__file__, "exec"), module.__dict__)
+        try:
+            exec(compile(source, module.__file__, "exec"), module.__dict__)
+        except ImportError as error:
+            lacking(error)
 
 
 def run_under(prefix: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
@@ -99,6 +117,7 @@ def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg] 
 
     The loader that comes ahead of it is passed over: nothing runs that was not checked.
     """
+    read_exactly(len(FOR_SHELLS))
     size = read_exactly(8)
     if not size.isdigit() or int(size) > _MAX_LOADER:
         sys.exit(DAMAGED)

@@ -316,12 +316,13 @@ class Session:
                 raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
             except ConnectionLost:
                 pass  # as it should be
-        status = self._connection.wait(connection.EXIT_TIMEOUT_S)
-        if status == -1:
+        ended = self._connection.wait(connection.EXIT_TIMEOUT_S)
+        if ended is None:
+            raise self._broken("did not end after it had sent everything")
+        if ended.status is None:
             raise self._connection.explain(ConnectionLost("the connection ended before it told how the agent did"))
-        if status != 0:
-            how = "did not end" if status is None else f"ended with status {status}"
-            raise self._broken(f"{how} after it had sent everything")
+        if ended.status != 0:
+            raise self._broken(f"ended with status {ended.status} after it had sent everything")
 
     def _order(self, kind: int, fields: dict[str, object]) -> None:
         with self._rules():
@@ -362,7 +363,7 @@ class Session:
             raise self._lost(error) from error
 
     def _lost(self, error: ConnectionLost) -> BlockdiffError:
-        self._connection.wait(connection.EXIT_TIMEOUT_S if "ended" in error.message else 0)
+        self._connection.wait(0 if error.silent else connection.EXIT_TIMEOUT_S)
         return self._connection.explain(error)
 
     def _broken(self, why: str) -> ProtocolError:

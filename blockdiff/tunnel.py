@@ -59,7 +59,7 @@ class Tunnel:
         if self.failure is not None:
             raise self.failure
         if self._thread.is_alive():
-            raise ConnectionLost("the tunnel did not close")
+            raise ConnectionLost("the tunnel did not close", silent=True)
 
     def _run(self) -> None:
         try:

@@ -110,7 +110,7 @@ class Pipe(Stream):
         """See `Stream`."""
         try:
             if not self._readable.poll(timeout_s * 1000):
-                raise ConnectionLost("silent for {:g} s".format(timeout_s))
+                raise ConnectionLost("silent for {:g} s".format(timeout_s), silent=True)
             return os.readv(self._read_fd, [view])
         except OSError as error:
             raise ConnectionLost("cannot read: {}".format(error.strerror)) from error
@@ -218,7 +218,7 @@ class Link:
             if length:
                 raise ProtocolError("frame of kind {} with a payload".format(kind))
             if self.stall_s is not None and time.monotonic() - begun > self.stall_s:
-                raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s))
+                raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s), silent=True)
 
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the next bytes of the payload; its end is checked against the frame's CRC."""

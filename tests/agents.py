@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blockdiff import bundle, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, from_wire
+from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import push_agent
 
@@ -126,7 +127,7 @@ def command(python: str | Path = sys.executable) -> list[str]:
 @contextmanager
 def conversation(arguments: Sequence[str] | None = None) -> Iterator[Conversation]:
     """Start the agent, under this interpreter where nothing else is said, and leave nothing of it."""
-    child = ChildConnection(arguments or command(), "host")
+    child = ChildConnection(arguments or command(), Place("host", "host"))
     with child:
         yield Conversation(child)
 
@@ -140,7 +141,7 @@ def dump(
             fields["table_blocks"] = len(table) // 32
         talk.request(path, **fields)
         outcome = talk.receive(table or b"")
-        assert talk.child.wait(PROMPTLY_S) == 0
+        assert talk.child.wait(PROMPTLY_S) == (0,)
         assert talk.child.stderr() == ""
         return outcome
 
@@ -150,5 +151,5 @@ def failure(path: str | bytes | Path, arguments: Sequence[str] | None = None, **
     with conversation(arguments) as talk:
         talk.request(path, **fields)
         error = talk.failure()
-        assert talk.child.wait(PROMPTLY_S) == 1
+        assert talk.child.wait(PROMPTLY_S) == (1,)
         return error

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from blockdiff import bundle, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.transport.connection import Connection
+from blockdiff.transport.advice import Place
+from blockdiff.transport.connection import Connection, Exit
 
 BLOCK = 4096
 HELLO: dict[str, object] = {
@@ -113,7 +114,7 @@ class FakeConnection(Connection):
     """
 
     def __init__(self, script: Script, login: str = "host") -> None:
-        self.login = login
+        self.place = Place(login, login)
         self.closed = False
         self.failure: BaseException | None = None
         self._status = 0
@@ -146,9 +147,9 @@ class FakeConnection(Connection):
                 raise ConnectionLost("the connection is closed")
             self._pipe.write(parts)
 
-    def wait(self, timeout_s: float) -> int | None:
+    def wait(self, timeout_s: float) -> Exit | None:
         self._thread.join(timeout_s)
-        return None if self._thread.is_alive() else self._status
+        return None if self._thread.is_alive() else Exit(self._status)
 
     def close(self) -> None:
         """End both sides; a script that still sends finds out."""

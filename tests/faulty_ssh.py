@@ -99,9 +99,9 @@ def pieces(way: str, read: Callable[[int], bytes]) -> Iterator[bytes]:
 
     if way == DOWN:
         yield take(NONCE_SIZE)
-    else:  # the loader behind its length, a line of JSON, and the archive
-        yield (digits := take(8))
-        yield take(int(digits))
+    else:  # the loader behind a line for shells and its length, a line of JSON, and the archive
+        yield (first := take(16))
+        yield take(int(first[8:]))
         line = take(1)
         while line[-1:] != b"\n":
             line += take(1)
@@ -201,6 +201,8 @@ class Way(threading.Thread):
 
 def main(arguments: list[str]) -> None:
     """Be ssh."""
+    if arguments[0] == "-G":  # it has no settings
+        return
     (fault,) = [from_option(word) for word in arguments if word.startswith("Fault=")]
     child = subprocess.Popen(["/bin/sh", "-c", arguments[-1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and isinstance(child.stdout, io.BufferedReader)

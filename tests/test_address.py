@@ -1,8 +1,10 @@
 """SOURCE and [user@]host on the command line."""
 
+from pathlib import Path
+
 import pytest
 
-from blockdiff.address import Address, parse, parse_login
+from blockdiff.address import Address, check_name, parse, parse_login
 from blockdiff.errors import UsageError
 
 
@@ -31,6 +33,13 @@ from blockdiff.errors import UsageError
         ("ssh://root@[::1]:22/x", Address("::1", "/x", "root", 22)),
         ("ssh://web1/a%20b%25%ff", Address("web1", "/a b%\udcff")),
         ("ssh://web1/caf\udce9", Address("web1", "/caf\udce9")),
+        ("[fe80::1%eth0.100]:/x", Address("fe80::1%eth0.100", "/x")),
+        ("root@[fe80::1%br-lan]:/x", Address("fe80::1%br-lan", "/x", "root")),
+        ("ssh://[fe80::1%25eth0.100]:22/x", Address("fe80::1%eth0.100", "/x", None, 22)),
+        ("ssh://[fe80::1%eth0.100]/x", Address("fe80::1%eth0.100", "/x")),
+        ("ssh://me%40example.org@web1/x", Address("web1", "/x", "me@example.org")),
+        ("ssh://CORP%5Cme@web1/x", Address("web1", "/x", "CORP\\me")),
+        ("CORP\\me@web1:/x", Address("web1", "/x", "CORP\\me")),
     ],
 )
 def test_sources(text: str, expected: Address) -> None:
@@ -45,7 +54,6 @@ def test_sources(text: str, expected: Address) -> None:
         "./x",
         "host",
         "host:",
-        "host:relative",
         ":/x",
         "@host:/x",
         "user@:/x",
@@ -59,6 +67,7 @@ def test_sources(text: str, expected: Address) -> None:
         "ssh://user@/x",
         "ssh://::1/x",
         "ssh://host/x%00",
+        "ssh://us%00er@host/x",
         "http://host/x",
     ],
 )
@@ -68,6 +77,54 @@ def test_what_is_no_source_is_refused_with_the_forms_that_are(text: str) -> None
     assert text[:10] in caught.value.message
     assert caught.value.hint == "use /path, [user@]host:/path or ssh://[user@]host[:port]/path"
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(("text", "hint"), [("host:images/x", "write host:/PATH"), ("me@h:x", "write me@h:/PATH")])
+def test_a_path_on_a_host_must_begin_with_a_slash(text: str, hint: str) -> None:
+    with pytest.raises(UsageError, match="the path on the host must begin with /") as caught:
+        parse(text)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("text", ["disk.img", "./disk.img", "sub/../disk.img", "sub//../disk.img"])
+def test_a_file_of_this_machine_gets_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "disk.img").touch()
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(text) == Address(None, str(tmp_path.resolve() / "disk.img"))
+
+
+def test_a_path_through_a_link_means_what_it_means_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "sub").mkdir(parents=True)
+    (tmp_path / "far" / "disk.img").touch()
+    (tmp_path / "link").symlink_to("far/sub")
+    monkeypatch.chdir(tmp_path)
+    assert parse("link/../disk.img") == Address(None, str(tmp_path.resolve() / "far" / "disk.img"))
+
+
+@pytest.mark.parametrize("name", ["web1:/dev/vg/lv", "root@web1:/x", "ssh://web1/x", "[::1]:/x"])
+def test_a_name_that_is_a_source_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="stands in the place of NAME, and is a source") as caught:
+        check_name(name)
+    assert caught.value.hint == "NAME comes first: blockdiff backup NAME SOURCE"
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_name_that_is_a_directory_is_refused(tmp_path: Path, slash: str) -> None:
+    with pytest.raises(UsageError, match="is a directory, not the NAME of a chain") as caught:
+        check_name(f"{tmp_path}{slash}")
+    assert caught.value.hint == f"NAME is what the files of the chain begin with, such as {tmp_path}/web1-disk"
+    Path(f"{tmp_path}.ver").touch()  # a chain beside a directory of its name
+    check_name(f"{tmp_path}{slash}")
+
+
+@pytest.mark.parametrize("name", ["/var/backup/web1", "web1", "x:y", "a/b:/c"])
+def test_a_name_that_is_one_is_taken(name: str) -> None:
+    check_name(name)
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "", "٣", "1e3", "99999999999999999999"])

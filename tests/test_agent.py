@@ -14,6 +14,7 @@ import pytest
 
 from blockdiff import agent, wire
 from blockdiff.errors import SourceError
+from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from tests import agents, loop
 from tests.conftest import require_program, require_strace
@@ -38,7 +39,7 @@ agent.main(b"go")
 def with_deadlines(silence_s: float = 60, heartbeat_s: float = 60, request_s: float = 60) -> ChildConnection:
     """Start an agent with other deadlines, up to its first frame."""
     numbers = [str(number) for number in (silence_s, heartbeat_s, request_s)]
-    child = ChildConnection([sys.executable, "-I", "-c", WITH_DEADLINES, str(ROOT), *numbers], "host")
+    child = ChildConnection([sys.executable, "-I", "-c", WITH_DEADLINES, str(ROOT), *numbers], Place("host", "host"))
     assert child.readinto(memoryview(bytearray(2)), agents.PROMPTLY_S) == 2
     return child
 
@@ -73,7 +74,7 @@ def test_a_server_that_goes_silent_ends_the_agent(image: Path, when: str) -> Non
                 assert frame.kind == kind
                 link.read_json(frame)
             alive.stop()
-        assert child.wait(agents.PROMPTLY_S) == 1
+        assert child.wait(agents.PROMPTLY_S) == (1,)
         assert child.stderr() == f"blockdiff agent: silent for {silence_s:g} s\n"
 
 
@@ -95,7 +96,7 @@ def test_a_server_that_never_asks_for_anything_ends_the_agent() -> None:
         frame = link.receive()
         assert frame.kind == wire.ERROR
         assert link.read_json(frame)["message"] == "no word of the server for 0.1 s"
-        assert child.wait(agents.PROMPTLY_S) == 1
+        assert child.wait(agents.PROMPTLY_S) == (1,)
 
 
 def test_a_signal_that_does_not_wake_the_main_thread_ends_the_agent_all_the_same() -> None:
@@ -106,7 +107,7 @@ def test_a_signal_that_does_not_wake_the_main_thread_ends_the_agent_all_the_same
         pid = child._child.pid
         others = [int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid]
         assert ctypes.CDLL(None).tgkill(pid, others[-1], signal.SIGTERM) == 0
-        assert child.wait(agents.PROMPTLY_S) == 1
+        assert child.wait(agents.PROMPTLY_S) == (1,)
         assert child.stderr() == "blockdiff agent: stopped by SIGTERM\n"
 
 
@@ -202,7 +203,7 @@ def test_a_read_error_of_the_disk_names_the_offset(image: Path) -> None:
     with agents.conversation(command) as talk:
         talk.request(image)
         error = talk.failure()
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
     assert type(error) is SourceError
     found = re.fullmatch(f"host: cannot read {image} at offset ([0-9]+): Input/output error", error.message)
     assert found is not None, error.message
@@ -231,7 +232,7 @@ def test_a_failure_that_nobody_thought_of_arrives_as_a_sentence() -> None:
         talk.request(b"/a\0b")
         error = talk.failure()
         assert error.message.startswith("host: the agent failed: ValueError: ")
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
         said = talk.child.stderr()
         assert "<blockdiff.agent>" in said  # the traceback shows the shipped source
         assert "os.open(path" in said

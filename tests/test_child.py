@@ -9,6 +9,7 @@ import pytest
 
 from blockdiff import process
 from blockdiff.errors import ConnectionLost
+from blockdiff.transport.advice import Place
 from blockdiff.transport.child import PIPE_SIZE, ChildConnection
 
 #: Leaves a grandchild that holds our pipe and never reads from it, and tells its pid.
@@ -18,7 +19,7 @@ HOLDS_THE_PIPE = "exec 3<&0; sleep 600 <&3 & echo $!; wait"
 def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
     lost = threading.Event()
-    connection = ChildConnection(["sh", "-c", HOLDS_THE_PIPE], "host")
+    connection = ChildConnection(["sh", "-c", HOLDS_THE_PIPE], Place("host", "host"))
     with connection:
         told = bytearray()
         while not told.endswith(b"\n"):

@@ -329,7 +329,7 @@ def test_after_runs_where_the_agent_ends_while_before_is_at_work(
             assert log.words() == ["before"]
             (tmp_path / "go").touch()
         log.wait_for("before", "after")
-        assert talk.child.wait(LIMIT_S) not in (None, 0)
+        assert talk.child.wait(LIMIT_S) not in (None, (0,))
     processes.wait_until_gone(nothing_left)
     assert log.words() == ["before", "after"]
 
@@ -350,7 +350,7 @@ def test_after_is_done_where_the_agent_ends_meanwhile(
             wait_until(lambda: ignores(talk.child._child.pid, signal.SIGTERM))
         (tmp_path / "go").touch()
         wait_until(lambda: "done" in log.words())
-        assert talk.child.wait(LIMIT_S) not in (None, 0)
+        assert talk.child.wait(LIMIT_S) not in (None, (0,))
     if how != "SIGKILL":
         processes.wait_until_gone(nothing_left)
         assert log.words() == ["after", "done"]

@@ -56,7 +56,8 @@ ORDER = """
     commit  periods
     merge
     sharedmemory
-    transport.connection  transport.advice
+    transport.advice
+    transport.connection
     transport.child
     transport.openssh  transport.paramiko_ssh
     transport

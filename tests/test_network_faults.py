@@ -18,6 +18,8 @@ from blockdiff import backup, bundle, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ProtocolError, TransportError
 from blockdiff.transport import child, connection, openssh
+from blockdiff.transport.advice import Place
+from blockdiff.transport.connection import Exit
 from tests import chains, commands, faulty_ssh, processes
 from tests.chains import BLOCK, DAYS, SmallChain
 from tests.faulty_ssh import BEGIN, DOWN, END, UP, Fault, Point
@@ -61,7 +63,7 @@ class Connection(openssh.SshConnection):
             assert time.monotonic() < deadline, "nothing comes, and no fault is the reason"
         return super().readinto(view, min(timeout_s, PATIENCE_S))
 
-    def wait(self, timeout_s: float) -> int | None:
+    def wait(self, timeout_s: float) -> Exit | None:
         return super().wait(min(timeout_s, PATIENCE_S) if self._hurried else timeout_s)
 
 
@@ -307,7 +309,7 @@ def test_a_start_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     """The pipe is as small as the system makes those of a user who has too many."""
     monkeypatch.setattr(child, "PIPE_SIZE", 4096)
     with (
-        child.ChildConnection(["sleep", "60"], HOST) as deaf,
+        child.ChildConnection(["sleep", "60"], Place(HOST, HOST)) as deaf,
         pytest.raises(TransportError, match=f"lost the agent on {HOST}: silent for 0.2 s"),
     ):
         connection.push_agent(deaf, timeout_s=0.2)

@@ -437,7 +437,7 @@ def test_an_agent_without_a_socket_takes_no_bytes(python: str, image: Path, kind
     with agents.conversation(bundle.local_command()) as talk:
         talk.link.send(kind)
         assert isinstance(talk.failure(), ProtocolError) or kind == 99
-        assert talk.child.wait(LIMIT_S) == 1
+        assert talk.child.wait(LIMIT_S) == (1,)
 
 
 def test_an_order_that_the_reading_thread_of_the_agent_cannot_follow_ends_it(python: str) -> None:
@@ -446,7 +446,7 @@ def test_an_order_that_the_reading_thread_of_the_agent_cannot_follow_ends_it(pyt
         error = talk.failure()
         assert type(error) is ProtocolError
         assert error.message.startswith("host: an order cannot be followed: OverflowError: ")
-        assert talk.child.wait(LIMIT_S) == 1
+        assert talk.child.wait(LIMIT_S) == (1,)
 
 
 def test_one_end_alone_takes_what_comes_in_any_order() -> None:

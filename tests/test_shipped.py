@@ -206,7 +206,7 @@ def test_a_signal_ends_an_agent_that_nobody_listens_to(
         talk.request(path)
         talk.expect(wire.SOURCE)
         talk.child._child.send_signal(number)
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
         assert talk.child.stderr() == f"blockdiff agent: stopped by {number.name}\n"
 
 
@@ -222,7 +222,7 @@ def test_the_end_of_the_server_ends_the_agent(command: list[str], tmp_path: Path
             talk.link.read_json(talk.expect(wire.SOURCE))
             talk.expect(wire.WANT)
         talk.child._input.close()
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
         assert talk.child.stderr() == "blockdiff agent: the connection ended\n"
 
 
@@ -232,7 +232,7 @@ def test_nobody_there_to_read_ends_the_agent(command: list[str], tmp_path: Path)
         talk.request(path)
         talk.expect(wire.SOURCE)
         talk.child._output.close()
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
         assert talk.child.stderr() == "blockdiff agent: cannot write: Broken pipe\n"
 
 
@@ -248,7 +248,7 @@ def test_a_source_that_shrinks_fails(command: list[str], tmp_path: Path) -> None
                 talk.link.read_bytes(talk.next(), wire.MAX_PAYLOAD)
         assert caught.value.message == f"host: {path} shrank from {LONG} to {BLOCK} bytes while it was read"
         assert caught.value.hint == "back up a snapshot, or run again when nothing resizes it"
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
 
 
 def test_a_source_that_shrinks_after_its_last_byte_was_read_fails(command: list[str], tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_server_that_breaks_the_protocol_is_told_so(command: list[str], tmp_pa
         talk.link.send(wire.DATA, b"?")
         error = talk.failure()
         assert error.message == "host: the server sent an unexpected frame of kind 11"
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)
     with agents.conversation(command) as talk:
         talk.request(path, table_blocks=1)
         talk.link.send(wire.TABLE, bytes(33))  # before it was wanted, and more than there is
@@ -336,7 +336,7 @@ def test_stray_prints_do_not_get_between_the_frames(command: list[str], tmp_path
     with agents.conversation(chatty) as talk:
         talk.request(path)
         assert sum(length for _, length, _ in talk.receive().runs) == LONG
-        assert talk.child.wait(agents.PROMPTLY_S) == 0
+        assert talk.child.wait(agents.PROMPTLY_S) == (0,)
         assert "stray\n" in talk.child.stderr()
 
 
@@ -345,4 +345,4 @@ def test_a_server_that_sends_no_frames_is_told_so(command: list[str]) -> None:
         talk.link._stream.write([b"#" * wire.HEADER.size])
         with pytest.raises(ProtocolError, match="host: unknown frame 23232323"):
             talk.next()
-        assert talk.child.wait(agents.PROMPTLY_S) == 1
+        assert talk.child.wait(agents.PROMPTLY_S) == (1,)

@@ -318,18 +318,19 @@ def test_the_old_command_takes_the_same_way(sshd: Sshd, chain: chains.SmallChain
 
 def test_ssh_gets_each_word_as_an_argument_of_its_own(tmp_path: Path, chain: chains.SmallChain) -> None:
     seen = tmp_path / "seen"
-    _program(tmp_path / "ssh", f"for word; do printf '%s\\0' \"$word\"; done >'{seen}'; exit 255")
+    script = f"[ $1 != -G ] || exit 0\nfor word; do printf '%s\\0' \"$word\"; done >'{seen}'; exit 255"
+    _program(tmp_path / "ssh", script)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     result = run(chain, "$(touch pwned) 'x':/dev/null", "--ssh-option", "User=`touch pwned`", env=env)
     assert_refused(result, chain, "lost the agent on $(touch pwned) 'x'")
     words = seen.read_text().split("\0")[:-1]
-    assert words[:2] == ["-o", "User=`touch pwned`"]
+    assert words[2:4] == ["-o", "User=`touch pwned`"]
     assert words[-3:] == ["--", "$(touch pwned) 'x'", bundle.remote_command()]
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
 
 def test_the_users_options_come_first_and_ours_hold_otherwise() -> None:
-    words = openssh.arguments(address.parse("ssh://me@host:77/x"), ["ServerAliveInterval=1"])
+    words = openssh.arguments(address.parse("ssh://me@host:77/x"), ["ServerAliveInterval=1"], {})
     settings = [value for flag, value in itertools.pairwise(words) if flag == "-o"]
     assert settings[0] == "ServerAliveInterval=1"
     for needed in ("BatchMode=yes", "StrictHostKeyChecking=yes", "ClearAllForwardings=yes", "ServerAliveInterval=15"):

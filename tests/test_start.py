@@ -12,6 +12,7 @@ import pytest
 
 from blockdiff import bundle, loader, wire
 from blockdiff.errors import BlockdiffError, TransportError
+from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import NOISE_LIMIT, push_agent
 from tests.conftest import require_program
@@ -29,7 +30,7 @@ def nothing_left_open() -> Iterator[None]:
 
 def hello(arguments: Sequence[str], prefix: Sequence[str] = ()) -> dict[str, object]:
     """Start the agent by `arguments` and return what it says of itself."""
-    with ChildConnection(arguments, "host") as child:
+    with ChildConnection(arguments, Place("host", "host")) as child:
         link = push_agent(child, prefix, timeout_s=60)
         frame = link.receive()
         assert frame.kind == wire.HELLO
@@ -38,7 +39,7 @@ def hello(arguments: Sequence[str], prefix: Sequence[str] = ()) -> dict[str, obj
 
 def failure(arguments: Sequence[str], prefix: Sequence[str] = (), timeout_s: float = 60) -> BlockdiffError:
     """Return why no agent starts by `arguments`."""
-    with ChildConnection(arguments, "host") as child, pytest.raises(TransportError) as caught:
+    with ChildConnection(arguments, Place("host", "host")) as child, pytest.raises(TransportError) as caught:
         push_agent(child, prefix, timeout_s)
     return caught.value
 
@@ -232,35 +233,35 @@ def test_a_command_that_prints_without_end_is_refused_in_bounded_memory() -> Non
 
 def test_a_command_that_stays_silent_is_given_up() -> None:
     error = failure(["sleep", "1000"], timeout_s=0.05)
-    assert error.message == "lost the agent on host: silent for 0.05 s"
+    assert error.message == "no agent began on host in time (waited for 0.05 s): it said nothing"
 
 
 def test_a_command_that_fails_at_once_is_told_with_its_last_words() -> None:
     error = failure(["sh", "-c", "echo first >&2; printf 'This account is \\033[31mclosed\\n\\n' >&2; exit 3"])
-    assert error.message.startswith("lost the agent on host: ")
-    assert error.message.endswith(" (sh exited with status 3): This account is \\x1b[31mclosed")
+    said = "first; This account is \\x1b[31mclosed"
+    assert error.message == f"the command on host exited with status 3 before the agent began: {said}"
+    assert error.hint is not None and error.hint.startswith("`ssh -o BatchMode=yes host true` must work")
 
 
 def test_a_command_that_ends_well_without_an_agent_is_an_error() -> None:
     error = failure(["true"])
-    assert error.message.startswith("lost the agent on host: ")
-    assert error.message.endswith(" (true exited with status 0)")
+    assert error.message == "the command on host exited with status 0 before the agent began: it said nothing"
 
 
 def test_a_command_that_dies_of_a_signal_is_told_so() -> None:
     error = failure(["sh", "-c", "kill -KILL $$"])
-    assert error.message.endswith(" (sh died of signal 9 (SIGKILL))")
+    assert error.message.startswith("the command on host died of signal 9 (SIGKILL) before the agent began")
 
 
 def test_a_program_that_is_missing_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"cannot start .*/nothing: No such file or directory"):
-        ChildConnection([str(tmp_path / "nothing")], "host")
+        ChildConnection([str(tmp_path / "nothing")], Place("host", "host"))
 
 
 def test_nothing_runs_once_the_connection_is_closed() -> None:
     """Even where the program does not listen to SIGTERM, and a thread of ours waits in a write to it."""
     stubborn = "import os,signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'ready')\nsignal.pause()"
-    child = ChildConnection([sys.executable, "-I", "-c", stubborn], "host", stop_timeout_s=0.1)
+    child = ChildConnection([sys.executable, "-I", "-c", stubborn], Place("host", "host"), stop_timeout_s=0.1)
     assert child.readinto(memoryview(bytearray(5)), 30) > 0
     failed: list[BlockdiffError] = []
 

@@ -12,12 +12,16 @@ from typing import IO
 from blockdiff import bundle, process, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.sharedmemory import SharedMemory
-from blockdiff.transport.connection import LOST_HINT, Connection, Tail
+from blockdiff.transport import advice
+from blockdiff.transport.advice import Place
+from blockdiff.transport.connection import Connection, Exit, Tail
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
 #: How long an agent on this machine may take to put everything away once it is told to end, in seconds: LVM is slow.
 UNWIND_TIMEOUT_S = 60.0
+#: This machine.
+HERE = Place("localhost", "localhost")
 
 
 class ChildConnection(Connection):
@@ -30,11 +34,11 @@ class ChildConnection(Connection):
     def __init__(
         self,
         arguments: Sequence[str],
-        login: str,
+        place: Place,
         stop_timeout_s: float = process.STOP_TIMEOUT_S,
         memory: SharedMemory | None = None,
     ) -> None:
-        self.login = login
+        self.place = place
         self.memory = memory
         self._stop_timeout_s = stop_timeout_s
         self._program = arguments[0]
@@ -77,16 +81,17 @@ class ChildConnection(Connection):
         """See `connection.Connection`."""
         writable = select.poll()
         writable.register(self._input, select.POLLOUT)
+        deadline = time.monotonic() + timeout_s
         # a pipe that is ready takes so many bytes at once without blocking; ours may hold less than the agent
         for begin in range(0, len(data), select.PIPE_BUF):
-            if not writable.poll(timeout_s * 1000):
-                raise ConnectionLost(f"silent for {timeout_s:g} s")
+            if not writable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise ConnectionLost(f"waited for {timeout_s:g} s", silent=True)
             self.write([data[begin : begin + select.PIPE_BUF]])
 
-    def wait(self, timeout_s: float) -> int | None:
+    def wait(self, timeout_s: float) -> Exit | None:
         """See `connection.Connection`."""
         try:
-            return self._child.wait(timeout_s)
+            return Exit(self._child.wait(timeout_s))
         except subprocess.TimeoutExpired:
             return None
 
@@ -114,12 +119,12 @@ class ChildConnection(Connection):
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """See `connection.Connection`."""
+        return advice.lost(self.place, error, self.ended(), advice.last_words(self.stderr().splitlines()))
+
+    def ended(self) -> str:
+        """Return how the child ended, in words; nothing where it has not."""
         status = self._child.poll()
-        ended = "" if status is None else f" ({self._program} {process.status_text(status)})"
-        said = self._tail.last_line(self._patience_s())
-        return TransportError(
-            f"lost the agent on {self.login}: {error.message}{ended}{': ' + said if said else ''}", LOST_HINT
-        )
+        return "" if status is None else f"{self._program} {process.status_text(status)}"
 
     def _patience_s(self) -> float:
         """Return how long to wait for all that it says, from its end on: a grandchild may hold the other end."""
@@ -135,9 +140,9 @@ def local() -> ChildConnection:
     try:
         memory = SharedMemory()
     except OSError:
-        return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S)
+        return ChildConnection(bundle.local_command(), HERE, UNWIND_TIMEOUT_S)
     try:
-        return ChildConnection(bundle.local_command(), "localhost", UNWIND_TIMEOUT_S, memory)
+        return ChildConnection(bundle.local_command(), HERE, UNWIND_TIMEOUT_S, memory)
     except BaseException:
         memory.close()
         raise

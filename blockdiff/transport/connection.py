@@ -2,38 +2,52 @@
 
 import secrets
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from isal import isal_zlib
 
-from blockdiff import bundle, loader, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, printable
+from blockdiff import bundle, process, wire
+from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.sharedmemory import SharedMemory
+from blockdiff.transport import advice
+from blockdiff.transport.advice import Cause, Place
 
 #: Login shells may print this many bytes before the agent begins.
 NOISE_LIMIT = 64 << 10
-#: How long the way from the start of the connection to the agent's first byte may be silent, in seconds.
+#: How long it may take until the agent begins, whatever comes before it, in seconds.
 START_TIMEOUT_S = 90.0
 #: How long the command may take to end once it has nothing more to do, in seconds.
 EXIT_TIMEOUT_S = 30.0
 #: How much of what the other side says on standard error is kept, in characters.
 STDERR_LIMIT = 4000
-#: What to do about a connection that was lost.
-LOST_HINT = "nothing of this run was kept; run again"
+
+
+class Exit(NamedTuple):
+    """How the command on the other side ended: `status` is negative for a signal, None where the connection broke."""
+
+    status: int | None
 
 
 class Connection(wire.Stream):
     """A running command on the other side. A context manager that leaves nothing running.
 
-    `login` is what messages call the other side, `memory` what a command on this machine has inherited. `nonce` is what
-    the agent will begin with, once it was sent.
+    `place` is where it is, `memory` what a command on this machine has inherited. `nonce` is what the agent will begin
+    with, once it was sent, and `prefix` the command that it is to run under.
     """
 
-    login: str
+    place: Place
     memory: SharedMemory | None = None
     nonce: bytes | None = None
+    prefix: Sequence[str] = ()
+
+    @property
+    def login(self) -> str:
+        """What messages call the other side."""
+        return self.place.login
 
     def __enter__(self) -> "Connection":
         return self
@@ -45,16 +59,13 @@ class Connection(wire.Stream):
         """Write the first bytes that the command reads; raises `ConnectionLost` as `write` does.
 
         Nobody receives yet whose patience could end it: where it may not fit into what is in between, this raises as
-        well once nothing was taken for `timeout_s` seconds.
+        well where not all was taken after `timeout_s` seconds.
         """
         self.write([data])
 
     @abstractmethod
-    def wait(self, timeout_s: float) -> int | None:
-        """Return the command's exit status once it has ended, None if it has not after `timeout_s` seconds.
-
-        A negative status is the number of a signal, or -1 where the connection ended without any.
-        """
+    def wait(self, timeout_s: float) -> Exit | None:
+        """Return how the command ended, once it has; None if it has not after `timeout_s` seconds."""
 
     @abstractmethod
     def close(self) -> None:
@@ -87,15 +98,11 @@ class Tail:
         self._thread.join(wait_s)
         return self._text.decode("utf-8", "replace")
 
-    def last_line(self, wait_s: float = 0.0) -> str:
-        """Return the last line that is not blank, fit for a message."""
-        lines = [line.strip() for line in self.text(wait_s).splitlines() if line.strip()]
-        return printable(lines[-1], 500) if lines else ""
-
 
 def send_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: float = START_TIMEOUT_S) -> None:
     """Send what makes the command the agent; `push_agent` then waits for it. Raises `TransportError`."""
     nonce = secrets.token_bytes(bundle.NONCE_SIZE)
+    connection.prefix = prefix
     try:
         connection.write_start(bundle.startup(nonce, prefix), timeout_s)
     except ConnectionLost as error:
@@ -117,47 +124,48 @@ def push_agent(
     if connection.nonce is None:
         send_agent(connection, prefix, timeout_s)
     assert connection.nonce is not None
+    noise = bytearray()
     try:
-        _skip_to(connection, connection.nonce, timeout_s)
+        _skip_to(connection, connection.nonce, timeout_s, noise)
     except ConnectionLost as error:
-        raise failed_start(connection, error) from error
+        raise failed_start(connection, error, bytes(noise)) from error
     return wire.Link(connection, silence_s, wire.STALL_S, isal_zlib.crc32)
 
 
-def _skip_to(connection: Connection, nonce: bytes, timeout_s: float) -> None:
-    """Read up to the end of `nonce` and not one byte further."""
-    seen, skipped = b"", 0
-    while seen != nonce:
-        view = memoryview(bytearray(len(nonce) - len(seen)))
-        count = connection.readinto(view, timeout_s)
+def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: bytearray) -> None:
+    """Read up to the end of `nonce` and not one byte further; `noise` is what came before it."""
+    deadline = time.monotonic() + timeout_s
+    matched = 0
+    while matched < len(nonce):
+        view = memoryview(bytearray(len(nonce) - matched))
+        left_s = deadline - time.monotonic()
+        try:
+            count = connection.readinto(view, max(0.0, left_s))
+        except ConnectionLost as error:
+            if error.silent:
+                raise ConnectionLost(f"waited for {timeout_s:g} s", silent=True) from error
+            raise
         if count == 0:
             raise ConnectionLost("the connection ended before the agent began")
-        skipped += count
-        if skipped > NOISE_LIMIT:
+        noise += view[:count]
+        if len(noise) > NOISE_LIMIT:
             raise TransportError(
                 f"{connection.login} printed more than {NOISE_LIMIT // 1024} KiB before the agent began",
                 f"look at what `ssh {connection.login} true` prints, and at the shell's start files there",
             )
-        seen += bytes(view[:count])
-        while not nonce.startswith(seen):
-            seen = seen[1:]
+        matched = next(size for size in range(min(len(nonce), len(noise)), -1, -1) if noise.endswith(nonce[:size]))
 
 
-def failed_start(connection: Connection, error: ConnectionLost) -> BlockdiffError:
-    """Return why no agent began, from the exit status of the command that should have become it."""
-    status = connection.wait(EXIT_TIMEOUT_S if "silent" not in error.message else 0)
-    where = connection.login
-    said = printable(connection.stderr().strip(), 500)
-    reasons = {
-        loader.NO_PYTHON: (f"{where} has no python3", "install python3 (3.6 or newer) there; nothing else is needed"),
-        loader.TOO_OLD: (f"{where} has no python3 of version 3.6 or newer", "install a newer python3 there"),
-        loader.DAMAGED: (f"the agent arrived damaged at {where}", "run again; if it stays so, suspect the network"),
-        loader.OTHER_AGENT: (
-            f"the key for {where} accepts the agent of another version of blockdiff only",
-            "make the line for its authorized_keys, or the script there, anew: blockdiff authorize",
-        ),
-        loader.NO_PREFIX: (f"{where} cannot run the agent under SSH_BLOCKDIFF_PREFIX: {said}", "correct the command"),
-    }
-    if status in reasons:
-        return TransportError(*reasons[status])
-    return connection.explain(error)
+def failed_start(connection: Connection, error: ConnectionLost, noise: bytes = b"") -> BlockdiffError:
+    """Return why no agent began. `noise` is what came in its place."""
+    ended = connection.wait(0 if error.silent else EXIT_TIMEOUT_S)
+    said = advice.last_words((noise.decode("utf-8", "replace") + "\n" + connection.stderr()).splitlines())
+    if ended is None and error.silent:
+        return advice.failure(Cause.NOT_IN_TIME, connection.place, said, why=error.message)
+    if ended is None or ended.status is None:
+        return connection.explain(error)
+    how = process.status_text(ended.status)
+    prefix = " ".join(connection.prefix)
+    unknown = Cause.PREFIX_FAILED if prefix else Cause.NOT_BEGUN
+    cause = advice.STATUSES.get(ended.status, unknown)
+    return advice.failure(cause, connection.place, said, ended=how, prefix=prefix)

@@ -17,7 +17,8 @@ from blockdiff import bundle, pipeline, process, wire
 from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
 from blockdiff.transport import advice
-from blockdiff.transport.connection import LOST_HINT, Connection, Tail
+from blockdiff.transport.advice import Cause
+from blockdiff.transport.connection import Connection, Exit, Tail
 
 CONNECT_TIMEOUT_S = 30.0
 #: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
@@ -43,7 +44,7 @@ class ParamikoConnection(Connection):
     """
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
-        self.login = address.login
+        self.place = advice.place(address)
         self._address = address
         self._client = paramiko.SSHClient()
         self._crew = pipeline.Crew()
@@ -66,25 +67,26 @@ class ParamikoConnection(Connection):
             self._execute(channel, timeout_s)
             return channel
         except paramiko.BadHostKeyException as error:
-            raise advice.changed_host_key(self._address) from error
+            raise advice.failure(Cause.CHANGED_KEY, self.place) from error
         except paramiko.SSHException as error:
             raise self._explained(error, timeout_s) from error
         except EOFError as error:
-            raise advice.unreachable(self._address, "the connection ended during the SSH handshake") from error
+            said = "the connection ended during the SSH handshake"
+            raise advice.failure(Cause.UNREACHABLE, self.place, said) from error
         except OSError as error:
-            raise advice.unreachable(self._address, str(error.strerror or error)) from error
+            raise advice.failure(Cause.UNREACHABLE, self.place, str(error.strerror or error)) from error
 
-    def _explained(self, error: paramiko.SSHException, timeout_s: float) -> TransportError:
+    def _explained(self, error: paramiko.SSHException, timeout_s: float) -> BlockdiffError:
         said = str(error)
         if "not found in known_hosts" in said:
-            return advice.unknown_host_key(self._address)
+            return advice.failure(Cause.UNKNOWN_KEY, self.place)
         if "No existing session" in said or "Authentication timeout" in said:  # what paramiko calls silence
-            return advice.unreachable(self._address, f"silent for {timeout_s:g} s during the SSH handshake")
+            return advice.failure(Cause.UNREACHABLE, self.place, f"silent for {timeout_s:g} s during the SSH handshake")
         if "protocol banner" in said:
-            return advice.unreachable(self._address, "no SSH server answered")
+            return advice.failure(Cause.UNREACHABLE, self.place, "no SSH server answered")
         if isinstance(error, paramiko.AuthenticationException) and "saw EOF" not in said:
-            return advice.refused_login(self._address, said)
-        return advice.unreachable(self._address, said)
+            return advice.failure(Cause.REFUSED, self.place, said)
+        return advice.failure(Cause.UNREACHABLE, self.place, said)
 
     def _execute(self, channel: paramiko.Channel, timeout_s: float) -> None:
         """Start the command. paramiko would wait for the answer for ever; it wakes up when the connection closes."""
@@ -134,7 +136,7 @@ class ParamikoConnection(Connection):
         try:
             return self._channel.recv(limit)
         except TimeoutError as error:
-            raise ConnectionLost(f"silent for {timeout_s:g} s") from error
+            raise ConnectionLost(f"silent for {timeout_s:g} s", silent=True) from error
         except _BREAKS as error:
             raise ConnectionLost(f"cannot read: {_text(error)}") from error
 
@@ -149,11 +151,12 @@ class ParamikoConnection(Connection):
         except _BREAKS as error:
             raise ConnectionLost(f"cannot write: {_text(error)}") from error
 
-    def wait(self, timeout_s: float) -> int | None:
+    def wait(self, timeout_s: float) -> Exit | None:
         """See `connection.Connection`."""
         if not self._crew.give(lambda: self._channel.status_event.wait(timeout_s)).result():
             return None
-        return self._channel.exit_status
+        status = self._channel.exit_status
+        return Exit(None if status < 0 else status)
 
     def close(self) -> None:
         """See `connection.Connection`."""
@@ -166,10 +169,7 @@ class ParamikoConnection(Connection):
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """See `connection.Connection`."""
-        said = self._tail.last_line(1.0)
-        return TransportError(
-            f"lost the agent on {self.login}: {error.message}{': ' + said if said else ''}", LOST_HINT
-        )
+        return advice.lost(self.place, error, said=advice.last_words(self.stderr().splitlines()))
 
 
 def _text(error: Exception) -> str:
