@@ -165,7 +165,8 @@ def rehearse(
 
 
 def _session(address: Address, options: Options, begun: Connection | None) -> Session:
-    return Session(address, options.transport, options.ssh_options, options.prefix or (), begun)
+    pauses_s = streams.PAUSES_S if options.streams > 1 else ()
+    return Session(address, options.transport, options.ssh_options, options.prefix or (), begun, pauses_s)
 
 
 def _jobs(

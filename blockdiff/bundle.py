@@ -39,9 +39,9 @@ def take(n):
         if not more: sys.exit(92)
         data+=more
     return data
-take(8)
+if take(8)!=%r: sys.exit(92)
 exec(take(int(take(8))))
-"""
+""" % loader.FOR_SHELLS
 
 # Hexadecimal digits mean the same to every shell. The lines travel as an argument of their own, and the loader finds
 # them at the same place when it starts itself again under a prefix.

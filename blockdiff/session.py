@@ -4,6 +4,7 @@ Whatever the agent sends is held against the rules (`blockdiff.rules`) before it
 """
 
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from blockdiff.rules import Opened, Ready, Rules, Totals
 from blockdiff.sharedmemory import SharedMemory
 from blockdiff.tablesender import TableSender
 from blockdiff.transport import connection
+from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 from blockdiff.tunnel import Tunnel
 
@@ -82,7 +84,8 @@ class Session:
 
     `host` is what the agent says of its machine: text, made printable. `apart_s` is how many seconds lay between the
     moments of its sources at most. `prefix` is a command to run the agent under, `begun` a connection of
-    `transport.begin`, where there is one already.
+    `transport.begin`, where there is one already. A connection that the host does not take is tried again after each of
+    `pauses_s`, in seconds; `refused` counts them.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Session:
         options: Sequence[str] = (),
         prefix: Sequence[str] = (),
         begun: Connection | None = None,
+        pauses_s: Sequence[float] = (),
     ) -> None:
         self.address = address
         self.totals: Totals | None = None
@@ -100,12 +104,24 @@ class Session:
         self._options = options
         self._prefix = prefix
         self._begun = begun
+        self._pauses_s = pauses_s
+        self.refused = 0
         self._digests: list[str] = []
         self._shared_bytes = 0
         self._sender: TableSender | None = None
         self._tunnel: Tunnel | None = None
 
     def __enter__(self) -> "Session":
+        for pause_s in self._pauses_s:
+            try:
+                return self._begin()
+            except UnreachedError:
+                self.refused += 1
+                self._begun = None
+            time.sleep(pause_s)
+        return self._begin()
+
+    def _begin(self) -> "Session":
         self._connection = self._begun or transport.connect(self.address, self._transport_name, self._options)
         try:
             self._link = connection.push_agent(self._connection, self._prefix)

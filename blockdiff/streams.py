@@ -19,6 +19,10 @@ from blockdiff.session import Request, Scan, Session, Wanted
 #: that has to wait for the others loses a round trip.
 _AHEAD = 32
 
+#: How long to wait before each further try to open one of several connections, in seconds. sshd takes only so many that
+#: have not logged in yet (MaxStartups).
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+
 
 class Streams:
     """The sessions that scan one source, which all have opened; `opened` is what the first says of it."""
@@ -43,7 +47,9 @@ class Streams:
         known = [first, *(totals for totals in others if totals is not None)]
         # the worst that one of them saw; they do not look at the same time
         worst = max(known, key=lambda totals: (totals.touched is True, totals.touched is None, totals.how != ""))
-        return replace(first, read=sum(totals.read for totals in known), touched=worst.touched, how=worst.how)
+        notes = (*first.notes, *_refusals(sum(session.refused for session in self._sessions)))
+        read = sum(totals.read for totals in known)
+        return replace(first, read=read, touched=worst.touched, how=worst.how, notes=notes)
 
     def changes(
         self, allocate: Callable[[int], memoryview], progress: Callable[[int], object] = lambda offset: None
@@ -73,6 +79,12 @@ class Streams:
                 yield run if run.data is None else _moved(run, run.data, allocate)
             for session in self._sessions[1:]:
                 session.finish()
+
+
+def _refusals(count: int) -> list[str]:
+    tries = "a connection" if count == 1 else f"{count} connections"
+    mend = "use fewer --streams, or raise MaxStartups in its sshd_config"
+    return [f"the host did not take {tries} at first, and did after a pause: {mend}"] if count else []
 
 
 def _room(length: int) -> memoryview:

@@ -111,7 +111,7 @@ class Sshd:
             "UsePAM no",
             "PasswordAuthentication no",
             "PermitRootLogin yes",
-            "MaxStartups 100",
+            *([] if any(line.startswith("MaxStartups") for line in self._extra) else ["MaxStartups 100"]),
             f"SetEnv {self.mark}",
             *self._extra,
             *(["PerSourcePenalties no"] if _punishes() else []),

@@ -50,6 +50,32 @@ def test_a_source_that_cannot_be_backed_up_is_named(chain: SmallChain, tmp_path:
     assert chain.files() == {}
 
 
+@pytest.mark.parametrize("words", ["{name}", "./{name}", "../{directory}/{name}"])
+def test_a_relative_source_is_bound_to_its_absolute_path(chain: SmallChain, words: str) -> None:
+    chain.source.write_bytes(b"x" * 1000)
+    here = chain.source.parent
+    source = words.format(name=chain.source.name, directory=here.name)
+    commands.done("blockdiff", "backup", chain.name, source, cwd=here)
+    (made,) = here.rglob("*.1.json")
+    assert json.loads(made.read_bytes())["source"]["path"] == str(here.resolve() / chain.source.name)
+    commands.done("blockdiff", "backup", chain.name, chain.source.resolve())
+    assert chain.last() == 2
+
+
+def test_name_and_source_in_the_wrong_order_or_place_are_refused(chain: SmallChain, tmp_path: Path) -> None:
+    for name in ("root@web1:/dev/vg/lv", "ssh://web1/dev/vg/lv"):
+        said = refused(2, "backup", name, chain.name)
+        assert f"{name} stands in the place of NAME, and is a source" in said
+        assert "NAME comes first: blockdiff backup NAME SOURCE" in said
+    said = refused(2, "backup", chain.name, "web1")
+    assert "cannot make out the source web1: there is no such file here" in said
+    assert "the path on the host must begin with /" in refused(2, "backup", chain.name, "web1:images/x")
+    (tmp_path / "backups").mkdir()
+    said = refused(2, "backup", tmp_path / "backups", "/dev/null")
+    assert f"{tmp_path}/backups is a directory, not the NAME of a chain" in said
+    assert chain.files() == {}
+
+
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 4096, 100_001])
 def test_a_source_of_any_size_grows_and_shrinks(chain: SmallChain, size: int) -> None:
     image = random.Random(size).randbytes(size)

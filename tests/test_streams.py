@@ -4,15 +4,18 @@ import itertools
 import os
 import random
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import backup, streams
-from blockdiff.address import Address
+from blockdiff import backup, session, streams
+from blockdiff.address import Address, parse
 from blockdiff.blocks import digest_named
 from blockdiff.dump import Run
 from blockdiff.errors import ProtocolError, SourceError
@@ -21,6 +24,7 @@ from blockdiff.rules import Opened
 from blockdiff.session import Request, Scan, Session, Wanted
 from blockdiff.transport import NAMES
 from tests import chains, commands, processes
+from tests.conftest import require
 from tests.mariadb import wait_for
 from tests.sshd import Sshd
 
@@ -114,6 +118,40 @@ def test_an_agent_that_is_killed_ends_the_run(sshd: Sshd, chain: chains.SmallCha
     assert process.returncode == 1 and "lost the agent" in said and "Traceback" not in said, said
     assert chain.last() == 0 and chain.temporary() == []
     processes.wait_until_gone(sshd.mark)
+
+
+@pytest.mark.parametrize("transport", NAMES)
+def test_what_sshd_does_not_take_at_once_is_tried_again(
+    tmp_path: Path, chain: chains.SmallChain, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`MaxStartups`: as long as somebody stands at the login, nobody else gets there."""
+    require(Sshd.available(), "the programs sshd, ssh and ssh-keygen")
+    (tmp_path / "sshd").mkdir()
+    sparse_image(chain.source)
+    with Sshd(tmp_path / "sshd", ["MaxStartups 1"]) as server:
+        others: list[socket.socket] = []
+
+        def at_the_login() -> bool:
+            for before in others:  # sshd may not have seen yet that it is gone
+                before.close()
+            others[:] = [socket.create_connection(("127.0.0.1", server.port))]
+            return others[0].recv(4) == b"SSH-"
+
+        wait_for(at_the_login, "a place at the login", 30)
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            others[0].close()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(session, "time", SimpleNamespace(sleep=pause))
+        options = backup.Options(transport=transport, ssh_options=server.options, streams=2)
+        result = backup.backup(chain.name, parse(server.url(chain.source)), options)
+    assert pauses[0] == streams.PAUSES_S[0]
+    (note,) = [note for note in result.notes if "MaxStartups" in note]
+    assert note.startswith("the host did not take ") and "use fewer --streams" in note
+    assert chain.restored() == chain.source.read_bytes()
 
 
 def test_streams_that_find_different_sizes_are_refused(tmp_path: Path) -> None:

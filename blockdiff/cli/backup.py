@@ -15,6 +15,7 @@ from blockdiff import address, codec, pipeline, transport
 from blockdiff.blocks import DIGEST_SIZES, shown_size
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, say, watched
 from blockdiff.errors import EXIT_WARNING, UsageError, printable
+from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def command(
 ) -> None:
     """Add a generation of SOURCE to the chain NAME.
 
-    NAME is a path such as /var/backup/web1-disk. SOURCE is /path, [user@]host:/path or
+    NAME is a path such as /var/backup/web1-disk. SOURCE is a path here, [user@]host:/path or
     ssh://[user@]host[:port]/path: a regular file or a block device, with --lvm a logical volume.
 
     \b
@@ -135,16 +136,24 @@ def command(
         )
     suffix = _period_suffix(period)
     targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
+    for target, _path in targets:
+        address.check_name(target)
     if mounted:
         _refuse_root_file_system([each for each, _path in targets])
     with ExitStack() as stack:
 
-        def begin(_number: int) -> Connection:
-            return stack.enter_context(transport.begin(where, via, ssh_options, prefix or ()))
+        def begin(_number: int) -> Connection | None:
+            try:
+                return stack.enter_context(transport.begin(where, via, ssh_options, prefix or ()))
+            except UnreachedError:
+                if count == 1:
+                    raise
+                return None  # the run tries again
 
         # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
         count = 1 if volumes["lvm"] or dry_run else streams
-        begun = list(pipeline.in_order(begin, range(count), workers=count, ahead=count))
+        opened = pipeline.in_order(begin, range(count), workers=count, ahead=count)
+        begun = [connection for connection in opened if connection is not None]
         from blockdiff import backup  # here: these imports take as long as the agent does to begin
         from blockdiff.cli.volumes import volume_options
 
