@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import paramiko
@@ -51,6 +52,7 @@ class ParamikoConnection(Connection):
         try:
             self._crew.start(1)
             settings = _settings(address, options)
+            self.place = replace(self.place, known_hosts=settings.get("userknownhostsfile"))
             self._channel = self._crew.give(lambda: self._start(settings)).result()
         except BaseException:
             self.close()
