@@ -30,7 +30,8 @@ _PYTHONS = (
 )
 
 # runs the loader, which comes first on standard input behind a line for shells and its size in 8 digits
-_FIRST_LINES = b"""\
+_FIRST_LINES = (
+    b"""\
 import os,sys
 def take(n):
     data=b""
@@ -41,7 +42,9 @@ def take(n):
     return data
 if take(8)!=%r: sys.exit(92)
 exec(take(int(take(8))))
-""" % loader.FOR_SHELLS
+"""
+    % loader.FOR_SHELLS
+)
 
 # Hexadecimal digits mean the same to every shell. The lines travel as an argument of their own, and the loader finds
 # them at the same place when it starts itself again under a prefix.
