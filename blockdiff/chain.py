@@ -207,8 +207,8 @@ class Chain:
         self._take(Inventory(self.directory, [self.base]))
 
     def _take(self, inventory: Inventory) -> None:
-        self.has_version_file = self.base in inventory.versions
-        self.version = inventory.versions.get(self.base)
+        self.has_version_file = inventory.has_version(self.base)
+        self.version = inventory.version(self.base)
         self._periods = inventory.periods(self.base)
         self.generations = {
             number: Generation(self.directory, self.base, number, suffixes)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from blockdiff import codec
 from blockdiff.blocks import DIGEST_SIZES
 from blockdiff.durable import Directory
-from blockdiff.errors import DamagedError
+from blockdiff.errors import DamagedError, StorageError
 
 DELTA_SUFFIXES = tuple(codec.SUFFIXES.values())
 TABLE_SUFFIXES = tuple("." + name for name in DIGEST_SIZES)
@@ -24,15 +24,15 @@ _PERIOD = re.compile(r"-([0-9]{6}|[0-9]{8}|[0-9]{4}W[0-9]{2})")
 class Inventory:
     """The files of the chains in a directory, as they were found.
 
-    `versions` has, for each NAME that has a ``NAME.ver``, what that says, None where it says nothing useful. Of `bases`
-    alone where they are given. NAME is without its directory here. Raises `StorageError`.
+    NAME is without its directory here. ``NAME.ver`` is read of the NAMEs `bases` alone, where they are given. Raises
+    `StorageError` where the directory cannot be read.
     """
 
     def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:
         if bases is None:
             bases = [name.removesuffix(_VERSION_SUFFIX) for name in directory.names() if _is_version_file(name)]
         # before the names, so that a run that ends meanwhile is found by its manifest
-        self.versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
+        self._versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
         self._found: dict[str, dict[int, set[str]]] = {}
         self._locks: list[str] = []
         for name in directory.names():
@@ -43,17 +43,28 @@ class Inventory:
             if base:
                 self._found.setdefault(base, {}).setdefault(number, set()).add(suffix)
 
+    def has_version(self, base: str) -> bool:
+        """Return whether there is a ``NAME.ver``."""
+        return base in self._versions
+
+    def version(self, base: str) -> int | None:
+        """Return what ``NAME.ver`` says, None where it says nothing useful; raises `StorageError`."""
+        found = self._versions.get(base)
+        if isinstance(found, StorageError):
+            raise found
+        return found
+
     def generations(self, base: str) -> dict[int, set[str]]:
         """Return the suffixes of the files that are there, by the number of their generation, in ascending order."""
         return dict(sorted(self._found.get(base, {}).items()))
 
     def has(self, base: str) -> bool:
         """Return whether anything is there of a chain."""
-        return base in self.versions or base in self._found
+        return base in self._versions or base in self._found
 
     def bases(self) -> list[str]:
         """Return the NAMEs of all chains of which anything is there, sorted."""
-        return sorted({*self.versions, *self._found})
+        return sorted({*self._versions, *self._found})
 
     def without_generations(self) -> list[str]:
         """Return the NAMEs of chains that a run has begun, and of which nothing is there."""
@@ -68,11 +79,13 @@ def _is_version_file(name: str) -> bool:
     return name.endswith(_VERSION_SUFFIX) and not name.startswith(".")
 
 
-def _version(directory: Directory, base: str) -> int | None:
+def _version(directory: Directory, base: str) -> int | StorageError | None:
     try:
         match = _VERSION.fullmatch(directory.read(base + _VERSION_SUFFIX, 64) or b"")
     except DamagedError:  # what is not a file says nothing
         return None
+    except StorageError as error:  # for who asks for this chain: it must not hide the others
+        return error
     return int(match[1]) if match else None
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from blockdiff import clock, listing
 from blockdiff.chain import Chain
-from blockdiff.errors import DamagedError
+from blockdiff.errors import DamagedError, StorageError
 from blockdiff.periods import Place
 
 #: The state of a chain whose first run has not ended.
@@ -33,7 +33,12 @@ class ChainEntry:
 def chains_in(directory: str, now: float) -> list[ChainEntry]:
     """Return an entry for each chain in `directory`, at the time `now` in seconds; raises `StorageError`."""
     place = Place(directory)
-    found = [_entry(place, base, now) for base in place.inventory.bases()]
+    found = []
+    for base in place.inventory.bases():
+        try:
+            found.append(_entry(place, base, now))
+        except StorageError as error:  # one chain that cannot be read must not hide the others
+            found.append(ChainEntry(os.path.join(directory, base), listing.DAMAGED, error.message))
     for base in place.inventory.without_generations():
         with place.chain(os.path.join(directory, base)) as chain:
             if chain.is_busy():

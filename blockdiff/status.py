@@ -15,7 +15,7 @@ from blockdiff.periods import Place
 
 #: What of a generation's consistency is a warning, and what to do.
 _TORN = {
-    "live": "the device may have been written to while it was read; use --lvm",
+    "live": "the source was in use while it was read; use --lvm, or hold it still with --before and --after",
     "changing": "it was written to while it was read; back up a snapshot, with --lvm",
 }
 

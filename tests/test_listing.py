@@ -214,11 +214,13 @@ def test_a_chain_beside_newer_ones_of_its_name_is_not_verified_in_their_place_wi
     for path in chain.directory.glob("disk-202610.*"):
         path.rename(chain.directory / path.name.replace("-202610", ""))
     done = commands.run("blockdiff", "verify", chain.name)
-    said = f"blockdiff: warning: {chain.name}-202611 is newer than {chain.name}: name it to see that one\n"
+    said = f"blockdiff: warning: {chain.name}-202611 is newer than {chain.name}: name it where that one is meant\n"
     assert (done.returncode, done.stderr.decode()) == (3, said)
     done = commands.run("blockdiff", "list", chain.name)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert done.stderr.decode() == said.replace("warning", "note")
+    done = commands.run("blockdiff", "restore", chain.name, tmp_path / "out")
+    assert (done.returncode, done.stderr.decode()) == (3, said)
 
 
 def test_a_first_run_that_is_at_work_is_not_a_chain_that_is_not_there(tmp_path: Path) -> None:
@@ -252,6 +254,19 @@ def test_a_directory_is_a_table_of_its_chains(tmp_path: Path) -> None:
     assert found[1]["image_size"] == len(DAYS[2]) and found[1]["age_s"] >= 0
     done = commands.run("blockdiff", "verify", chain.directory)
     assert done.returncode == 1 and f"`blockdiff list {chain.directory}` shows" in done.stderr.decode()
+
+
+def test_a_version_file_that_cannot_be_read_hides_no_other_chain(tmp_path: Path) -> None:
+    chain = months(tmp_path)
+    (chain.directory / "other.ver").symlink_to("nowhere")
+    done = commands.run("blockdiff", "list", chain.directory)
+    assert done.returncode == 5
+    assert [re.split(" {2,}", line)[0] for line in done.stdout.decode().splitlines()[1:]] == [
+        *("disk-202610", "disk-202611", "other"),
+    ]
+    assert b"what it leads to cannot be reached" in done.stdout
+    assert commands.run("blockdiff", "status", f"{chain.name}-202611").returncode == 0
+    assert commands.run("blockdiff", "status", chain.directory / "other").returncode == 3
 
 
 def test_a_period_that_the_clock_went_back_to_is_a_warning(tmp_path: Path) -> None:

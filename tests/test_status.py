@@ -300,7 +300,7 @@ def test_names_of_any_bytes_fit_each_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("consistency", "words"),
-    [("live", "the device may have been written to"), ("changing", "it was written to while it was read")],
+    [("live", "the source was in use while it was read"), ("changing", "it was written to while it was read")],
 )
 def test_a_newest_generation_of_several_moments_is_a_warning(tmp_path: Path, consistency: str, words: str) -> None:
     chain = chains.some_days(tmp_path, 2)

@@ -14,6 +14,7 @@ from blockdiff import merge, salvage, target
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
 from blockdiff.cli import print_ranges, say, shown_time, split_name, watched
+from blockdiff.cli.newest import meant_by
 from blockdiff.devicetarget import DeviceTarget
 from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, TargetError, UsageError, printable
 from blockdiff.filetarget import FileTarget
@@ -70,6 +71,8 @@ def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, ve
             )
         needed = chain.needed(generation.number)
         outcome = _outcome(chain, generation, path, dry_run, needed)
+        if number is None and (newer := meant_by(chain_name).note) is not None:
+            outcome.warnings.append(newer)
         out = target.open_target(path, force, outcome.image_size)
         if dry_run:
             _look(chain, needed, out, outcome)
@@ -123,7 +126,7 @@ def _look(chain: Chain, needed: list[Generation], out: FileTarget | DeviceTarget
         generation.check_files()
         chain.check_parent(generation)
     oldest = needed[-1]
-    if oldest.number > 1 and not (oldest.manifest is not None and oldest.manifest.full):
+    if chain.needs_older(oldest):
         outcome.warnings.append(
             f"generation {oldest.number - 1} is missing: the restore fails if it needs a block of that one"
         )
