@@ -26,7 +26,7 @@ _FIELDS = {
     "sk-ecdsa-sha2-nistp256@openssh.com": 4,
 }
 _CERTIFICATE = re.compile(r"[\w@.-]+-cert-v[0-9]+@openssh\.com[ \t]")
-_PRIVATE = re.compile(rb"^[ \t]*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-)", re.MULTILINE)
+_PRIVATE = re.compile(rb"^[ \t]*(-{4,5} ?BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-)", re.MULTILINE)
 
 #: How other forms of a public key begin, what they are called, and the command that makes the usual form of them.
 _OTHER_FORMS = (

@@ -1,8 +1,10 @@
 """`blockdiff backup` for logs and for the careful: what a chain keeps, --verbose, --dry-run, --json and the help."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 from blockdiff import lvs
@@ -65,6 +67,14 @@ def test_compression_is_of_each_generation(chain: SmallChain) -> None:
         assert commands.done("blockdiff", "backup", "--compression", compression, chain.name, chain.source) == b""
         assert chain.file(suffix).exists()
     assert chain.bad() == []
+
+
+def test_options_that_mean_nothing_for_a_source_on_this_machine_are_told(chain: SmallChain) -> None:
+    for options in (["--transport", "ssh"], ["--ssh-option", "Port=22"]):
+        result = commands.run("blockdiff", "backup", *options, chain.name, chain.source)
+        assert (result.returncode, result.stdout) == (0, b"")
+        told = f"blockdiff: note: {chain.source} is on this machine: --transport and --ssh-option change nothing\n"
+        assert result.stderr.decode() == told
 
 
 # --verbose
@@ -179,6 +189,17 @@ def test_the_help_has_examples_and_the_forms_of_a_size(chain: SmallChain) -> Non
 @pytest.mark.parametrize("size", ["0", "0%", "x", "5X", "-1", "1.5G", "20 %", ""])
 def test_a_size_of_a_snapshot_that_is_none_is_told_at_once(chain: SmallChain, size: str) -> None:
     assert "--snapshot-size" in refused(2, "--lvm", "--snapshot-size", size, chain.name, chain.source)
+
+
+@pytest.mark.parametrize("name", ["authorize", "backup", "repair", "restore", "status", "verify"])
+def test_the_help_of_a_command_has_an_example_that_is_one(name: str) -> None:
+    """Each line is a command line that the command takes; it is not run."""
+    shown = commands.done("blockdiff", name, "--help", env={"COLUMNS": "80"}).decode()
+    examples = [line.split() for line in shown.splitlines() if line.startswith(f"    blockdiff {name} ")]
+    assert examples
+    command: click.Command = import_module(f"blockdiff.cli.{name}").command
+    for words in examples:
+        assert command.make_context(name, words[2:]).params
 
 
 def test_no_summary_of_a_command_is_cut_off() -> None:

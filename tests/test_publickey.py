@@ -88,8 +88,9 @@ def test_a_private_key_is_never_printed_and_the_public_one_named(keys: Path, tmp
     alone.write_bytes(b"# a comment\n" + secret + public(keys))
     assert f"ssh-keygen -y -f {alone} > {alone}.pub" in refused(alone)
     assert not any(line.decode() in refused("-", secret) for line in secret.splitlines()[1:-1])
-    (tmp_path / "putty").write_bytes(b"PuTTY-User-Key-File-3: ssh-ed25519\r\n")
-    assert "is a private key" in refused(tmp_path / "putty")
+    for first in (b"PuTTY-User-Key-File-3: ssh-rsa", b"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----"):
+        (tmp_path / "other").write_bytes(first + b"\r\n")
+        assert "is a private key" in refused(tmp_path / "other")
 
 
 def test_two_keys_are_refused_because_a_line_restricts_one(keys: Path, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def command(
         raise UsageError(
             "--streams does not go with --before and --after without --lvm: only one connection is held still"
         )
+    if where.host is None and (via is not None or ssh_options):
+        say(f"note: {printable(source)} is on this machine: --transport and --ssh-option change nothing")
     suffix = _period_suffix(period)
     targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
     for target, _path in targets:

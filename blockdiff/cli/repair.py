@@ -27,6 +27,11 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
 
     With --source nothing is read or repaired: the last manifest gets another name of the same source, because its host
     was renamed, or is written otherwise. The one that was there is set aside.
+
+    \b
+    Examples:
+      blockdiff repair /var/backup/web1 --dry-run
+      blockdiff repair /var/backup/web1 --source root@web2:/srv/web1.img
     """
     if source is not None:
         _report(name, _rename(name, address.parse(source), dry_run), repair.Findings(), dry_run, as_json)

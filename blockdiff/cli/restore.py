@@ -57,6 +57,11 @@ def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, ve
 
     Every block is compared with the digests of its generation before it is written. With --salvage, blocks that are
     lost become zeros, and are printed as lines of offset and length in bytes; the exit status is then never 0.
+
+    \b
+    Examples:
+      blockdiff restore /var/backup/web1 /srv/restored.img
+      blockdiff restore /var/backup/vm7-202611@3 /dev/vg/vm7 --force
     """
     _refuse_elsewhere(name, path)
     if salvages and dry_run:

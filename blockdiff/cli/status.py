@@ -62,6 +62,10 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, me
     One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
     3 unknown, usage errors included. Of NAME itself and NAME-DATE of `backup --chain` the newest counts. Looks at
     names, sizes and manifests; `verify` reads the data.
+
+    \b
+    Example:
+      blockdiff status /var/backup/web1 /var/backup/vm7 --max-age 26h
     """
     found = status.look_at_all(dict.fromkeys(names), max_age, time.time())
     if metrics is not None:

@@ -65,6 +65,12 @@ def command(
     Of NAME-DATE of `backup --chain` the newest is verified as NAME.
 
     Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
+
+    \b
+    Examples:
+      blockdiff verify /var/backup/web1
+      blockdiff verify /var/backup/web1 --subset 3/7
+      blockdiff verify /var/backup/web1 --source root@web1:/srv/web1.img
     """
     chain_name, number = split_name(name)
     if number is not None and subset is not None:
