@@ -44,12 +44,13 @@ def run(
     stdin: Path | bytes = b"",
     env: Mapping[str, str] | None = None,
     stdout: Path | None = None,
+    caller: str = "",
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run a command of ``bin/`` with the old digest table on descriptor 5 and the new one on 6, where they are given.
 
-    A path as `stdin` becomes standard input itself, bytes come through a pipe.
+    A path as `stdin` becomes standard input itself, bytes come through a pipe. `caller` are further redirections.
     """
-    redirections = ["5<$OLD" if old else "5<&-", "6>$NEW" if new else "6>&-", *([">$OUT"] if stdout else [])]
+    redirections = ["5<$OLD" if old else "5<&-", "6>$NEW" if new else "6>&-", *([">$OUT"] if stdout else []), caller]
     words = [sys.executable, commands.BIN / program, *arguments]
     shell = ["sh", "-c", 'exec "$@" ' + " ".join(redirections), "sh", *words]
     environment = {name: value for name, value in os.environ.items() if name not in ("BLOCKSIZE", "VERBOSE")}

@@ -22,6 +22,13 @@ def test_missing_packages_are_told_with_what_sets_them_up(tmp_path: Path) -> Non
     )
 
 
+def test_a_virtual_environment_that_is_a_symbolic_link_is_used(tmp_path: Path) -> None:
+    """It had been started again and again, for ever."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    result = run_copy(tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith(b"blockdiff ")
+
+
 def test_the_virtual_environment_of_the_checkout_is_used(tmp_path: Path) -> None:
     python = tmp_path / ".venv" / "bin" / "python3"
     python.parent.mkdir(parents=True)

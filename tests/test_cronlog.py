@@ -1,5 +1,6 @@
 """cronlog: the log of a command, printed only where it failed."""
 
+import io
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from blockdiff import cronlog as module
+from blockdiff.errors import BlockdiffError
 from tests import commands, mounts
 from tests.mariadb import wait_for
 from tests.mounts import without_places
@@ -178,6 +181,21 @@ def test_a_pipe_that_is_read_is_a_log(tmp_path: Path) -> None:
     with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
         assert cronlog("-l", fifo, "echo", "out") == (0, "", "")
         assert reader.read().decode() == f"{RULE}{HOST} starting: echo out\nout\n{EXITED % 0}\n"
+
+
+def test_a_pipe_that_is_read_no_more_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
+    fifo, output = tmp_path / "fifo", io.BytesIO()
+    os.mkfifo(fifo)
+    warnings: list[BlockdiffError] = []
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = module.run_logged(["seq", "1", "100000"], str(fifo), False, False, output, warnings.append)
+    finally:
+        os.close(reader)
+    assert status == 0 and output.getvalue().splitlines()[1:-1] == [b"%d" % number for number in range(1, 100001)]
+    (warning,) = warnings
+    assert warning.message == f"cannot write the log {fifo}: Resource temporarily unavailable"
 
 
 @pytest.mark.parametrize("status", [0, 3])

@@ -75,10 +75,12 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.parametrize("caller", ["", "3</dev/null", "3</dev/null 4</dev/null", "<&-"])
 def test_it_writes_what_the_original_would_and_says_what_it_does(
-    sshd: Sshd, env: Mapping[str, str], volume: Path, tmp_path: Path
+    sshd: Sshd, env: Mapping[str, str], volume: Path, tmp_path: Path, caller: str
 ) -> None:
-    result = run("ssh_lvm_dump", sshd.login, volume, new=tmp_path / "new", env=env)
+    """Whatever low descriptors its caller has open, or closed."""
+    result = run("ssh_lvm_dump", sshd.login, volume, new=tmp_path / "new", env=env, caller=caller)
     assert result.returncode == 0
     assert (result.stdout, (tmp_path / "new").read_bytes()) == dumped(IMAGE, BLOCK)
     note, creating, running, removing = result.stderr.decode().splitlines()

@@ -166,6 +166,17 @@ def test_a_command_that_fails_fails_the_run(chain: SmallChain, fake: FakeLvm, op
     assert fake.snapshots() == [] and fake.names() == ["lv"]
 
 
+def test_what_after_leaves_running_is_neither_waited_for_nor_ended(chain: SmallChain, tmp_path: Path) -> None:
+    later = f"until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; echo more; touch '{tmp_path}/done'"
+    try:
+        commands.done("blockdiff", "backup", chain.name, chain.source, "--lvm", "--after", f"({later}) & echo begun")
+        assert not (tmp_path / "done").exists()
+    finally:
+        (tmp_path / "go").touch()
+    chain.images[1] = IMAGE
+    chain.assert_sound()
+
+
 @pytest.mark.parametrize("behaviour", ["fail", "fail_after"])
 def test_after_runs_where_the_snapshot_cannot_be_made(
     chain: SmallChain, fake: FakeLvm, tmp_path: Path, behaviour: str
