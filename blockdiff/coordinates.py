@@ -67,6 +67,15 @@ class Channel:
 
 
 @dataclass(frozen=True)
+class Applier:
+    """What applies the changes of one source, by the name of its channel: whether it runs, and whether they arrive."""
+
+    channel: str
+    is_running: bool
+    is_receiving: bool
+
+
+@dataclass(frozen=True)
 class Coordinates:
     """Where the server stood: `binlog_position` in bytes, and None, as the file, where it writes no binary log.
 
@@ -85,18 +94,40 @@ class Coordinates:
 def read(rows: Rows) -> Coordinates:
     """Ask the server where it stands. Raises `DatabaseError`: the privileges it names are needed for this."""
     version = Version.parse(_text(rows("SELECT VERSION() AS version")[0], "version"))
-    log = rows("SHOW BINARY LOG STATUS" if version.is_mysql(8, 2) else "SHOW MASTER STATUS")
+    file, place = position(rows, version)
     channels = rows(_replica_status(version))
     if len(channels) > _CHANNELS:
         raise DatabaseError(f"the database says that it replicates {len(channels)} sources", _ODD)
     return Coordinates(
         server_version=version.text,
         flavour=version.flavour,
-        binlog_file=_text(log[0], "File") if log else None,
-        binlog_position=_number(log[0], "Position") if log else None,
-        gtid=_gtid(rows, version) if log else None,
+        binlog_file=file,
+        binlog_position=place,
+        gtid=_gtid(rows, version) if file is not None else None,
         replica_channels=tuple(_channel(row) for row in channels),
     )
+
+
+def position(rows: Rows, version: Version) -> tuple[str | None, int | None]:
+    """Ask for file and position of the binary log alone, None for both where there is none; raises as `read`."""
+    log = _log(rows, version)
+    return (_text(log[0], "File"), _number(log[0], "Position")) if log else (None, None)
+
+
+def appliers(rows: Rows, version: Version) -> list[Applier]:
+    """Return what applies the changes of each source that the server replicates; raises as `read`."""
+    return [
+        Applier(
+            _text(row, "Connection_name", "Channel_Name", default=""),
+            _text(row, "Replica_SQL_Running", "Slave_SQL_Running") == "Yes",
+            _text(row, "Replica_IO_Running", "Slave_IO_Running") == "Yes",
+        )
+        for row in rows(_replica_status(version))
+    ]
+
+
+def _log(rows: Rows, version: Version) -> list[Row]:
+    return rows("SHOW BINARY LOG STATUS" if version.is_mysql(8, 2) else "SHOW MASTER STATUS")
 
 
 def _replica_status(version: Version) -> str:

@@ -24,6 +24,8 @@ _OTHERS = {
 }
 #: Of these the directory counts, since the value is the beginning of the names of files.
 _BASENAMES = ("log_bin_basename", "relay_log_basename")
+_UNLOGGED = ("MyISAM", "Aria", "CSV", "ARCHIVE")
+_SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
 _TEMPORARY = ("tmpdir", "innodb_tmpdir", "slave_load_tmpdir", "replica_load_tmpdir")
 _VARIABLES = ("datadir", "innodb_data_file_path", *_DIRECTORIES, *_OTHERS, *_TEMPORARY)
 #: Tables and columns that have the paths of InnoDB's files, from version to version, and which of the rows count.
@@ -70,6 +72,21 @@ def read(rows: Rows) -> Files:
     ]
     temporary = [path for name in _TEMPORARY for path in variables.get(name, "").split(":") if path]
     return Files(_once(needed), tuple(dict.fromkeys(others)), _once(map(absolute, temporary)))
+
+
+def unlogged(rows: Rows) -> bool | None:
+    """Return whether there are tables, besides the server's own, of engines that do not undo what was not committed.
+
+    None where the login sees too little to say no. Raises `DatabaseError`.
+    """
+    engines, system = (", ".join(f"'{name}'" for name in names) for names in (_UNLOGGED, _SYSTEM))
+    found = rows(
+        "SELECT 1 FROM information_schema.TABLES WHERE TABLE_TYPE = 'BASE TABLE'"
+        f" AND ENGINE IN ({engines}) AND TABLE_SCHEMA NOT IN ({system}) LIMIT 1"
+    )
+    if found:
+        return True
+    return False if rows("SELECT 1 FROM information_schema.USER_PRIVILEGES WHERE PRIVILEGE_TYPE = 'SELECT'") else None
 
 
 def _tablespaces(rows: Rows) -> list[str]:

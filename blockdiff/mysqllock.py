@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from blockdiff import coordinates, mysqlfiles, process, redolog
-from blockdiff.coordinates import Coordinates, Row, Version
+from blockdiff.coordinates import Applier, Coordinates, Row, Version
 from blockdiff.errors import DatabaseError, ProcessError, printable
 from blockdiff.mysqlaccount import Account
 from blockdiff.mysqlfiles import Files
@@ -28,6 +28,7 @@ SIGNALLED = 255
 #: How much longer than the wait for the lock we wait for the server's word that it is over, in seconds.
 _GRACE_S = 5.0
 _POLL_INTERVAL_S = 0.25
+_HOLD_HINT = "raise --max-hold if writers may stand still for that long"
 _BACKUP_STAGE = (("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"), ("BACKUP STAGE END",))
 _READ_LOCK = (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))
 _SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
@@ -105,6 +106,10 @@ class Held:
         """Return where the server stands under the lock. Raises `DatabaseError`."""
         return coordinates.read(self._session.rows)
 
+    def position(self, version: Version) -> tuple[str | None, int | None]:
+        """Return file and position of its binary log, by a single question. Raises `DatabaseError`."""
+        return coordinates.position(self._session.rows, version)
+
     def prove(self, before: str = "the snapshot was made") -> None:
         """Raise `DatabaseError` unless the session, and so the lock, has lived from the lock statement until now.
 
@@ -114,13 +119,17 @@ class Held:
         try:
             same = self._session.number("SELECT CONNECTION_ID()") == self._id
         except DatabaseError as error:
+            if self.held_s >= self._max_hold_s:
+                raise DatabaseError(
+                    f"{lost}: the database ended it after the {self._max_hold_s:g} s of --max-hold", _HOLD_HINT
+                ) from error
             raise DatabaseError(f"{lost}: {error.message}", "what was made is not consistent; run it again") from error
         if not same:
             raise DatabaseError(f"{lost}: {self._session.place} answers from another session", "is a proxy in between?")
         if self.held_s > self._max_hold_s:
             raise DatabaseError(
-                f"the lock was held for {self.held_s:.1f} s, longer than the {self._max_hold_s:g} s allowed",
-                "raise --max-hold if writers may stand still for that long",
+                f"the lock was held for {self.held_s:.1f} s, longer than the {self._max_hold_s:g} s of --max-hold",
+                _HOLD_HINT,
             )
 
     def release(self) -> None:
@@ -209,6 +218,14 @@ class Database:
             coordinates.read(rows)
         (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
         return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
+
+    def appliers(self) -> list[Applier]:
+        """Return what applies the changes of other servers. Raises `DatabaseError`."""
+        return coordinates.appliers(self._session.rows, self.version)
+
+    def unlogged(self) -> bool | None:
+        """See `mysqlfiles.unlogged`."""
+        return mysqlfiles.unlogged(self._session.rows)
 
     @contextmanager
     def locked(self) -> Iterator[Held]:

@@ -15,6 +15,19 @@ from blockdiff.session import Session
 
 #: How many places an error names.
 _SHOWN = 20
+#: Why a generation has no coordinates.
+_MOVED = (
+    "this generation has no coordinates: the binary log grew while the database was locked, as where a statement that"
+    " waits is aborted; the next run tries again"
+)
+_AHEAD = (
+    "this generation has no coordinates: the database is a replica with tables that do not undo (MyISAM, Aria), and its"
+    " copy may have rows that its position does not; --replica-pause stops its SQL thread for that moment"
+)
+_MAYBE_AHEAD = (
+    "this generation has no coordinates: the database is a replica, and this login does not see whether it has tables"
+    " that do not undo (MyISAM, Aria): GRANT SELECT ON *.*, or --replica-pause to stop its SQL thread for that moment"
+)
 #: In the path of a logical volume: ``/dev/GROUP/NAME``.
 _SLASHES = 3
 
@@ -84,12 +97,14 @@ class DatabaseQuiesce(Quiesce):
         self._server = server
         self._notes = [note] if (note := database.note) else []
         self._held: set[int] | None = None
+        self._unlogged: bool | None = None
         files = server.files
         self.datadir = files.needed[0]
         self.directories = [*files.needed, *(path for path, _what in files.others)]
 
     def check(self, ready: Ready, session: Session) -> None:
         """See `Quiesce`. Where the database is not on the host itself, nothing can be checked, and a note says so."""
+        self._unlogged = ready.unlogged
         places = [Outside(path, *place, "") for path, place in zip(self.directories, ready.places, strict=True)]
         data = places[0]
         where = printable(data.path)
@@ -127,19 +142,31 @@ class DatabaseQuiesce(Quiesce):
         """See `Quiesce`. The lock holds what writes to the database, and nothing else that lies beside it."""
         return True if self._freezes else None if self._held is None else source in self._held
 
+    def _ahead(self) -> list[str]:
+        """Return why the copy may be ahead of its coordinates."""
+        if not any(each.is_running for each in self._database.appliers()):
+            return []
+        unlogged = self._database.unlogged() if self._unlogged is None else self._unlogged
+        return [] if unlogged is False else [_AHEAD if unlogged else _MAYBE_AHEAD]
+
     def _is_temporary(self, path: str) -> bool:
         return any(path == each or path.startswith(each + "/") for each in self._server.files.temporary)
 
     def around(self, session: Session) -> Moment:
         """See `Quiesce`; raises `DatabaseError` where there is no lock, or it did not last."""
+        version = self._server.version
+        warnings = self._ahead()
         with self._database.locked() as held:
+            before = held.position(version)
             session.begin_take()
-            found = held.coordinates()  # meanwhile: nothing can change them
+            found = held.coordinates()
             took_s = session.end_take()
             held.prove()
+            if not before == (found.binlog_file, found.binlog_position) == held.position(version):
+                warnings.append(_MOVED)
             held.release()
         quiesced = Quiesced("mysql", held.held_s, list(held.statements), held.waited_s)
-        return Moment(took_s, quiesced, found, self._notes)
+        return Moment(took_s, quiesced, None if warnings else found, self._notes, warnings)
 
 
 def _is_unknown(place: Outside) -> bool:

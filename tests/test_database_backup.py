@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -290,6 +290,77 @@ def test_a_login_over_a_network_without_tls_is_noted(
     assert result.warnings == []
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_binary_log_that_grows_under_the_lock_means_no_coordinates_and_a_warning(
+    chain: SmallChain, mariadb: MariaDB, fake: FakeLvm, form: Callable[[MariaDB], str]
+) -> None:
+    """A statement into an Aria table that is aborted while it waits is written to it all the same."""
+
+    def abort() -> None:
+        writer = Running(mariadb, "INSERT INTO shop.aria VALUES (8)")
+        writer.wait_until_it_waits()
+        before = position(mariadb)
+        mariadb.run(f"KILL QUERY {writer.id}")
+        wait_until(lambda: writer.done)
+        assert position(mariadb) != before
+        writer.end()
+
+    thread = meanwhile(fake, abort)
+    result = chain.add(None, options(form(mariadb)))
+    thread.join(LIMIT_S)
+    (warning,) = result.warnings
+    assert warning.startswith("this generation has no coordinates: the binary log grew while the database was locked")
+    assert result.manifest.database is None and result.manifest.quiesced is not None
+    assert result.manifest.notes == [warning]
+    assert chain.add(None, options(form(mariadb))).manifest.database is not None
+
+
+@contextmanager
+def applying(mariadb: MariaDB) -> Iterator[None]:
+    """Let the database be a replica meanwhile, which applies what it has; its source does not answer."""
+    mariadb.run("CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_PORT=1", "START SLAVE SQL_THREAD")
+    wait_until(lambda: applier(mariadb) == "Yes")
+    try:
+        yield
+    finally:
+        mariadb.run("STOP SLAVE", "RESET SLAVE ALL")
+
+
+def applier(mariadb: MariaDB) -> object:
+    (row,) = mariadb.run("SHOW ALL SLAVES STATUS")
+    return row["Slave_SQL_Running"]
+
+
+def test_a_replica_with_tables_that_do_not_undo_has_no_coordinates_and_a_warning(
+    chain: SmallChain, mariadb: MariaDB
+) -> None:
+    with applying(mariadb):
+        result = chain.add(None, options(through_ssh(mariadb)))
+        assert applier(mariadb) == "Yes"
+    (warning,) = result.warnings
+    assert "is a replica with tables that do not undo (MyISAM, Aria)" in warning and "--replica-pause" in warning
+    assert result.manifest.database is None and result.manifest.notes == [warning]
+
+
+def test_a_replica_whose_applier_stands_still_has_coordinates(chain: SmallChain, mariadb: MariaDB) -> None:
+    with applying(mariadb):
+        mariadb.run("STOP SLAVE SQL_THREAD")
+        made = chain.add(None, options(through_ssh(mariadb)))
+    assert made.warnings == [] and made.manifest.database is not None
+
+
+def test_what_a_login_does_not_see_of_a_replica_is_not_taken_for_nothing(
+    chain: SmallChain, mariadb: MariaDB, network_user: str
+) -> None:
+    url = f"mysql://{network_user}@127.0.0.1:{mariadb.port}/"
+    with applying(mariadb):
+        (warning,) = chain.add(None, options(url)).warnings
+        assert "this login does not see whether it has tables that do not undo" in warning
+        mariadb.run("GRANT SELECT ON *.* TO net@'%'")
+        (warning,) = chain.add(None, options(url)).warnings
+        assert "is a replica with tables that do not undo" in warning
+
+
 # --- failures
 
 
@@ -314,7 +385,12 @@ def test_a_lock_that_is_held_for_too_long_is_a_failed_run(
     thread = meanwhile(fake, lambda: Running(mariadb, "INSERT INTO shop.myisam VALUES (1)").finish(), known)
     error = failed(chain, options(form(mariadb), Limits(max_hold_s=3)))
     thread.join(LIMIT_S)
-    assert type(error) is DatabaseError and error.message.startswith("the lock was lost before")
+    assert type(error) is DatabaseError
+    assert (
+        error.message
+        == "the lock was lost before the snapshot was made: the database ended it after the 3 s of --max-hold"
+    )
+    assert "raise --max-hold" in str(error.hint)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -348,15 +424,18 @@ def test_a_long_statement_is_not_waited_for_longer_than_allowed(
     statement.end()
 
 
-def test_a_dry_run_logs_in_and_waits_for_no_lock(chain: SmallChain, fake: FakeLvm, mariadb: MariaDB) -> None:
+def test_a_dry_run_logs_in_and_waits_for_no_lock(
+    chain: SmallChain, fake: FakeLvm, mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else holds the lock, which a run would have to wait for."""
     targets, here = [(chain.name, str(chain.source))], Address(None, str(chain.source))
     with closing(mariadb.connect()) as session:
         execute(session, "BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT")
         (planned,) = backup.rehearse(targets, here, options(through_socket(mariadb)))
     assert (planned.number, planned.old) == (1, None)
+    monkeypatch.setenv("MYSQL_PWD", "wrong")
     with pytest.raises(DatabaseError, match=r"refused the login|Access denied"):
-        backup.rehearse(targets, here, options(f"mysql://nobody:x@localhost/?socket={mariadb.socket}"))
+        backup.rehearse(targets, here, options(f"mysql://nobody@localhost/?socket={mariadb.socket}"))
     assert fake.calls("lvcreate") == [] and list(chain.directory.iterdir()) == []
 
 
