@@ -104,7 +104,6 @@ class DatabaseQuiesce(Quiesce):
 
     def check(self, ready: Ready, session: Session) -> None:
         """See `Quiesce`. Where the database is not on the host itself, nothing can be checked, and a note says so."""
-        self._unlogged = ready.unlogged
         places = [Outside(path, *place, "") for path, place in zip(self.directories, ready.places, strict=True)]
         data = places[0]
         where = printable(data.path)
@@ -114,6 +113,7 @@ class DatabaseQuiesce(Quiesce):
                 f" but on {printable(self._server.hostname, 200)}, with its data in {where}"
             )
             return
+        self._unlogged = ready.unlogged
         if _is_unknown(data):
             self._notes.append(
                 "whether all files of the database are in this run was not checked: the kernel does not tell on which"
