@@ -20,7 +20,7 @@ import traceback
 from contextlib import ExitStack
 from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, datadir, dump, pipeline, process, relay, signals, wire
+from blockdiff import blocks, datadir, dump, leftovers, pipeline, process, relay, signals, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
@@ -90,22 +90,30 @@ class Agent:
             threading.Thread(target=self._read, name="reader", daemon=True).start()
             wire.Heartbeat(self._link).start()
             self._link.send_json(wire.HELLO, hello())
-            self._serve(self._order(wire.REQUEST))
+            kind, order = self._next_order(wire.REQUEST, wire.SNAPSHOTS)
+            if kind == wire.REQUEST:
+                self._serve(order)
+            else:
+                self._show_snapshots(order)
         except Interrupted as error:
             if self._failure is not None:
                 raise self._failure from error
             raise
         self._finished = True
 
-    def _order(self, kind: int) -> Dict[str, object]:
-        """Wait for the server's next order, which must be of this kind, and return what it says."""
+    def _next_order(self, *kinds: int) -> Tuple[int, Dict[str, object]]:
+        """Wait for the server's next order, which must be of one of these kinds; return its kind and what it says."""
         try:
             found, fields = self._orders.get(timeout=ORDER_TIMEOUT_S)
         except queue.Empty as error:
             raise ProtocolError("no word of the server for {:g} s".format(ORDER_TIMEOUT_S)) from error
-        if found != kind:
-            raise ProtocolError("the server sent a frame of kind {} in place of {}".format(found, kind))
-        return fields
+        if found not in kinds:
+            raise ProtocolError("the server sent a frame of kind {} in place of {}".format(found, kinds[0]))
+        return found, fields
+
+    def _order(self, kind: int) -> Dict[str, object]:
+        """Wait for the server's next order, which must be of this kind, and return what it says."""
+        return self._next_order(kind)[1]
 
     def _read(self) -> None:
         """The reader thread: take frames until the server is gone, then stop the main thread."""
@@ -122,7 +130,7 @@ class Agent:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _take(self, frame: wire.Frame) -> None:
-        if frame.kind in (wire.REQUEST, wire.TAKE, wire.SCAN):
+        if frame.kind in (wire.REQUEST, wire.TAKE, wire.SCAN, wire.SNAPSHOTS):
             fields = self._link.read_json(frame)
             if frame.kind == wire.SCAN:
                 self._expect_table(fields)
@@ -187,6 +195,8 @@ class Agent:
             if not held:
                 frozen.close()
             self._link.send_json(wire.TAKEN, {"took_us": _since(begun), "apart_us": apart_us})
+            for source in sources:
+                source.watch()
             if request.get("low_priority") and not held:
                 lower_priority()  # not before: whoever is held still waits for us
             for source in sources:
@@ -195,6 +205,14 @@ class Agent:
                 frozen.close()
                 end["held_us"] = _since(begun)
         self._link.send_json(wire.END, end)
+
+    def _show_snapshots(self, order: Dict[str, object]) -> None:
+        """Remove the snapshots of ours that the server names, and tell it which there are then."""
+        self._grant.check_snapshots()
+        removed, failures = leftovers.remove(wire.texts(order, "remove"))
+        found = leftovers.found()
+        self._link.send_json(wire.SNAPSHOTS, {"removed": removed, "failures": failures, "snapshots": found})
+        self._link.send_json(wire.END, {})
 
     def _scan(self, source: Source, order: Dict[str, object]) -> None:
         """Scan one source, send what changed, and the totals."""
@@ -293,11 +311,14 @@ def _sources(request: Dict[str, object]) -> List[Source]:
     if not request.get("snapshot"):
         return [LiveSource(path, is_made=request.get("before") is not None) for path in paths]
     size = wire.text(request, "snapshot_size")
-    owners, kept = wire.texts(request, "owners"), wire.texts(request, "kept")
-    if not len(paths) == len(owners) == len(kept):
+    owners, kept, chains = (wire.texts(request, name) for name in ("owners", "kept", "chains"))
+    if not len(paths) == len(owners) == len(kept) == len(chains):
         raise ProtocolError("the request names {} sources, {} owners".format(len(paths), len(owners)))
     how = bool(request.get("keep")), bool(request.get("rehearsal"))
-    return [VolumeSource(path, size, owner, uuid, *how) for path, owner, uuid in zip(paths, owners, kept)]
+    return [
+        VolumeSource(path, size, owner, chain, uuid, *how)
+        for path, owner, chain, uuid in zip(paths, owners, chains, kept)
+    ]
 
 
 def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> Dict[str, object]:

@@ -1,9 +1,7 @@
 """One run: lock the chains, take the moment of their sources, ask the agent for what changed, write it, commit it."""
 
-import hashlib
 import os
 import secrets
-import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from blockdiff import __version__, clock, codec, consistency, periods, quiesce, signals, streams
+from blockdiff import __version__, clock, codec, consistency, periods, quiesce, signals, snapshots, streams
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, digest_named
 from blockdiff.chain import Chain
@@ -71,7 +69,7 @@ class Options(Choices):
 class Result:
     """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to put in order before.
 
-    `kept` says what the chain keeps although the command line asks for something else, `notes` are for whoever watches.
+    `kept` is that of the `plan.Plan`, `notes` are for whoever watches.
     """
 
     name: str
@@ -170,7 +168,7 @@ def _session(address: Address, options: Options, begun: Connection | None) -> Se
 
 
 def _jobs(
-    targets: Sequence[tuple[str, str]], address: Address, choices: Choices, stack: ExitStack, rehearsal: bool = False
+    targets: Sequence[tuple[str, str]], address: Address, choices: Options, stack: ExitStack, rehearsal: bool = False
 ) -> list[_Job]:
     names = [os.path.realpath(name) for name, _path in targets]
     if len(set(names)) < len(names):
@@ -179,7 +177,7 @@ def _jobs(
     for name, path in targets:
         locked = None if rehearsal else stack.enter_context(LockedChain(name))
         chain = locked or stack.enter_context(WritableChain(name))
-        plan = make_plan(chain, address, path, choices, stack)
+        plan = make_plan(chain, address, path, choices, stack, by_volume=choices.volumes is not None)
         jobs.append(_Job(chain, locked, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
     return jobs
 
@@ -194,6 +192,7 @@ def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: b
         for job, volume in zip(jobs, ready.volumes, strict=True):
             job.volume = volume
             check_volume(job.plan, job.chain.name, volume.uuid)
+        jobs[0].plan.kept += snapshots.notes(ready.volumes, session.address)
         quiesced.check(ready, session)
         yield quiesced
 
@@ -242,7 +241,8 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
     for job in jobs:
         last = job.plan.snapshot
         kept = last.uuid if volumes is not None and last is not None and last.kept else ""
-        sources.append(Wanted(os.fsencode(job.path), _owner(job.chain.name, options.period), kept))
+        owner, chain = snapshots.owner(job.chain.name, options.period)
+        sources.append(Wanted(os.fsencode(job.path), owner, chain, kept))
     return Request(
         sources,
         volumes.snapshot_size if volumes is not None else None,
@@ -253,15 +253,6 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
         quiesced.datadir,
         low_priority=options.prefix is None,
     )
-
-
-def _owner(name: str, period: str) -> str:
-    """Return what tells the snapshots that runs of NAME keep from those of others: the same before there is a manifest.
-
-    Without the period: the chain of a new month inherits them from that of the old one, which has no run any more.
-    """
-    place = os.path.realpath(name).removesuffix(period)
-    return hashlib.sha256(os.fsencode(f"{socket.gethostname()}\0{place}")).hexdigest()[:32]
 
 
 def _dump(

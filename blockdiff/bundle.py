@@ -17,7 +17,7 @@ from blockdiff import __version__, loader
 #: The shipped modules, in the order in which they import each other. They need the standard library alone.
 SHIPPED = (
     *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "devices", "lease", "dump"),
-    *("witness", "lvs", "lvcheck", "lvm", "thin"),
+    *("witness", "lvs", "lvcheck", "lvm", "thin", "leftovers"),
     *("freeze", "sources", "datadir", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
 )
 

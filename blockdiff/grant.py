@@ -53,6 +53,14 @@ class Grant:
         """
         return (device, source) if self._words is None or source is not None else (ELSEWHERE, None)
 
+    def check_snapshots(self) -> None:
+        """Raise `SourceError` where only some sources are granted: what runs left there may be others'."""
+        if self._words is not None:
+            raise SourceError(
+                "this key may not list or remove snapshots",
+                "run `blockdiff snapshots` with another key, or on that host",
+            )
+
     def check_sockets(self, paths: "Sequence[str]", port: int) -> "Tuple[List[str], int]":
         """Return those of the sockets `paths` and of `port` (0: none) that are granted, in the same order.
 

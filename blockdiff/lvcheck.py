@@ -11,13 +11,15 @@ from typing import List
 from blockdiff import lvs
 from blockdiff.blocks import shown_size
 from blockdiff.errors import ProcessError, SourceError, printable
-from blockdiff.lvs import LockError, Volume
+from blockdiff.lvs import LateError, MissingError, Volume
 
 #: Data and metadata of a thin pool must not be fuller than this before a snapshot is made, in percent.
 POOL_LIMIT_PERCENT = 95.0
 #: The snapshot size in bytes where none is asked for, or what the volume group has: as in the original.
 DEFAULT_SIZE = 10 << 30
 
+#: The setting above which LVM extends a pool, in percent, and makes no new volume in it.
+_THRESHOLD = "activation/thin_pool_autoextend_threshold"
 _SIZE = re.compile(r"([0-9]{1,15})([KMGTkmgt%]?)")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 #: What cannot have a snapshot, by the first character of `lv_attr`.
@@ -37,16 +39,17 @@ _POOL_TROUBLE = {
 
 def find(path: str) -> Volume:
     """Return the logical volume at `path`; raises `SourceError` where it is none, or LVM is missing there."""
+    name = _mapper_path(os.path.normpath(path))
     try:
-        found = lvs.volumes(_mapper_path(path))
-    except LockError as error:
+        found = lvs.volumes(name)
+    except (LateError, MissingError) as error:
         raise SourceError(error.message, error.hint) from error
     except ProcessError as error:
         raise SourceError(
             "{} is not a logical volume: {}".format(printable(path), error.message),
-            "name it /dev/GROUP/VOLUME; the host needs LVM's own tools, and the login must be root",
+            "name it /dev/GROUP/VOLUME; the login must be root",
         ) from error
-    if len(found) != 1:
+    if len(found) != 1 or name not in (found[0].path, found[0].dm_path, found[0].full_name):
         raise SourceError("{} is not one logical volume".format(printable(path)), "name it /dev/GROUP/VOLUME")
     if found[0].is_ours:
         raise SourceError("{} is itself a snapshot that blockdiff made".format(printable(path)), "name its origin")
@@ -106,9 +109,17 @@ def _check_fit(volume: Volume) -> None:
     if volume.health == "p":
         raise SourceError("a disk of {} is missing".format(name), "see `lvs -a -o +devices {}`".format(volume.group))
     if volume.state == "s":
-        raise SourceError("{} is suspended".format(name), "see what LVM is busy with on the host")
+        raise SourceError("{} is suspended".format(name), resume_hint(volume))
     if volume.state != "a":
         raise SourceError("{} is not active".format(name), "activate it: lvchange -a y {}".format(name))
+
+
+def resume_hint(volume: Volume) -> str:
+    """Return what to do about a volume that is suspended: what writes to it waits for ever."""
+    return (
+        "nothing can write to {}: an LVM command was killed half-way, unless one is at work just now; "
+        "`dmsetup resume {}` on the host lets it go on".format(volume.full_name, os.path.basename(volume.dm_path))
+    )
 
 
 def _check_pool(volume: Volume) -> None:
@@ -118,14 +129,34 @@ def _check_pool(volume: Volume) -> None:
             raise SourceError("{} {}".format(name, _POOL_TROUBLE[pool.health]), "see lvmthin(7)")
         if pool.state in ("c", "C"):
             raise SourceError("{} needs a check".format(name), "lvconvert --repair {}".format(pool.full_name))
-        for what, level in (("data", pool.data_percent), ("metadata", pool.metadata_percent)):
+        data_limit = float(lvs.setting(_THRESHOLD) or 100)
+        metadata_limit = min(data_limit, _metadata_limit(pool))
+        for what, level, limit in (
+            ("data", pool.data_percent, data_limit),
+            ("metadata", pool.metadata_percent, metadata_limit),
+        ):
+            hint = "extend it first (lvextend{}), or free some of it".format(" --poolmetadatasize" * (what != "data"))
             if level is not None and level >= POOL_LIMIT_PERCENT:
                 raise SourceError(
                     "the {} of {} is {:g}% full: a snapshot could bring all its volumes to a stop".format(
                         what, name, level
                     ),
-                    "extend it first (lvextend), or free some of it",
+                    hint,
                 )
+            if level is not None and level > limit:
+                raise SourceError(
+                    "the {} of {} is {:g}% full: LVM makes no snapshot in it above {:g}%".format(
+                        what, name, level, limit
+                    ),
+                    hint,
+                )
+
+
+def _metadata_limit(pool: Volume) -> float:
+    """Return how full the metadata of a pool may be, in percent: LVM wants 4 MiB free, or a quarter of a small one."""
+    for metadata in _looked_up(pool.group, 'lv_name="{}"'.format(pool.metadata)):
+        return 100.0 - min(25.0, 100.0 * (4 << 20) / metadata.size)
+    return 100.0
 
 
 def _looked_up(group: str, selection: str) -> List[Volume]:

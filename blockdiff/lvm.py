@@ -2,25 +2,26 @@
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-A snapshot of ours has a unique name (`bd_` and random hex), the tag `blockdiff`, and a tag that names the process that
-made it, all set by the same `lvcreate`. Nothing is removed unless its UUID, its tag, its origin and its name say that
-it is ours. What a killed agent leaves behind is removed by the next run; agents in different PID namespaces of one
-host (in containers) would take each other's for such.
+A snapshot of ours has a unique name (`bd_` and random hex), the tag `blockdiff`, a tag that names the process that made
+it, and one that names the UUID of its origin, all set by the same `lvcreate`. Nothing is removed unless its UUID, its
+tags, its name and its origin say that it is ours. Where LVM knows no origin, because `lvcreate` was cut off before that
+or the origin is gone, the tag says which it was. What a killed agent leaves behind is removed by the next run; agents
+in different PID namespaces of one host (in containers) would take each other's for such.
 """
 
 import os
 import re
 import threading
 import time
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from blockdiff import lvs, process
 from blockdiff.blocks import shown_size
 from blockdiff.errors import BlockdiffError, ProcessError, SourceError
 from blockdiff.lvcheck import check as check
 from blockdiff.lvcheck import find as find
-from blockdiff.lvcheck import full_size, size_in_bytes
-from blockdiff.lvs import PREFIX
+from blockdiff.lvcheck import full_size, resume_hint, size_in_bytes
+from blockdiff.lvs import ORIGIN_TAG, PREFIX, LateError
 from blockdiff.lvs import TAG as TAG
 from blockdiff.lvs import Volume as Volume
 
@@ -34,17 +35,21 @@ QUICK_TIMEOUT_S = 5.0
 #: How long a removal is tried again, and how often, in seconds: udev may hold the device open for a moment.
 REMOVE_TIMEOUT_S = 30.0
 REMOVE_INTERVAL_S = 0.5
+#: How long the removal of what an earlier run left is tried, in seconds: this run need not wait for whoever holds it.
+SWEEP_TIMEOUT_S = 5.0
 #: How often the fill level of a snapshot is looked at, in seconds, and the level in percent at which it is extended.
 WATCH_INTERVAL_S = 2.0
 EXTEND_AT_PERCENT = 70.0
-_PROCESS_TAG = re.compile(TAG + r"_pid_([0-9]{1,10})_[0-9]+_[0-9a-f]+")
+#: Begins the tag that names the process that a snapshot is for.
+PROCESS_TAG = TAG + "_pid_"
+_PROCESS = re.compile(PROCESS_TAG + r"([0-9]{1,10})_[0-9]+_[0-9a-f]+")
 
 
 def process_tag(pid: int) -> str:
     """Return the tag that names a process of this boot: a PID alone may be somebody else's after a while."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip().replace("-", "")[:12]
-    return "{}_pid_{}_{}_{}".format(TAG, pid, _start_time(pid), boot)
+    return "{}{}_{}_{}".format(PROCESS_TAG, pid, _start_time(pid), boot)
 
 
 def _start_time(pid: int) -> str:
@@ -60,34 +65,53 @@ def _start_time(pid: int) -> str:
 def is_abandoned(snapshot: Volume) -> bool:
     """Return whether the process that made one of our snapshots is gone; one without its tag is left alone."""
     for tag in snapshot.tags:
-        match = _PROCESS_TAG.fullmatch(tag)
+        match = _PROCESS.fullmatch(tag)
         if match:
             return process_tag(int(match.group(1))) != tag
     return False
 
 
-def sweep(volume: Volume) -> List[str]:
-    """Remove the snapshots of `volume` that agents before us left behind, and return their full names.
+def abandoned(volume: Volume) -> List[Volume]:
+    """Return what agents before us left behind of their snapshots of `volume`.
 
-    Those of agents that are at work, and those that are kept, stay. Raises `ProcessError`.
+    Those of agents that are at work, and those that are kept, are not among them. Raises `ProcessError`.
     """
-    abandoned = [v for v in lvs.volumes(volume.group, 'origin="{}"'.format(volume.name)) if v.is_ours]
-    abandoned = [snapshot for snapshot in abandoned if is_abandoned(snapshot)]
-    for snapshot in abandoned:
-        remove(snapshot)
-    return [snapshot.full_name for snapshot in abandoned]
+    tagged = lvs.volumes(volume.group, 'lv_tags={{"{}"}}'.format(TAG))
+    return [snapshot for snapshot in tagged if snapshot.is_ours_of(volume) and is_abandoned(snapshot)]
 
 
-def remove(snapshot: Volume) -> None:
+def sweep(snapshots: Sequence[Volume]) -> List[str]:
+    """Remove what earlier runs left, and return notes for the user; what somebody holds open stays, with a note.
+
+    Raises `ProcessError` where another LVM command is in the way.
+    """
+    notes = []
+    for snapshot in snapshots:
+        try:
+            remove(snapshot, SWEEP_TIMEOUT_S)
+            notes.append("removed the snapshot {}, which a run before this one left".format(snapshot.full_name))
+        except ProcessError as error:
+            if isinstance(error.__cause__, LateError):
+                raise
+            notes.append("a run before this one left a snapshot: {}; {}".format(error.message, error.hint))
+    return notes
+
+
+def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
     """Remove a snapshot of ours, and nothing else; one that is gone already is fine.
 
     LVM itself checks again what we know of it, under its lock: `lvremove` of an origin would take the origin. Raises
-    `ProcessError` where it is still there after `REMOVE_TIMEOUT_S` seconds, with the command to remove it by hand.
+    `ProcessError` where it is still there after `timeout_s` seconds (`REMOVE_TIMEOUT_S`), with the command to remove it
+    by hand.
     """
     same = 'lv_uuid="{}"'.format(snapshot.uuid)
     ours = '{} && lv_tags={{"{}"}} && lv_name=~"^{}" && origin="{}"'.format(same, TAG, PREFIX, snapshot.origin)
+    if not snapshot.origin:
+        ours += ' && lv_tags={{"{}"}}'.format(ORIGIN_TAG + snapshot.tagged_origin)
     by_hand = "remove it by hand: lvremove -y {}".format(snapshot.full_name)
-    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    if snapshot.is_open:
+        by_hand = "`fuser -vm {}` on the host shows who has it open; then {}".format(snapshot.dm_path, by_hand)
+    deadline = time.monotonic() + (REMOVE_TIMEOUT_S if timeout_s is None else timeout_s)
     while True:
         failure: Optional[ProcessError] = None
         try:
@@ -108,17 +132,17 @@ def remove(snapshot: Volume) -> None:
 
 
 class Snapshot:
-    """A read-only snapshot of `origin`, with the tag `extra_tag`. A context manager that leaves none behind.
+    """A read-only snapshot of `origin`, with the tags `extra_tags`. A context manager that leaves none behind.
 
     `size` is for thick volumes (see `check`). To enter it makes the snapshot, and nothing else is done in that time;
-    then come `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or read to the
-    end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any state.
+    then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or read
+    to the end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any state.
 
     `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
     thin one), `notes` are what the user should know, `removal_begun` is whether its removal has been tried.
     """
 
-    def __init__(self, origin: Volume, size: str, extra_tag: str = "") -> None:
+    def __init__(self, origin: Volume, size: str, *extra_tags: str) -> None:
         self.origin = origin
         self.path = ""
         self.created_s = 0.0
@@ -127,7 +151,7 @@ class Snapshot:
         self._name = PREFIX + os.urandom(8).hex()
         self._selection = 'lv_name="{}"'.format(self._name)
         self._process_tag = process_tag(os.getpid())
-        self._command = self._lvcreate(size, extra_tag)
+        self._command = self._lvcreate(size, extra_tags)
         self.removal_begun = False
         self._may_exist = False
         self._kept = False
@@ -135,10 +159,10 @@ class Snapshot:
         self._watcher: "Optional[threading.Thread]" = None
         self._can_grow = True
 
-    def _lvcreate(self, size: str, extra_tag: str) -> List[str]:
+    def _lvcreate(self, size: str, extra_tags: Sequence[str]) -> List[str]:
         command = ["lvcreate", "-y", "-s", "-p", "r", "-n", self._name]
-        for tag in (TAG, self._process_tag, extra_tag):
-            command += ["--addtag", tag] if tag else []
+        for tag in (TAG, self._process_tag, ORIGIN_TAG + self.origin.uuid, *extra_tags):
+            command += ["--addtag", tag]
         if self.origin.is_thin:
             command += ["-k", "n", "-a", "y"]
         else:  # never `-l 20%ORIGIN`: with less room than that LVM makes a smaller one
@@ -152,22 +176,32 @@ class Snapshot:
             lvs.change(self._command, self.origin.group, CREATE_TIMEOUT_S)
             self.created_s = time.monotonic() - begun
         except ProcessError as error:
-            self._clean_up_quickly()
+            hints = [error.hint, *self._clean_up_quickly()]
+            self._may_exist = False  # what is left all the same is for the next run's sweep
             raise SourceError(
-                "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message), error.hint
+                "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message),
+                "; ".join(hint for hint in hints if hint) or None,
             ) from error
         except BaseException:  # a signal: lvcreate has ended by now
             self.__exit__(None, None, None)
             raise
         return self
 
-    def _clean_up_quickly(self) -> None:
+    def _clean_up_quickly(self) -> List[str]:
+        """Remove what a failed lvcreate left, and return hints where it left more than that."""
+        hints: "List[str]" = []
         try:
-            for found in lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S):
-                self._remove(found)
+            left = lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S)
+            origin = lvs.volumes(self.origin.full_name, timeout_s=QUICK_TIMEOUT_S)
         except ProcessError:
-            pass  # why there is no snapshot matters more; the next run's sweep finds what is left
-        self._may_exist = False
+            return hints  # why there is no snapshot matters more
+        hints += [resume_hint(volume) for volume in origin if volume.state == "s"]
+        try:
+            for found in left:
+                self._remove(found, QUICK_TIMEOUT_S)
+        except ProcessError as error:
+            hints.append("{}; {}".format(error.message, error.hint))
+        return hints
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not self._may_exist or self._kept:
@@ -188,9 +222,9 @@ class Snapshot:
             self._remove(found)
         self._may_exist = False
 
-    def _remove(self, found: Volume) -> None:
-        if found.is_ours and found.origin == self.origin.name:
-            remove(found)
+    def _remove(self, found: Volume, timeout_s: Optional[float] = None) -> None:
+        if found.is_ours_of(self.origin):
+            remove(found, timeout_s)
 
     def _stop_watching(self) -> None:
         self._stopped.set()
@@ -200,14 +234,22 @@ class Snapshot:
     def _find(self) -> Optional[Volume]:
         """Return the snapshot as it is now; None where there is none."""
         found = lvs.volumes(self.origin.group, self._selection)
-        return found[0] if found and found[0].is_ours and found[0].origin == self.origin.name else None
+        return found[0] if found and found[0].is_ours_of(self.origin) else None
+
+    def watch(self) -> None:
+        """Begin to watch the fill level; writers need not stand still any more, and it may be long until `look`."""
+        if not self.origin.is_thin:
+            self._watcher = threading.Thread(target=self._watch, name="snapshot", daemon=True)
+            self._watcher.start()
 
     def look(self) -> Volume:
-        """Return the snapshot that was made, and begin to watch its fill level.
+        """Return the snapshot that was made.
 
-        Raises `SourceError` where there is none, or not as it was asked for. Writers need not stand still any more.
+        Raises `SourceError` where there is none, or not as it was asked for, or where it is full already.
         """
         found = self._found_or_error()
+        if found is not None and found.invalid:
+            raise self._overflow(found)
         if found is None or not found.is_read_only or found.state != "a":
             raise SourceError(
                 "lvcreate said that all went well, but {}/{} {}".format(
@@ -217,10 +259,7 @@ class Snapshot:
                 )
             )
         self.path = found.path if os.path.exists(found.path) else found.dm_path
-        if not self.origin.is_thin:
-            self._note_level(found)
-            self._watcher = threading.Thread(target=self._watch, name="snapshot", daemon=True)
-            self._watcher.start()
+        self._note_level(found)
         return found
 
     def _found_or_error(self) -> Optional[Volume]:
@@ -243,21 +282,24 @@ class Snapshot:
                 "lvremove by hand, or another tool: run again",
             )
         if found.invalid:
-            least = min(full_size(self.origin), 2 * found.size)
-            raise SourceError(
-                "the snapshot of {} overflowed: its {} were too little".format(
-                    self.origin.full_name, shown_size(found.size)
-                ),
-                "--snapshot-size {}M is the least to try, {}M is sure to do".format(
-                    -(-least >> 20), -(-full_size(self.origin) >> 20)
-                ),
-            )
+            raise self._overflow(found)
         if found.health == "F":
             raise SourceError(
                 "the thin pool {}/{} failed while a snapshot in it was read".format(found.group, found.pool),
                 "see lvmthin(7) and the host's kernel log",
             )
         self._note_level(found)
+
+    def _overflow(self, found: Volume) -> SourceError:
+        least = min(full_size(self.origin), 2 * found.size)
+        return SourceError(
+            "the snapshot of {} overflowed: its {} were too little".format(
+                self.origin.full_name, shown_size(found.size)
+            ),
+            "--snapshot-size {}M is the least to try, {}M is sure to do".format(
+                -(-least >> 20), -(-full_size(self.origin) >> 20)
+            ),
+        )
 
     def keep(self) -> None:
         """Leave the snapshot on the host: `__exit__` and the sweeps of later runs will not touch it.

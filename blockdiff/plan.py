@@ -34,8 +34,9 @@ class Choices:
 class Plan:
     """What one run will do. `old` is the digest table that it builds on, None for a full generation.
 
-    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any). `kept` says
-    what the chain keeps although the command line asks for something else.
+    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any). `elsewhere`
+    is why the source is refused if that is another: its path is not that of the generation before. `kept` says what the
+    chain keeps although the command line asks for something else, and what is kept on the host that nobody needs.
     """
 
     block_size: int
@@ -45,6 +46,7 @@ class Plan:
     parent: Parent | None
     snapshot: Snapshot | None = None
     volume: str | None = None
+    elsewhere: ChainError | None = None
     audit_due: bool = False
     kept: list[str] = field(default_factory=list)
 
@@ -54,10 +56,13 @@ class Plan:
         return 1 if self.parent is None else self.parent.generation + 1
 
 
-def make_plan(chain: Chain, address: Address, path: str, choices: Choices, stack: ExitStack) -> Plan:
+def make_plan(
+    chain: Chain, address: Address, path: str, choices: Choices, stack: ExitStack, by_volume: bool = False
+) -> Plan:
     """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
 
-    Raises `ChainError` or `DamagedError` where the chain cannot take it.
+    With `by_volume` the host will tell the LV UUID of the source, and `check_volume` must follow: the same volume may
+    then have another path. Raises `ChainError` or `DamagedError` where the chain cannot take it.
     """
     last = chain.last()
     base = chain.generations.get(last)
@@ -70,11 +75,15 @@ def make_plan(chain: Chain, address: Address, path: str, choices: Choices, stack
             "restore its files from a copy, or begin anew inside the chain with --full",
         )
     _check_base(chain, base)
-    _check_source(chain, Source(address.machine, path, ""))
+    here = Source(address.machine, path, "")
+    elsewhere = _refusal(chain, here)
+    if elsewhere is not None and not (by_volume and _has_volume_there(base, here)):
+        raise elsewhere
     old = stack.enter_context(base.open_table())
     plan = Plan(old.block_size, base.digest, _format_of(base), old, parent)
     if base.manifest is not None:
         plan.snapshot, plan.volume = base.manifest.snapshot, base.manifest.source.volume
+        plan.elsewhere = elsewhere
     plan.audit_due = _audit_is_due(chain)
     plan.kept += _kept(plan, choices)
     return plan
@@ -89,12 +98,18 @@ def _full_plan(base: Generation | None, parent: Parent | None, choices: Choices)
     return Plan(block_size, digest, delta_format, None, parent, known.snapshot if known else None)
 
 
-def _check_source(chain: Chain, here: Source) -> None:
-    """Refuse another source than that of the newest manifest."""
+def _has_volume_there(base: Generation, here: Source) -> bool:
+    """Return whether a generation is of a logical volume of the same host whose LV UUID is known."""
+    known = base.manifest.source if base.manifest is not None else None
+    return known is not None and known.volume is not None and known.host == here.host
+
+
+def _refusal(chain: Chain, here: Source) -> ChainError | None:
+    """Return why a source is refused that is at another place than that of the newest manifest."""
     known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
     if not known or known[-1].kind == "command" or known[-1].same_place(here):
-        return
-    raise ChainError(
+        return None
+    return ChainError(
         f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
         "use another NAME; where the same source has another name now: blockdiff repair NAME --source SOURCE; "
         "where this one takes the place of the other: --full",
@@ -102,7 +117,15 @@ def _check_source(chain: Chain, here: Source) -> None:
 
 
 def check_volume(plan: Plan, name: str, found: str | None) -> None:
-    """Refuse a volume that only bears the name of the one that the chain is of; raises `ChainError`."""
+    """Refuse another volume than the one that the chain is of; raises `ChainError`.
+
+    The LV UUID `found` tells: one that only bears the old path is another, and the same one may have a new path.
+    """
+    if plan.elsewhere is not None:
+        if found != plan.volume:
+            raise plan.elsewhere
+        plan.kept.append("the source is the volume that the chain is of, under another path: its LV UUID is the same")
+        return
     if plan.volume is not None and found is not None and plan.volume != found:
         raise ChainError(
             f"{printable(name)} holds backups of the volume with the LV UUID {plan.volume}, this one has {found}",

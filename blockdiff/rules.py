@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockdiff import datadir, dump, wire
+from blockdiff import datadir, dump, leftovers, wire
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.errors import ProtocolError, printable
 
@@ -36,11 +36,32 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made.
+
+    `volume` is the name of its volume, None where that is gone, `chain` for which chain it was made (``SERVER:/path``,
+    None where nothing tells), and `state` one of `leftovers`.
+    """
+
+    name: str
+    volume: str | None
+    chain: str | None
+    state: str
+    open: bool
+    size: int
+    made: str
+
+
+@dataclass(frozen=True)
 class Volume:
-    """What the agent says of a logical volume: the UUID is None for a source that is read as it is."""
+    """What the agent says of a logical volume: the UUID is None for a source that is read as it is.
+
+    `left` are the snapshots of ours in its volume group.
+    """
 
     uuid: str | None
     segtype: str | None
+    left: tuple[Left, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,15 @@ class Opened:
     path: str
     snapshot: str | None
     extents: str | None
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """The snapshots of ours on a host, the names of those that were removed, and why others could not be."""
+
+    found: tuple[Left, ...]
+    removed: tuple[str, ...]
+    failures: tuple[str, ...]
 
 
 class Rules:
@@ -195,10 +225,33 @@ def _outside(found: object, sources: int) -> tuple[Outside, ...]:
     return tuple(places)
 
 
+def check_leftovers(fields: dict[str, object]) -> Leftovers:
+    """Return what the agent says of the snapshots of ours that are there, and of those that were to be removed."""
+    found = _lefts(fields.get("snapshots"))
+    return Leftovers(found, _texts(fields, "removed"), _texts(fields, "failures"))
+
+
+def _lefts(found: object) -> tuple[Left, ...]:
+    if not isinstance(found, list):
+        raise ProtocolError("says nothing of its snapshots")
+    return tuple(_left(each) for each in found)
+
+
+def _left(fields: object) -> Left:
+    if not isinstance(fields, dict):
+        raise ProtocolError("says nothing of a snapshot")
+    words = ("name", "origin", "chain", "state", "made")
+    name, origin, chain, state, made = (printable(wire.text(fields, word), 300) for word in words)
+    if state not in (leftovers.RUNNING, leftovers.KEPT, leftovers.DEAD):
+        raise ProtocolError("has a snapshot in an unknown state")
+    (size,) = wire.integers(fields, "size")
+    return Left(name, origin or None, chain or None, state, fields.get("open") is True, size, made)
+
+
 def _volume(fields: object) -> Volume:
     if not isinstance(fields, dict):
         raise ProtocolError("says nothing of a source")
-    return Volume(_word(fields, "uuid"), _word(fields, "segtype"))
+    return Volume(_word(fields, "uuid"), _word(fields, "segtype"), _lefts(fields.get("left", [])))
 
 
 def _place(fields: object, sources: int) -> tuple[str, int | None]:
@@ -217,4 +270,8 @@ def _word(fields: dict[str, object], name: str) -> str | None:
 
 def notes(fields: dict[str, object]) -> tuple[str, ...]:
     """Return what the agent has to tell, made fit for a terminal."""
-    return tuple(printable(note) for note in wire.texts(fields, "notes")[:_NOTES])
+    return _texts(fields, "notes")[:_NOTES]
+
+
+def _texts(fields: dict[str, object], name: str) -> tuple[str, ...]:
+    return tuple(printable(text) for text in wire.texts(fields, name))

@@ -16,7 +16,7 @@ from blockdiff.blocks import Digest
 from blockdiff.digesttable import TableReader
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
-from blockdiff.rules import Opened, Ready, Rules, Totals
+from blockdiff.rules import Leftovers, Opened, Ready, Rules, Totals
 from blockdiff.sharedmemory import SharedMemory
 from blockdiff.tablesender import TableSender
 from blockdiff.transport import connection
@@ -29,11 +29,13 @@ from blockdiff.tunnel import Tunnel
 class Wanted:
     """A source of a run: its path on the host, whose it is, and the LV UUID of the snapshot kept for it.
 
-    `owner` is the same word for all runs that take over each other's kept snapshots.
+    `owner` is the same word for all runs that take over each other's kept snapshots, `chain` says for people whose
+    they are.
     """
 
     path: bytes
     owner: str = ""
+    chain: str = ""
     kept: str = ""
 
 
@@ -184,6 +186,7 @@ class Session:
             {
                 "paths": [wanted.path.hex() for wanted in request.sources],
                 "owners": [wanted.owner for wanted in request.sources],
+                "chains": [wanted.chain for wanted in request.sources],
                 "kept": [wanted.kept for wanted in request.sources],
                 "snapshot": request.snapshot_size is not None,
                 "snapshot_size": request.snapshot_size or "",
@@ -199,6 +202,16 @@ class Session:
         ready = self._expect(wire.READY)
         with self._rules():
             return rules.check_ready(ready, len(request.sources), len(request.directories))
+
+    def leftovers(self, remove: Sequence[str]) -> Leftovers:
+        """Let the agent remove the snapshots of these names, in place of a run; return what is there then.
+
+        Raises `SourceError` where one of them is not ours, or a run is at work on it: none is removed then.
+        """
+        self._order(wire.SNAPSHOTS, {"remove": list(remove)})
+        answer = self._expect(wire.SNAPSHOTS)
+        with self._rules():
+            return rules.check_leftovers(answer)
 
     def begin_take(self) -> None:
         """Let the agent take the moment of all sources; `end_take` must follow."""

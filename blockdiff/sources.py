@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Dict, List, NamedTuple, Optional, Tuple, Type
 
-from blockdiff import devices, dump, lvcheck, lvm, lvs, thin, witness
+from blockdiff import devices, dump, leftovers, lvcheck, lvm, lvs, thin, witness
 from blockdiff.errors import ProcessError, SourceError
 from blockdiff.extents import Extent
 
@@ -54,6 +54,9 @@ class Source(ABC):
     @abstractmethod
     def take(self) -> None:
         """Take the image's moment; writers are held still, so nothing else is done here."""
+
+    def watch(self) -> None:  # noqa: B027  # most sources have nothing to do
+        """Take care of what was made, as soon as nobody is held still any more: others may be read first."""
 
     @abstractmethod
     def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
@@ -110,16 +113,20 @@ class LiveSource(Source):
 class VolumeSource(Source):
     """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of its `owner`.
 
+    `chain` names that for people (``""``: not at all).
     `kept` is the LV UUID of the snapshot that the chain's last run kept, ``""`` for none. With `keep` this run's stays
     on the host. A `rehearsal` removes nothing.
     """
 
-    def __init__(self, path: bytes, size: str, owner: str, kept: str, keep: bool, rehearsal: bool = False) -> None:
+    def __init__(
+        self, path: bytes, size: str, owner: str, chain: str, kept: str, keep: bool, rehearsal: bool = False
+    ) -> None:
         super().__init__()
         self._rehearsal = rehearsal
         self._path = os.fsdecode(path)
         self._size = size
         self._tag = lvs.TAG + "_owner_" + owner
+        self._chain_tags = [leftovers.chain_tag(chain)] if chain else []
         self._taken: Optional[lvm.Snapshot] = None
         self._kept_uuid = kept
         self._kept: Optional[lvs.Volume] = None
@@ -144,17 +151,17 @@ class VolumeSource(Source):
             self._sweep()
             self._origin = lvcheck.find(self._path)  # what was removed made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
-        self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag)
-        return {"uuid": self._origin.uuid, "name": self._origin.full_name, "segtype": self._origin.segtype}
+        self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
+        left = leftovers.found(self._origin.group)
+        return {"uuid": self._origin.uuid, "segtype": self._origin.segtype, "left": left}
 
     def _sweep(self) -> None:
         """Remove what killed agents left, and what runs of this owner kept that no chain goes on from."""
-        removed = lvm.sweep(self._origin)
+        left = lvm.abandoned(self._origin)
         for snapshot in thin.kept_snapshots(self._origin):
             if self._tag in snapshot.tags and snapshot.uuid != self._kept_uuid:
-                lvm.remove(snapshot)
-                removed.append(snapshot.full_name)
-        self.notes += ["removed the snapshot {}, which a run before this one left".format(name) for name in removed]
+                left.append(snapshot)
+        self.notes += lvm.sweep(left)
         if self._kept_uuid:
             self._kept = thin.kept(self._origin, self._kept_uuid)
 
@@ -163,6 +170,10 @@ class VolumeSource(Source):
         self._taken = self._snapshot
         self._stack.push(self._snapshot)  # before it is made: a signal may come in between
         self._snapshot.__enter__()
+
+    def watch(self) -> None:
+        """See `Source`: a snapshot fills from its making on, and is extended."""
+        self._snapshot.watch()
 
     def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """Open the snapshot, with what is known of its extents."""

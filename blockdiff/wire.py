@@ -64,6 +64,8 @@ CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay
 # Where both are on one machine and have memory in common (`blockdiff.sharedbuffers`):
 LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
 TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
+# In place of a run:
+SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
 
 # Bytes that are read at once where less is asked for: many small frames come with one call, and little of a large one's
 # payload is copied twice.
@@ -202,7 +204,7 @@ class Link:
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
-            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= TAKEN_OUT:
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= SNAPSHOTS:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
                 raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))

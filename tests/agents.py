@@ -17,7 +17,7 @@ from blockdiff.transport.connection import push_agent
 #: What belongs to the request, and not to the order to scan.
 REQUEST_FIELDS = (
     *("paths", "directories", "before", "after", "low_priority"),
-    *("snapshot", "snapshot_size", "keep", "owners", "kept"),
+    *("snapshot", "snapshot_size", "keep", "owners", "chains", "kept"),
 )
 
 #: How long an agent may take for what it should do at once, in seconds.

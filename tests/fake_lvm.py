@@ -19,7 +19,7 @@ from typing import TypedDict
 
 Row = dict[str, str]
 
-NAMES = ("lvs", "lvcreate", "lvremove", "lvextend", "lvchange", "dmsetup", "thin_delta")
+NAMES = ("lvmconfig", "lvs", "lvcreate", "lvremove", "lvextend", "lvchange", "dmsetup", "thin_delta")
 COLUMNS = ("pool_lv", "metadata_lv", "origin", "origin_uuid", "lv_tags", "data_percent", "metadata_percent", "thin_id")
 EXTENT = 4 << 20
 TERM = re.compile(r'(\w+)(=~|=)(\{?)"([^"]*)"\}?')
@@ -34,6 +34,7 @@ class State(TypedDict):
     held: str
     delta: str
     external: bool
+    threshold: str
 
 
 def new_uuid() -> str:
@@ -58,7 +59,9 @@ class FakeLvm:
             script = self.commands / name
             script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {directory} {name} "$@"\n')
             script.chmod(0o755)
-        self._write({"groups": {}, "volumes": [], "orders": {}, "held": "-", "delta": "", "external": False})
+        self._write(
+            {"groups": {}, "volumes": [], "orders": {}, "held": "-", "delta": "", "external": False, "threshold": "100"}
+        )
         (directory / "calls").touch()
 
     @contextmanager
@@ -151,7 +154,7 @@ def new_row(group: str, name: str, size: int) -> Row:
     row = dict.fromkeys(COLUMNS, "")
     row.update(lv_uuid=new_uuid(), lv_name=name, vg_name=group, lv_size=str(size), lv_attr="-wi-a-----")
     row.update(lv_path=f"/dev/{group}/{plain}", lv_dm_path=mapper(group, plain), segtype="linear")
-    row.update(lv_snapshot_invalid="", vg_extent_size=str(EXTENT))
+    row.update(lv_snapshot_invalid="", vg_extent_size=str(EXTENT), lv_time="2026-11-01 03:05:00 +0000")
     return row
 
 
@@ -173,21 +176,23 @@ class Command:
         return [after for before, after in zip(self.arguments, self.arguments[1:], strict=False) if before == name]
 
     def place(self) -> tuple[str, str]:
-        """Return the group and the volume (``""`` for all) that the last argument names."""
+        """Return the group and the volume (``""`` for all) that the last argument names; without one, all there are."""
+        if self.arguments[-2:-1] == ["-o"]:
+            return "", ""
         path = self.arguments[-1]
         with self.fake.state() as state:
             for row in state["volumes"]:
                 names = (row["lv_path"], row["lv_dm_path"], f"{row['vg_name']}/{row['lv_name']}")
                 if path in names:
                     return row["vg_name"], row["lv_name"]
-            if path in state["groups"]:
-                return path, ""
+            if path.replace("/dev/", "") in state["groups"]:
+                return path.replace("/dev/", ""), ""
         raise Fail(f'  Failed to find logical volume "{path}"')
 
     def selected(self) -> list[Row]:
         group, name = self.place()
         with self.fake.state() as state:
-            rows = [row for row in state["volumes"] if row["vg_name"] == group and name in ("", row["lv_name"])]
+            rows = [row for row in state["volumes"] if group in ("", row["vg_name"]) and name in ("", row["lv_name"])]
             return [row for row in rows if self.is_selected(row)]
 
     def is_selected(self, row: Row) -> bool:
@@ -212,7 +217,12 @@ class Command:
         report = [{field: row[field] for field in fields} for row in rows]
         print(json.dumps({"report": [{"lv": report}]}))
 
-    def lvcreate(self) -> None:
+    def lvmconfig(self) -> None:
+        assert self.arguments == ["--type", "full", "activation/thin_pool_autoextend_threshold"]
+        with self.fake.state() as state:
+            print(f"thin_pool_autoextend_threshold={state['threshold']}")
+
+    def lvcreate(self, half: bool = False) -> None:
         group, name = self.place()
         with self.fake.state() as state:
             (origin,) = [row for row in state["volumes"] if (row["vg_name"], row["lv_name"]) == (group, name)]
@@ -228,10 +238,14 @@ class Command:
                     raise Fail(f'  Volume group "{group}" has insufficient free space')
                 state["groups"][group] -= size
                 row.update(lv_size=str(size), data_percent="0.00", lv_attr="sri-a-s---")
+                if half:
+                    row.update(origin="", origin_uuid="", data_percent="", lv_attr="-wi-------")
             if Path(origin["lv_path"]).is_file():
                 row["lv_path"] = str(Path(origin["lv_path"]).with_name(row["lv_name"]))
                 shutil.copyfile(origin["lv_path"], row["lv_path"])
             state["volumes"].append(row)
+        if half:
+            raise Fail(f"  Failed to suspend logical volume {group}/{name}.\n  Aborting. Manual intervention required.")
 
     def amount(self) -> int:
         wanted = int(self.option("-L").strip("+b"))
@@ -317,6 +331,11 @@ def fail_after(fake: FakeLvm, run: Callable[[], None]) -> None:
     raise Fail("  Something went wrong in the end.")
 
 
+def half(fake: FakeLvm, run: Callable[..., None]) -> None:
+    """Order: make the volume that is to hold what changes, not the snapshot out of it, and fail."""
+    run(half=True)
+
+
 def lie(fake: FakeLvm, run: Callable[[], None]) -> None:
     """Order: do nothing, and succeed."""
 
@@ -345,7 +364,7 @@ def gibberish(fake: FakeLvm, run: Callable[[], None]) -> None:
     print("lvs: the lives of others")
 
 
-ORDERS = {order.__name__: order for order in (fail, fail_after, lie, late, late_after, warn, gibberish)}
+ORDERS = {order.__name__: order for order in (fail, fail_after, half, lie, late, late_after, warn, gibberish)}
 
 
 def main(directory: str, name: str, *arguments: str) -> int:

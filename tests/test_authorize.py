@@ -175,6 +175,14 @@ def test_a_pinned_key_learns_nothing_of_directories_elsewhere(sshd: Sshd, key: P
     assert pinned == [("?", None), ("?", None), unlimited[2]]
 
 
+def test_a_pinned_key_neither_lists_nor_removes_snapshots(sshd: Sshd, key: Path, chain: SmallChain) -> None:
+    sshd.allow(authorize(key, chain.source))
+    words = [word for option in options(sshd, key) for word in ("--ssh-option", option)]
+    for more in ((), ("--remove", "vg/bd_1")):
+        result = commands.run("blockdiff", "snapshots", sshd.url("/"), *words, *more)
+        refused(result, "this key may not list or remove snapshots", "with another key")
+
+
 def test_a_link_that_a_pinned_key_follows_is_noted(sshd: Sshd, key: Path, chain: SmallChain) -> None:
     link = chain.source.with_name("link")
     link.symlink_to(chain.source)

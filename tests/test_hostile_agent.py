@@ -301,7 +301,7 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
 }
 FRAMES: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "kind 0": ([lambda a: a.frame(0)], "unknown frame 00000000"),
-    "kind 22": ([lambda a: a.frame(22)], "unknown frame 16000000"),
+    "kind 23": ([lambda a: a.frame(23)], "unknown frame 17000000"),
     "a place of memory that is not shared": (
         [lambda a: a.frame(wire.LENT, bytes(16))],
         "sent an unexpected frame of kind 20",

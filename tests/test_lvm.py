@@ -87,17 +87,24 @@ def test_what_is_no_volume_is_named_with_what_lvm_says(fake: FakeLvm) -> None:
     assert "/dev/GROUP/VOLUME" in str(caught.value.hint)
 
 
-def test_a_whole_group_is_not_one_volume(fake: FakeLvm) -> None:
-    fake.add("vg", "other")
-    with pytest.raises(SourceError, match=r"^vg is not one logical volume$"):
-        lvm.find("vg")
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("path", ["vg", "/dev/vg", "/dev/vg/"])
+def test_a_whole_group_is_not_one_volume(fake: FakeLvm, path: str, others: int) -> None:
+    """Not even where there is but one in it."""
+    for _ in range(others):
+        fake.add("vg", "other")
+    with pytest.raises(SourceError, match=f"^{path} is not one logical volume$") as caught:
+        lvm.find(path)
+    assert caught.value.hint == "name it /dev/GROUP/VOLUME"
 
 
 def test_lvm_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lvs, "environment", lambda: {"PATH": str(tmp_path)})
-    with pytest.raises(SourceError, match=r"cannot start lvs .*No such file") as caught:
+    with pytest.raises(SourceError, match=r"^LVM is not installed there$") as caught:
         lvm.find("/dev/vg/lv")
-    assert "LVM's own tools" in str(caught.value.hint)
+    assert caught.value.hint == "install the package lvm2 on the host"
+    with pytest.raises(ProcessError, match=r"^LVM is not installed there$"):
+        lvs.change(["lvremove", "vg/lv"], "vg")
 
 
 def test_warnings_of_lvs_are_no_failure_and_trouble_elsewhere_is_none_of_ours(fake: FakeLvm) -> None:
@@ -124,6 +131,34 @@ def test_a_lock_that_is_held_is_named(fake: FakeLvm, monkeypatch: pytest.MonkeyP
     fake.order("lvs", "late")
     with pytest.raises(SourceError, match=r"^lvs was not done after 0.5 s: another LVM command seems to hold the lock"):
         lvm.find("/dev/vg/lv")
+
+
+COOKIE = 0x0D4D << 16 | 0xF0CD
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "expected"),
+    [(COOKIE, 1000, True), (COOKIE, 999, False), (0x0D4C << 16, 1000, False), (-5, 1000, False)],
+)
+def test_a_command_that_waits_for_udev_shows_by_its_semaphore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: int, changed: int, expected: bool
+) -> None:
+    (tmp_path / "sem").write_text(
+        "       key      semid perms      nsems   uid   gid  cuid  cgid      otime      ctime\n"
+        f"{key:10}          8   600          1     0     0     0     0       1000 {changed:10}\n"
+    )
+    monkeypatch.setattr(lvs, "_SEMAPHORES", str(tmp_path / "sem"))
+    assert lvs.is_waiting_for_udev(1000) is expected
+
+
+def test_a_udev_that_stands_still_is_no_lock(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "CREATE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(lvs, "is_waiting_for_udev", lambda begun: begun > 0)
+    fake.order("lvcreate", "late")
+    said = r"lvcreate was not done after 0.5 s: it waits for udev, which does not answer$"
+    with pytest.raises(SourceError, match=said) as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    assert "systemd-udevd" in str(caught.value.hint)
 
 
 def report(rows: list[Row], what: str = "lv") -> bytes:
@@ -315,6 +350,44 @@ def test_a_thin_pool_in_trouble_is_refused(fake: FakeLvm, fields: dict[str, str]
         lvm.check(thin, "20%")
 
 
+@pytest.mark.parametrize(
+    ("pool", "metadata", "threshold", "message"),
+    [
+        ({"metadata_percent": "75.00"}, 16 * MIB, "100", None),
+        ({"metadata_percent": "75.10"}, 16 * MIB, "100", "the metadata of .* is 75.1% full: .* above 75%"),
+        ({"metadata_percent": "74.00"}, 4 * MIB, "100", None),
+        ({"metadata_percent": "76.00"}, 4 * MIB, "100", "the metadata of .* is 76% full: .* above 75%"),
+        ({"metadata_percent": "94.00"}, 80 * MIB, "100", None),
+        ({"metadata_percent": "80.00"}, 80 * MIB, "70", "the metadata of .* is 80% full: .* above 70%"),
+        ({"data_percent": "80.00"}, 80 * MIB, "70", "the data of .* is 80% full: .* above 70%"),
+        ({"data_percent": "70.00"}, 80 * MIB, "70", None),
+        ({"data_percent": "94.00"}, 80 * MIB, "garbage", None),
+    ],
+)
+def test_what_lvm_would_refuse_of_a_thin_pool_is_told_before(
+    fake: FakeLvm, pool: dict[str, str], metadata: int, threshold: str, message: str | None
+) -> None:
+    """Of the metadata, 4 MiB must be free, or a quarter where that is less; and it has a limit in its settings."""
+    fake.add_thin("vg", "thin")
+    fake.set("[pool_tmeta]", lv_size=str(metadata))
+    fake.set("pool", **pool)
+    with fake.state() as state:
+        state["threshold"] = threshold
+    if message is None:
+        assert lvm.check(lvm.find("/dev/vg/thin"), "") == []
+        return
+    with pytest.raises(SourceError, match=f"^{message}") as caught:
+        lvm.check(lvm.find("/dev/vg/thin"), "")
+    assert "lvextend" in str(caught.value.hint)
+
+
+def test_without_lvms_settings_its_own_default_holds(fake: FakeLvm) -> None:
+    fake.add_thin("vg", "thin")
+    fake.set("pool", data_percent="94.00")
+    fake.order("lvmconfig", "fail")
+    assert lvm.check(lvm.find("/dev/vg/thin"), "") == []
+
+
 # the snapshot
 
 
@@ -326,7 +399,8 @@ def test_a_thick_snapshot_is_read_only_tagged_and_removed(fake: FakeLvm) -> None
         assert [call[0] for call in fake.calls()[before:]] == ["lvcreate"]  # a database is standing still
         assert snapshot.created_s > 0
         found = snapshot.look()
-        assert found.tags == ["blockdiff", lvm.process_tag(os.getpid()), "blockdiff_chain_x"]
+        named = f"blockdiff_origin_{origin.uuid}"
+        assert found.tags == ["blockdiff", lvm.process_tag(os.getpid()), named, "blockdiff_chain_x"]
         assert found.name.startswith("bd_") and len(found.name) == 19
         assert snapshot.path == found.dm_path  # the other is not there
         snapshot.check()
@@ -356,7 +430,7 @@ def test_two_snapshots_of_one_volume_do_not_touch_each_other(fake: FakeLvm) -> N
     origin = lvm.find("/dev/vg/lv")
     with lvm.Snapshot(origin, "20%") as first:
         with lvm.Snapshot(origin, "20%") as second:
-            assert lvm.sweep(origin) == []
+            assert lvm.abandoned(origin) == []
             assert first.look().name != second.look().name
         first.check()
         assert fake.names() == ["lv", first.look().name]
@@ -382,6 +456,58 @@ def test_what_a_failed_lvcreate_left_is_removed(fake: FakeLvm, monkeypatch: pyte
     with pytest.raises(SourceError, match="went wrong in the end"), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
         pass
     assert fake.names() == ["lv"]
+
+
+def test_what_a_failed_lvcreate_left_without_an_origin_is_removed(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LVM makes the volume that is to hold what changes first, and the snapshot out of it last."""
+    monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
+    fake.order("lvcreate", "half")
+    with pytest.raises(SourceError, match="Manual intervention") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    assert caught.value.hint is None
+    assert fake.names() == ["lv"]
+    (removal,) = fake.calls("lvremove")
+    named = f"blockdiff_origin_{fake.row('lv')['lv_uuid']}"
+    assert removal[2].endswith(f' && lv_name=~"^bd_" && origin="" && lv_tags={{"{named}"}}')
+
+
+def test_what_a_failed_lvcreate_left_and_cannot_be_removed_is_told(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(found: lvs.Volume, _timeout_s: "float | None") -> None:
+        raise ProcessError(f"cannot remove the snapshot {found.full_name}: in use", "by hand")
+
+    monkeypatch.setattr(lvm, "remove", refuse)
+    fake.order("lvcreate", "half")
+    with pytest.raises(SourceError, match="Manual intervention") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
+    name = only_snapshot(fake)["lv_name"]
+    assert caught.value.hint == f"cannot remove the snapshot vg/{name}: in use; by hand"
+
+
+def test_an_origin_that_lvcreate_left_suspended_is_told_with_the_command_that_frees_it(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
+    origin = lvm.find("/dev/vg/lv")
+    fake.order("lvcreate", "fail")
+    fake.set("lv", lv_attr="owi-sos---")
+    with pytest.raises(SourceError, match="Something is wrong") as caught, lvm.Snapshot(origin, "20%"):
+        pass
+    hint = "nothing can write to vg/lv: an LVM command was killed half-way, unless one is at work just now; "
+    assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets it go on"
+    with pytest.raises(SourceError, match=r"^vg/lv is suspended$") as caught:
+        lvm.check(lvm.find("/dev/vg/lv"), "20%")
+    assert str(caught.value.hint).startswith(hint)
+
+
+def test_all_that_lvm_said_is_told(fake: FakeLvm) -> None:
+    fake.order("lvcreate", "half")
+    said = r"lvcreate exited with status 5: Failed to suspend logical volume vg/lv\.; Aborting\. Manual intervention"
+    with pytest.raises(SourceError, match=said), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+        pass
 
 
 def test_why_there_is_no_snapshot_is_told_even_if_lvm_is_dumb_afterwards(fake: FakeLvm) -> None:
@@ -430,7 +556,7 @@ def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch:
 
 def test_a_failed_lvcreate_is_told_though_lvm_is_dumb_afterwards(fake: FakeLvm) -> None:
     """Whoever waits for it holds a lock: it is looked once, quickly, whether it has left something."""
-    with sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+    with sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         asked = len(fake.calls("lvs"))
         fake.order("lvcreate", "fail")
@@ -454,7 +580,7 @@ def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(
         leave(snapshot, None, None, None)
 
     monkeypatch.setattr(lvm.Snapshot, "__exit__", interrupted)
-    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         source.take()
         if error is not None:
@@ -470,7 +596,7 @@ def test_what_went_wrong_first_is_told_though_the_snapshot_cannot_be_removed(
     monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
     with (
         pytest.raises(SourceError, match=r"^it overflowed$") as caught,
-        sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source,
+        sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source,
     ):
         source.prepare()
         source.take()
@@ -489,7 +615,7 @@ def test_a_signal_just_after_a_snapshot_was_made_leaves_none(fake: FakeLvm, monk
         raise Interrupted("told to stop")
 
     monkeypatch.setattr(lvm.Snapshot, "__enter__", interrupted)
-    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", False) as source:
+    with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         source.take()
     assert fake.names() == ["lv"]
@@ -539,7 +665,7 @@ def test_a_signal_before_the_watcher_runs_leaves_no_snapshot(fake: FakeLvm, monk
     snapshot = lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%")
     with pytest.raises(Interrupted), snapshot:
         monkeypatch.setattr(threading.Thread, "start", interrupted)
-        snapshot.look()
+        snapshot.watch()
     assert fake.names() == ["lv"]
 
 
@@ -576,6 +702,14 @@ def test_a_thin_pool_that_failed_is_told(fake: FakeLvm) -> None:
             snapshot.check()
 
 
+def test_a_snapshot_that_is_full_before_it_is_looked_at_is_told_as_an_overflow(fake: FakeLvm) -> None:
+    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+        fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
+        with pytest.raises(SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$") as c:
+            snapshot.look()
+    assert c.value.hint == "--snapshot-size 40M is the least to try, 102M is sure to do"
+
+
 def test_a_check_that_cannot_see_is_no_approval(fake: FakeLvm) -> None:
     with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
         fake.order("lvs", "fail", 1)
@@ -585,7 +719,8 @@ def test_a_check_that_cannot_see_is_no_approval(fake: FakeLvm) -> None:
 
 def test_a_snapshot_that_fills_is_extended_once_it_is_at_70_percent(fake: FakeLvm) -> None:
     with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
-        name = snapshot.look().name
+        name = only_snapshot(fake)["lv_name"]
+        snapshot.watch()  # it may be long until it is looked at
         fake.set(name, data_percent="69.00")
         wait_until(lambda: snapshot.level == 69.0)
         assert fake.calls("lvextend") == []
@@ -593,6 +728,7 @@ def test_a_snapshot_that_fills_is_extended_once_it_is_at_70_percent(fake: FakeLv
         wait_until(lambda: fake.row(name)["lv_size"] != str(20 * MIB))
         assert fake.calls("lvextend") == [["-L", f"+{10 * MIB}b", f"vg/{name}"]]
         wait_until(lambda: snapshot.level == 75.0)
+        snapshot.look()
         snapshot.check()
         assert snapshot.level == 75.0  # the highest, not the last
         assert snapshot.notes == []
@@ -604,6 +740,7 @@ def test_a_snapshot_that_cannot_grow_is_read_on_with_a_note(fake: FakeLvm) -> No
         with fake.state() as state:
             state["groups"]["vg"] = 0
         fake.set(snapshot.look().name, data_percent="80.00")
+        snapshot.watch()
         wait_until(lambda: snapshot.notes)
         snapshot.check()
     assert snapshot.notes == [
@@ -616,6 +753,7 @@ def test_a_failed_extension_is_not_tried_for_ever(fake: FakeLvm) -> None:
     fake.order("lvextend", "fail")
     with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
         fake.set(snapshot.look().name, data_percent="80.00")
+        snapshot.watch()
         wait_until(lambda: snapshot.notes)
         seen = len(fake.calls("lvs"))
         wait_until(lambda: len(fake.calls("lvs")) > seen + 2)
@@ -698,8 +836,9 @@ def test_a_kept_snapshot_stays_and_the_sweep_leaves_it(fake: FakeLvm) -> None:
     with lvm.Snapshot(origin, "", "blockdiff_chain_x") as snapshot:
         snapshot.look()
         snapshot.keep()
-    assert only_snapshot(fake)["lv_tags"] == "blockdiff,blockdiff_chain_x,blockdiff_kept"
-    assert lvm.sweep(origin) == []
+    tags = only_snapshot(fake)["lv_tags"]
+    assert tags == f"blockdiff,blockdiff_origin_{origin.uuid},blockdiff_chain_x,blockdiff_kept"
+    assert lvm.abandoned(origin) == []
     assert only_snapshot(fake)
 
 
@@ -714,14 +853,28 @@ def test_a_snapshot_that_could_not_be_kept_is_removed(fake: FakeLvm) -> None:
 # the sweep
 
 
+REMOVED, LEFT = "removed the snapshot", ", which a run before this one left"
+
+
+def swept(origin: lvs.Volume) -> list[str]:
+    return lvm.sweep(lvm.abandoned(origin))
+
+
 def test_only_what_dead_agents_left_of_this_origin_is_swept(fake: FakeLvm, ended_pid: int) -> None:
     dead = f"blockdiff,blockdiff_pid_{ended_pid}_12345_0123456789ab"
     ours = {"origin": "lv", "lv_attr": "sri-a-s---"}
-    fake.add("vg", "other")
+    of_lv, gone = f"blockdiff_origin_{fake.row('lv')['lv_uuid']}", ("bd_dead1", "bd_dead2", "bd_rebooted", "bd_begun")
+    of_other = f"blockdiff_origin_{fake.add('vg', 'other')['lv_uuid']}"
     fake.add("vg", "bd_dead1", lv_tags=dead, **ours)
     fake.add("vg", "bd_dead2", lv_tags=f"{dead},blockdiff_chain_x", **ours)
     fake.add("vg", "bd_rebooted", lv_tags=f"blockdiff,{lvm.process_tag(os.getpid())[:-12]}000000000000", **ours)
+    fake.add("vg", "bd_begun", lv_tags=f"{dead},{of_lv}")  # lvcreate came no further
     kept = [
+        fake.add("vg", "bd_making", lv_tags=f"blockdiff,{lvm.process_tag(os.getpid())},{of_lv}"),
+        fake.add("vg", "begun", lv_tags=f"{dead},{of_lv}"),
+        fake.add("vg", "bd_of_theirs", lv_tags=f"{of_lv},{dead.partition(',')[2]}"),
+        fake.add("vg", "bd_begun_other", lv_tags=f"{dead},{of_other}"),
+        fake.add("vg", "bd_of_both", lv_tags=f"{dead},{of_lv},{of_other}"),
         fake.add("vg", "bd_concurrent", lv_tags=f"blockdiff,{lvm.process_tag(os.getpid())}", **ours),
         fake.add("vg", "bd_x", **ours),
         fake.add("vg", "bd_foreign", lv_tags="theirs", **ours),
@@ -731,7 +884,7 @@ def test_only_what_dead_agents_left_of_this_origin_is_swept(fake: FakeLvm, ended
         fake.add("vg", "bd_volume", lv_tags=dead),
         fake.add("vg", "bd_other", lv_tags=dead, origin="other", lv_attr="sri-a-s---"),
     ]
-    assert lvm.sweep(lvm.find("/dev/vg/lv")) == ["vg/bd_dead1", "vg/bd_dead2", "vg/bd_rebooted"]
+    assert swept(lvm.find("/dev/vg/lv")) == [f"{REMOVED} vg/{name}{LEFT}" for name in gone]
     assert fake.names() == ["lv", "other", *(row["lv_name"] for row in kept)]
 
 

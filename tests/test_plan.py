@@ -39,9 +39,12 @@ def as_if(chain: SmallChain, snapshots: list[Snapshot | None], volume: str | Non
         parent = Parent(number, manifest.sha256(content))
 
 
-def planned(chain: SmallChain, full: bool = False) -> Plan:
+def planned(
+    chain: SmallChain, full: bool = False, path: str = "", by_volume: bool = False, host: str | None = None
+) -> Plan:
+    path = path or str(chain.source)
     with LockedChain(chain.name) as locked, ExitStack() as stack:
-        return plan.make_plan(locked, Address(None, str(chain.source)), str(chain.source), Choices(full=full), stack)
+        return plan.make_plan(locked, Address(host, path), path, Choices(full=full), stack, by_volume)
 
 
 def test_a_new_chain_takes_any_volume(chain: SmallChain) -> None:
@@ -77,6 +80,31 @@ def test_a_volume_may_be_read_as_it_is_or_through_a_snapshot_from_now_on(chain: 
     live = SmallChain(chain.directory, chain.source, "live")
     as_if(live, [None], volume=None)
     plan.check_volume(planned(live), "live", "other")
+
+
+def test_the_same_volume_may_have_another_path(chain: SmallChain) -> None:
+    as_if(chain, [ALL])
+    found = planned(chain, path="/dev/dm-3", by_volume=True)
+    plan.check_volume(found, "disk", "uuid")
+    assert found.kept == ["the source is the volume that the chain is of, under another path: its LV UUID is the same"]
+
+
+@pytest.mark.parametrize("uuid", ["other", None])
+def test_another_volume_at_another_path_is_refused(chain: SmallChain, uuid: str | None) -> None:
+    as_if(chain, [ALL])
+    with pytest.raises(ChainError, match=f"disk holds backups of {chain.source}, not of /dev/dm-3"):
+        plan.check_volume(planned(chain, path="/dev/dm-3", by_volume=True), "disk", uuid)
+
+
+@pytest.mark.parametrize(
+    ("volume", "by_volume", "host"), [("uuid", False, None), (None, True, None), ("uuid", True, "other")]
+)
+def test_another_path_is_refused_at_once_where_no_uuid_can_tell(
+    chain: SmallChain, volume: str | None, by_volume: bool, host: str | None
+) -> None:
+    as_if(chain, [ALL], volume)
+    with pytest.raises(ChainError, match=r"disk holds backups of .*, not of .*/dev/dm-3"):
+        planned(chain, path="/dev/dm-3", by_volume=by_volume, host=host)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, bundle
+from blockdiff import backup, bundle, leftovers, lvm, lvs, sources
 from blockdiff.address import Address
 from blockdiff.backup import Options, Result, Volumes
 from blockdiff.commit import LockedChain
-from blockdiff.errors import BlockdiffError, BusyError, ChainError, SourceError, TransportError
+from blockdiff.errors import BlockdiffError, BusyError, ChainError, ProcessError, SourceError, TransportError
 from blockdiff.progress import Progress
 from tests import chains, commands, processes
 from tests.chains import SmallChain
@@ -144,6 +145,28 @@ def test_a_volume_of_the_same_name_is_another(chain: SmallChain, fake: FakeLvm) 
     made = chain.add(None, Options(volumes=Volumes(), full=True)).manifest
     assert made.full and made.source.volume == "new"
     chain.assert_sound()
+
+
+def test_the_same_volume_under_another_path_goes_on(chain: SmallChain, fake: FakeLvm) -> None:
+    chain.add(None, LVM)
+    fake.set("lv", lv_name="renamed")
+    result = commands.run("blockdiff", "backup", chain.name, "/dev/mapper/vg-lv", "--lvm")
+    assert (result.returncode, result.stderr.count(b"under another path: its LV UUID is the same")) == (0, 1)
+    made = json.loads(commands.done("blockdiff", "list", "--json", f"{chain.name}@2"))[0]
+    assert (made["full"], made["changed"]) == (False, 0)
+    assert [chain.restored(number) for number in (1, 2)] == [IMAGE, IMAGE]
+    chain.add(None, LVM)  # and back
+    assert chain.last() == 3
+
+
+def test_another_volume_at_another_path_is_refused_before_anything_is_made(chain: SmallChain, fake: FakeLvm) -> None:
+    chain.add(None, LVM)
+    other = fake.add_file("vg", "other", IMAGE)
+    before = chain.files()
+    result = commands.run("blockdiff", "backup", chain.name, other, "--lvm")
+    assert result.returncode == 1
+    assert f"{chain.name} holds backups of {chain.source}, not of {other}" in result.stderr.decode()
+    assert chain.files() == before and len(fake.calls("lvcreate")) == 1
 
 
 # --- commands around it
@@ -334,6 +357,66 @@ def test_what_a_killed_agent_left_is_removed_by_the_next_run(chain: SmallChain, 
     assert made.notes == [f"removed the snapshot vg/{left}, which a run before this one left"]
     assert fake.snapshots() == ["bd_foreign"]
     chain.assert_sound()
+
+
+def test_what_somebody_holds_open_of_a_dead_run_does_not_fail_the_next(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lvm, "SWEEP_TIMEOUT_S", 0.1)
+    fake.add("vg", "lv")
+    dead = "blockdiff,blockdiff_pid_1_1_0123456789ab"
+    fake.add("vg", "bd_held", lv_tags=dead, origin="lv", lv_attr="sri-aos---")
+    fake.order("lvremove", "fail")
+    with sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
+        source.prepare()
+        (note,) = source.notes
+    assert note.startswith("a run before this one left a snapshot: cannot remove the snapshot vg/bd_held: ")
+    assert note.endswith(
+        "`fuser -vm /dev/mapper/vg-bd_held` on the host shows who has it open; then "
+        "remove it by hand: lvremove -y vg/bd_held"
+    )
+
+
+def test_a_lock_that_is_in_the_way_of_the_sweep_is_told_before_writers_are_held(
+    fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add("vg", "bd_dead", lv_tags="blockdiff,blockdiff_pid_1_1_0123456789ab", origin="lv", lv_attr="sri-a-s---")
+    (dead,) = lvs.volumes("vg", 'lv_name="bd_dead"')
+    monkeypatch.setattr(lvm, "SWEEP_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(lvs, "COMMAND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(lvs, "volumes", lambda *_: [dead])
+    fake.order("lvremove", "late")
+    with pytest.raises(ProcessError, match="another LVM command seems to hold the lock"):
+        lvm.sweep([dead])
+
+
+def test_kept_snapshots_that_no_run_will_look_at_are_told_with_what_removes_them(
+    chain: SmallChain, fake: FakeLvm
+) -> None:
+    ours = "blockdiff,blockdiff_kept"
+    nobody = leftovers.chain_tag(f"{socket.gethostname()}:{chain.name}-gone")
+    fake.add_thin("vg", "bd_orphan", lv_tags=f"{ours},blockdiff_origin_gone", thin_id="7")
+    fake.add_thin("vg", "bd_nobodys", lv_tags=f"{ours},{nobody}", thin_id="8", origin="lv", lv_attr="Vri-a-tz--")
+    fake.add_thin("vg", "bd_theirs", lv_tags=ours, thin_id="9")
+    before = fake.names()
+    words = ("blockdiff", "backup", chain.name, chain.source, "--lvm")
+    result = commands.run(*words)
+    said, removal, opened = "stays on the host, though its", "`blockdiff snapshots --remove vg/", "somebody has it open"
+    assert result.returncode == 0
+    assert result.stderr.decode().splitlines() == [
+        f"blockdiff: note: the snapshot vg/bd_orphan {said} volume is gone; {opened}: {removal}bd_orphan` removes it",
+        f"blockdiff: note: the snapshot vg/bd_nobodys {said} chain is gone: {removal}bd_nobodys` removes it",
+    ]
+    assert fake.names() == before
+    commands.done("blockdiff", "snapshots", "--remove", "vg/bd_orphan", "--remove", "vg/bd_nobodys")
+    commands.done(*words)
+
+
+def test_a_snapshot_says_for_whom_and_of_what_it_is(chain: SmallChain, fake: FakeLvm) -> None:
+    tags: list[str] = []
+    chain.add(None, LVM, At(lambda: tags.extend(fake.row(fake.snapshots()[0])["lv_tags"].split(","))))
+    assert leftovers.chain_tag(f"{socket.gethostname()}:{chain.name}") in tags
+    assert f"blockdiff_origin_{fake.row('lv')['lv_uuid']}" in tags
 
 
 # --- several volumes at one moment

@@ -21,7 +21,7 @@ from blockdiff.errors import ConnectionLost, ProtocolError
 from blockdiff.wire import Link
 
 Sent = tuple[int, bytes, int]
-KINDS = range(wire.ERROR, wire.TAKEN_OUT + 1)  # ALIVE is never handed on
+KINDS = range(wire.ERROR, wire.SNAPSHOTS + 1)  # ALIVE is never handed on
 FRAMES: list[Sent] = [
     (wire.HELLO, b'{"protocol": 1}', 0),
     (wire.DATA, b"some bytes", 1 << 40),
@@ -110,10 +110,10 @@ def test_frames_arrive_as_they_were_sent(frames: list[Sent], step: int) -> None:
 def test_each_kind_has_the_number_that_protocol_3_gives_it() -> None:
     names = (
         "ALIVE ERROR HELLO REQUEST READY TAKE TAKEN SCAN SOURCE TABLE DATA ZERO PROGRESS WANT TOTALS END "
-        "OPEN BYTES CLOSE LENT TAKEN_OUT"
+        "OPEN BYTES CLOSE LENT TAKEN_OUT SNAPSHOTS"
     )
     assert wire.PROTOCOL == 3
-    assert [getattr(wire, name) for name in names.split()] == list(range(1, 22))
+    assert [getattr(wire, name) for name in names.split()] == list(range(1, 23))
 
 
 def test_small_frames_are_read_together_and_large_payloads_at_once() -> None:
@@ -206,7 +206,7 @@ def test_a_frame_that_comes_twice_or_not_or_too_early_is_refused() -> None:
     assert refused(second) == "frame 1 arrived in place of frame 0"
 
 
-@pytest.mark.parametrize("kind", [0, wire.TAKEN_OUT + 1, 255])
+@pytest.mark.parametrize("kind", [0, wire.SNAPSHOTS + 1, 255])
 def test_a_frame_of_unknown_kind_is_refused(kind: int) -> None:
     assert refused(header(kind, 0)) == f"unknown frame {kind:02x}000000"
 

@@ -11,7 +11,7 @@ from blockdiff.cli import run
 class _Commands(click.Group):
     """The commands; those that are not asked for cost nothing."""
 
-    _NAMES = ("authorize", "backup", "list", "repair", "restore", "status", "verify")
+    _NAMES = ("authorize", "backup", "list", "repair", "restore", "snapshots", "status", "verify")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names."""

@@ -166,7 +166,7 @@ names = [lvm.find(each).full_name for each in paths]
 with lvm.Snapshot(lvm.find(path), "50%") as snapshot:
     snapshot.look()
     snapshot.check()
-json.dump([names, lvm.sweep(lvm.find(path))], sys.stdout)
+json.dump([names, lvm.sweep(lvm.abandoned(lvm.find(path)))], sys.stdout)
 """,
         )
         assert found == [["my-vg.1-x/l--v.2-"] * 4, []]
@@ -219,6 +219,7 @@ def now():
 
 with lvm.Snapshot(lvm.find(path), "8M") as snapshot:
     before = snapshot.look().size
+    snapshot.watch()
     for i in range(12):
         write(i << 21, os.urandom(2 << 20))
         wait_until(lambda: snapshot.notes or now().data_percent < 70)
@@ -373,10 +374,11 @@ sys.stdin.read()
         )
         foreign = {"lv", "bd_x", "bd_y"}
         (living,) = set(volume_group.volumes()) - foreign
-        script = "json.dump(lvm.sweep(lvm.find(path)), sys.stdout)"
+        script = "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)"
         assert done(package, path, script) == []
     assert set(volume_group.volumes()) == {*foreign, living}
-    assert done(package, path, script) == [f"{volume_group.name}/{living}"]
+    removed = f"removed the snapshot {volume_group.name}/{living}, which a run before this one left"
+    assert done(package, path, script) == [removed]
     assert set(volume_group.volumes()) == foreign
 
 
@@ -384,8 +386,9 @@ def test_what_a_reboot_left_is_swept(package: Guest, volume_group: VolumeGroup) 
     path = volume_group.volume("lv", "16M")
     tags = "--addtag blockdiff --addtag blockdiff_pid_1_1_000000000000"  # pid 1 of another boot
     package.run(f"lvcreate -q -y -s -n bd_old {tags} -L 4M {path}")
-    script = "json.dump(lvm.sweep(lvm.find(path)), sys.stdout)"
-    assert done(package, path, script) == [f"{volume_group.name}/bd_old"]
+    script = "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)"
+    removed = f"removed the snapshot {volume_group.name}/bd_old, which a run before this one left"
+    assert done(package, path, script) == [removed]
 
 
 # changed extents
@@ -547,7 +550,7 @@ def test_an_origin_that_was_made_anew_has_no_kept_snapshot(package: Guest, volum
     uuid = str(done(package, path, COMPARE + "json.dump(keep().uuid, sys.stdout)", "1"))
     package.run(f"lvremove -q -y {path}")
     volume_group.thin("lv", "32M", "pool")
-    script = "json.dump([thin.kept(lvm.find(path), sys.argv[2]), lvm.sweep(lvm.find(path))], sys.stdout)"
+    script = "json.dump([thin.kept(lvm.find(path), sys.argv[2]), lvm.abandoned(lvm.find(path))], sys.stdout)"
     assert done(package, path, script, uuid) == [None, []]
 
 

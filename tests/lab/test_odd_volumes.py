@@ -190,3 +190,92 @@ def test_none_or_all_of_several_volumes(chain: VolumeChain, volume_group: Volume
     assert "no room in the volume group" in said
     assert not list(directory.glob("second.*"))
     assert sorted(volume_group.volumes()) == ["data", "second"]
+
+
+def half_made(chain: VolumeChain, volume_group: VolumeGroup, name: str, *tags: str) -> None:
+    """Make what a run that died with its lvcreate leaves: the volume for what changes, and no snapshot yet."""
+    words = " ".join(f"--addtag {tag}" for tag in ("blockdiff", "blockdiff_pid_1_1_0123456789ab", *tags))
+    chain.guest.run(f"lvcreate -q -y -Wn -an -Zn -n {name} -L 8M {words} {volume_group.name}")
+
+
+def uuid_of(chain: VolumeChain, name: str) -> str:
+    return chain.guest.output(f"lvs --noheadings -o lv_uuid {name}").strip()
+
+
+@pytest.mark.usefixtures("foreign")
+def test_what_lvcreate_began_is_removed_by_the_next_run(chain: VolumeChain, volume_group: VolumeGroup) -> None:
+    group = volume_group.name
+    others = {name: uuid_of(chain, f"{group}/{name}") for name in ("data", "other")}
+    half_made(chain, volume_group, "bd_00000000000000aa", f"blockdiff_origin_{others['data']}")
+    half_made(chain, volume_group, "bd_theirs")
+    half_made(chain, volume_group, "bd_of_another", f"blockdiff_origin_{others['other']}")
+    half_made(chain, volume_group, "theirs", f"blockdiff_origin_{others['data']}")
+    before = set(volume_group.volumes())
+    assert chain.backup()["notes"] == [
+        f"removed the snapshot {group}/bd_00000000000000aa, which a run before this one left"
+    ]
+    assert before - set(volume_group.volumes()) == {"bd_00000000000000aa"}
+    assert chain.backup()["notes"] == []
+
+
+def test_a_snapshot_that_lvm_cannot_make_of_a_cached_volume_leaves_nothing(
+    chain: VolumeChain, volume_group: VolumeGroup
+) -> None:
+    """LVM 2.03.16 makes the volume for what changes, cannot make a snapshot out of it, and leaves it."""
+    group = volume_group.name
+    volume_group.volume("fast", "16M")
+    chain.guest.run(f"modprobe dm-cache; lvconvert -q -y --type cache --cachevol fast {group}/data")
+    before = volume_group.volumes()
+    said = chain.fails()
+    assert f"cannot make a snapshot of {group}/data: lvcreate exited with status 5: " in said
+    assert f"Failed to suspend logical volume {group}/data.; Aborting. Manual intervention required." in said
+    assert volume_group.volumes() == before
+
+
+def test_a_snapshot_of_a_dead_run_that_somebody_holds_open_stays_and_the_run_goes_on(
+    chain: VolumeChain, volume_group: VolumeGroup
+) -> None:
+    group, name = volume_group.name, "bd_00000000000000aa"
+    tags = "--addtag blockdiff --addtag blockdiff_pid_1_1_0123456789ab"
+    chain.guest.run(f"lvcreate -q -y -s -p r -n {name} {tags} -L 40M {group}/data")
+    with chain.guest.started(f"exec 3</dev/{group}/{name}; echo open; sleep 600") as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+        notes = chain.backup()["notes"]
+        assert isinstance(notes, list)
+        (note,) = notes
+        assert note.startswith(f"a run before this one left a snapshot: cannot remove the snapshot {group}/{name}")
+        assert f"`fuser -vm /dev/mapper/{group}-{name}`" in note
+        assert set(volume_group.volumes()) == {"data", name}
+    assert chain.backup()["notes"] == [f"removed the snapshot {group}/{name}, which a run before this one left"]
+    assert set(volume_group.volumes()) == {"data"}
+
+
+def goes_on(chain: VolumeChain) -> tuple[object, object]:
+    """Add a generation under another path; return whether it is full, and how many blocks changed."""
+    result = commands.run(*chain.words())
+    assert result.returncode == 0, result
+    assert b"note: the source is the volume that the chain is of, under another path" in result.stderr
+    summary = json.loads(result.stdout)
+    return summary["full"], summary["changed_blocks"]
+
+
+def test_one_volume_by_all_its_paths(chain: VolumeChain, volume_group: VolumeGroup) -> None:
+    """The chain is of the LV UUID, whatever the path is."""
+    guest, group = chain.guest, volume_group.name
+    links = guest.output(f"udevadm info -q symlink -n {chain.path}").split()
+    by_id = next(f"/dev/{link}" for link in links if link.startswith("disk/by-id/dm-uuid-LVM-"))
+    guest.run(f"ln -sf {chain.path} /run/lab-link")
+    chain.backup()
+    for path in (f"/dev/mapper/{group}-data", guest.output(f"readlink -f {chain.path}"), by_id, "/run/lab-link"):
+        assert goes_on(VolumeChain(guest, chain.name, path)) == (False, 0)
+    guest.run(f"lvrename -q {group} data renamed")
+    renamed = VolumeChain(guest, chain.name, f"/dev/{group}/renamed")
+    assert goes_on(renamed) == (False, 0)
+    assert renamed.digest(6) == device_digest(guest, renamed.path)
+    volume_group.volume("data", "32M")
+    assert f"holds backups of 127.0.0.1:{guest.port}:/dev/{group}/renamed, not of " in chain.fails()
+
+
+def test_a_group_with_one_volume_is_not_that_volume(chain: VolumeChain, volume_group: VolumeGroup) -> None:
+    for path in (f"/dev/{volume_group.name}", f"/dev/{volume_group.name}/"):
+        assert f"{path} is not one logical volume" in VolumeChain(chain.guest, chain.name, path).fails()

@@ -112,3 +112,43 @@ def test_a_snapshot_that_fills_is_extended_while_the_group_has_room(
     fill = part(json.loads(out), "snapshot")["fill_percent"]
     assert isinstance(fill, float) and 70 <= fill < 100
     assert list(volume_group.volumes()) == ["data"]
+
+
+def test_all_snapshots_of_a_run_are_watched_from_their_making(
+    chain: VolumeChain, volume_group: VolumeGroup, tmp_path: Path
+) -> None:
+    """The second is extended while the first is still read."""
+    path = volume_group.volume("second", "64M")
+    overwrite(chain.guest, path, 64)
+    digest = device_digest(chain.guest, path)
+    also = ("--also", f"{tmp_path}/backup/second={path}")
+    with chain.slowly(MIB, "--full", "--snapshot-size", "16M", *also) as (_hold, end):
+        origins = f"lvs --noheadings -o lv_name -S origin=second {volume_group.name}"
+        snapshot = chain.guest.output(origins).strip()
+        overwrite(chain.guest, path, 13)
+        wait_until(lambda: size_mib(volume_group, snapshot) > 16)
+        overwrite(chain.guest, path, 20)
+        status, out, err = end()
+    assert (status, err) == (0, "")
+    assert VolumeChain(chain.guest, tmp_path / "backup" / "second", path).digest(1) == digest
+    first, second = (part(made, "snapshot")["fill_percent"] for made in json.loads(out))
+    assert isinstance(first, float) and isinstance(second, float) and first < 70 <= second < 100
+    assert sorted(volume_group.volumes()) == ["data", "second"]
+
+
+def test_a_snapshot_that_is_full_before_its_turn_is_told_with_the_size_that_would_do(
+    chain: VolumeChain, volume_group: VolumeGroup, tmp_path: Path
+) -> None:
+    path = volume_group.volume("second", "64M")
+    free = chain.guest.output(f"vgs --noheadings --units m --nosuffix -o vg_free {volume_group.name}").split(".")[0]
+    volume_group.volume("rest", f"{int(free) - 16}M")  # no room to extend them
+    words = ("--full", "--snapshot-size", "8M", "--also", f"{tmp_path}/backup/second={path}")
+    with chain.slowly(MIB, *words) as (_hold, end):
+        overwrite(chain.guest, path, 64)
+        status, _out, err = end()
+    assert status == 1
+    assert err == (
+        f"blockdiff: root@127.0.0.1: the snapshot of {volume_group.name}/second overflowed: its 8 MiB were too little\n"
+        "  --snapshot-size 16M is the least to try, 66M is sure to do\n"
+    )
+    assert sorted(volume_group.volumes()) == ["data", "rest", "second"]

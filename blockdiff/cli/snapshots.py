@@ -1,0 +1,70 @@
+"""``blockdiff snapshots``: what runs have left on a host."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from blockdiff import address, snapshots, transport
+from blockdiff.address import Address
+from blockdiff.blocks import shown_size
+from blockdiff.cli import agent_prefix, say
+from blockdiff.errors import EXIT_FAILED
+from blockdiff.rules import Left
+from blockdiff.session import Session
+
+
+@click.command("snapshots")
+@click.argument("host", required=False, metavar="[[USER@]HOST]")
+@click.option("--remove", multiple=True, metavar="GROUP/NAME", help="Remove this snapshot. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
+)
+@click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
+def command(
+    host: str | None, remove: tuple[str, ...], as_json: bool, via: str | None, ssh_options: tuple[str, ...]
+) -> None:
+    """List the LVM snapshots that blockdiff made on HOST (default: this machine), and why each is there.
+
+    HOST is [user@]host or ssh://[user@]host[:port]/. With --remove, remove some first: those that were kept for a
+    volume or a chain that is gone are removed by no run. Snapshots of others are neither listed nor removed.
+    """
+    with Session(_address(host), via, ssh_options, agent_prefix() or ()) as session:
+        answer = session.leftovers(remove)
+        session.finish()
+    if as_json:
+        found = [{**asdict(left), "useless": snapshots.is_useless(left)} for left in answer.found]
+        summary = {"snapshots": found, "removed": answer.removed, "failures": answer.failures}
+        click.echo(json.dumps(summary, indent=1))
+    elif remove:
+        for name in answer.removed:
+            click.echo(f"removed {name}")
+    else:
+        _print_table(answer.found)
+    for failure in answer.failures:
+        say(failure)
+    if answer.failures:
+        sys.exit(EXIT_FAILED)
+
+
+def _address(host: str | None) -> Address:
+    if host is None:
+        return Address(None, "")
+    return address.parse(host) if host.startswith("ssh://") else address.parse_login(host)
+
+
+def _print_table(found: Sequence[Left]) -> None:
+    if not found:
+        return
+    rows = [("snapshot", "volume", "size", "made", "chain", "why it is there")]
+    rows += [
+        (left.name, left.volume or "-", shown_size(left.size), left.made[:16], left.chain or "-", snapshots.why(left))
+        for left in found
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        cells = [cell.rjust(width) if i == 2 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        click.echo("  ".join([*cells, row[5]]))
