@@ -332,6 +332,7 @@ def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> D
         "directories": located,
         "volumes": datadir.volumes(located),
         "notes": notes,
+        "left": grant.snapshots([left for source in sources for left in source.left]),
     }
     if request.get("datadir") is not None:
         found.update(datadir.outside(wire.text(request, "datadir"), paths, grant.place))

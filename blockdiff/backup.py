@@ -192,7 +192,7 @@ def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: b
         for job, volume in zip(jobs, ready.volumes, strict=True):
             job.volume = volume
             check_volume(job.plan, job.chain.name, volume.uuid)
-        jobs[0].plan.kept += snapshots.notes(ready.volumes, session.address)
+        jobs[0].plan.kept += snapshots.notes(ready.left, session.address)
         quiesced.check(ready, session)
         yield quiesced
 

@@ -4,7 +4,7 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
 import os
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from blockdiff.errors import SourceError, printable
 
@@ -52,6 +52,10 @@ class Grant:
         Of what does not lie on the granted sources of the run a limited key learns nothing, not even whether it exists.
         """
         return (device, source) if self._words is None or source is not None else (ELSEWHERE, None)
+
+    def snapshots(self, found: "List[Dict[str, object]]") -> "List[Dict[str, object]]":
+        """Return what the key may know of the snapshots of ours that are there: they may be others'."""
+        return found if self._words is None else []
 
     def check_snapshots(self) -> None:
         """Raise `SourceError` where only some sources are granted: what runs left there may be others'."""

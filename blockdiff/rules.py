@@ -54,14 +54,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Volume:
-    """What the agent says of a logical volume: the UUID is None for a source that is read as it is.
-
-    `left` are the snapshots of ours in its volume group.
-    """
+    """What the agent says of a logical volume: the UUID is None for a source that is read as it is."""
 
     uuid: str | None
     segtype: str | None
-    left: tuple[Left, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,8 @@ class Ready:
     `places` has, for each directory asked for, the number of the device that it is on (``""``: there is none), and
     which of the sources is beneath that (None: none of them). `devices` has the paths of those devices that are beneath
     none. `outside` is what leads out of the data directory, and `unlogged` says whether there are tables of engines
-    that do not undo what was not committed; None: nobody could look.
+    that do not undo what was not committed; None: nobody could look. `left` are the snapshots of ours that are in the
+    volume groups of the sources.
     """
 
     volumes: list[Volume]
@@ -90,6 +87,7 @@ class Ready:
     devices: Mapping[str, str] = field(default_factory=dict)
     outside: tuple[Outside, ...] = ()
     unlogged: bool | None = None
+    left: tuple[Left, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,6 +203,7 @@ def check_ready(fields: dict[str, object], sources: int, directories: int) -> Re
         _devices(fields.get("volumes", {})),
         _outside(fields.get("outside", []), sources),
         unlogged if isinstance(unlogged, bool) else None,
+        _lefts(fields.get("left", [])),
     )
 
 
@@ -251,7 +250,7 @@ def _left(fields: object) -> Left:
 def _volume(fields: object) -> Volume:
     if not isinstance(fields, dict):
         raise ProtocolError("says nothing of a source")
-    return Volume(_word(fields, "uuid"), _word(fields, "segtype"), _lefts(fields.get("left", [])))
+    return Volume(_word(fields, "uuid"), _word(fields, "segtype"))
 
 
 def _place(fields: object, sources: int) -> tuple[str, int | None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from blockdiff import leftovers
 from blockdiff.address import Address
-from blockdiff.rules import Left, Volume
+from blockdiff.rules import Left
 
 _WHY = {
     leftovers.RUNNING: "a run is at work on it",
@@ -50,9 +50,9 @@ def chain_is_gone(left: Left) -> bool:
         return False
 
 
-def notes(volumes: Sequence[Volume], address: Address) -> list[str]:
-    """Return what to say of the snapshots beside `volumes` that no run will remove."""
-    useless = {left.name: left for volume in volumes for left in volume.left if is_useless(left)}
+def notes(found: Sequence[Left], address: Address) -> list[str]:
+    """Return what to say of those snapshots on a host that no run will remove."""
+    useless = {left.name: left for left in found if is_useless(left)}
     host = address.login if address.port is None else f"ssh://{address.login}:{address.port}/"
     command = "blockdiff snapshots" if address.host is None else f"blockdiff snapshots {host}"
     return [

@@ -34,6 +34,8 @@ class Source(ABC):
 
     def __init__(self) -> None:
         self.notes: List[str] = []
+        #: The snapshots of ours that are near it (see `leftovers`), from `prepare` on.
+        self.left: List[Dict[str, object]] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> "Source":
@@ -152,8 +154,8 @@ class VolumeSource(Source):
             self._origin = lvcheck.find(self._path)  # what was removed made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
         self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
-        left = leftovers.found(self._origin.group)
-        return {"uuid": self._origin.uuid, "segtype": self._origin.segtype, "left": left}
+        self.left = leftovers.found(self._origin.group)
+        return {"uuid": self._origin.uuid, "segtype": self._origin.segtype}
 
     def _sweep(self) -> None:
         """Remove what killed agents left, and what runs of this owner kept that no chain goes on from."""

@@ -63,13 +63,8 @@ ORDER = """
     transport.openssh  transport.paramiko_ssh
     transport
     rules
-<<<<<<< HEAD
     session  consistency
-    quiesce  streams  compare
-=======
-    session
     quiesce  streams  compare  snapshots
->>>>>>> 71e33fa (LVM: what a cut-off lvcreate left is known and removed, one volume by all its paths, all snapshots watched, blockdiff snapshots)
     plan
     inuse  contents  offsetwriter
     filetarget  devicetarget
@@ -79,13 +74,8 @@ ORDER = """
     descriptors
     command_backup  backup  cronlog  status  overview
     cli.progressbar  cli.standard
-<<<<<<< HEAD
     cli  cli.volumes  cli.newest
-    cli.backup  cli.list  cli.restore  cli.status  cli.verify  cli.repair  cli.authorize
-=======
-    cli  cli.volumes
     cli.backup  cli.list  cli.restore  cli.status  cli.verify  cli.repair  cli.authorize  cli.snapshots
->>>>>>> 71e33fa (LVM: what a cut-off lvcreate left is known and removed, one volume by all its paths, all snapshots watched, blockdiff snapshots)
     cli.modern  cli.original  cli.locking
     start
     __main__
