@@ -210,6 +210,7 @@ class Chain:
         self.has_version_file = inventory.has_version(self.base)
         self.version = inventory.version(self.base)
         self._periods = inventory.periods(self.base)
+        self._begun = inventory.begun(self.base)
         self.generations = {
             number: Generation(self.directory, self.base, number, suffixes)
             for number, suffixes in inventory.generations(self.base).items()
@@ -328,15 +329,9 @@ class Chain:
         """Return whether a run is at work with the chain, as far as the system tells."""
         return self.directory.is_locked(f".{self.base}.lock")
 
-    def _was_begun(self) -> bool:
-        """Return whether a run has begun the chain, complete or not."""
-        return self.directory.has(f".{self.base}.lock")
-
     def _nothing_here(self) -> BlockdiffError:
         """Return the error for a chain without generations: why that may be."""
         name = printable(self.name)
-        if self.is_busy():
-            return BusyError(f"the first run of {name} is at work: no generation is complete yet", "let it finish")
         if self._periods:
             shown = [printable(os.path.join(self.directory.path, each)) for each in self._periods[-_SHOWN_PERIODS:]]
             more = "" if len(shown) == len(self._periods) else f" (and {len(self._periods) - len(shown)} older ones)"
@@ -344,9 +339,13 @@ class Chain:
                 f"there is no chain {name}, but those that `backup --chain` began: {', '.join(shown)}{more}",
                 "name one of them",
             )
+        for each in self._begun:
+            if self.directory.is_locked(f".{each}.lock"):
+                path = printable(self.directory.path_of(each))
+                return BusyError(f"the first run of {path} is at work: no generation is complete yet", "let it finish")
         if os.path.isdir(self.name):
             return ChainError(f"{name} is a directory", f"`blockdiff list {name}` shows the chains in it")
-        if self._was_begun():
+        if self._begun:
             return ChainError(
                 f"no generation of {name} is complete: its first run failed or was cut off", "run the backup again"
             )

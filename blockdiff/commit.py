@@ -16,7 +16,7 @@ from blockdiff.chain import Chain, Generation
 from blockdiff.digesttable import TableReader
 from blockdiff.durable import OutputFile
 from blockdiff.errors import BusyError, DamagedError, StorageError, UsageError, printable
-from blockdiff.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES
+from blockdiff.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Inventory
 from blockdiff.manifest import Manifest
 
 
@@ -64,6 +64,10 @@ class LockedChain(WritableChain):
         super()._begin()
         self._lock()
 
+    def _take(self, inventory: Inventory) -> None:
+        super()._take(inventory)
+        self._begun = []  # the lock is ours, and may be new
+
     def __enter__(self) -> "LockedChain":
         return self
 
@@ -87,13 +91,6 @@ class LockedChain(WritableChain):
             raise BusyError(
                 f"another run is busy with {printable(self.name)}", "let it finish, then run again"
             ) from error
-
-    def is_busy(self) -> bool:
-        """Return False: the run that is at work is this one."""
-        return False
-
-    def _was_begun(self) -> bool:
-        return False  # the lock is ours, and may be new
 
     def _set_uncommitted_aside(self) -> None:
         """Move away what a run linked and died before it linked the manifest: its temporary names tell.

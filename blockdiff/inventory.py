@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _VERSION = re.compile(rb"([1-9][0-9]{0,17})\n?")
 
 #: What ``backup --chain`` appends to a NAME.
-_PERIOD = re.compile(r"-([0-9]{6}|[0-9]{8}|[0-9]{4}W[0-9]{2})")
+_PERIOD = re.compile(r"-(19|20|21)[0-9]{2}((0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])?|W[0-5][0-9])")
 
 
 class Inventory:
@@ -72,7 +72,15 @@ class Inventory:
 
     def periods(self, base: str) -> list[str]:
         """Return the ``NAME-DATE`` that are there and that ``backup --chain`` may have begun of the NAME `base`."""
-        return [each for each in self.bases() if each.startswith(base) and _PERIOD.fullmatch(each, len(base))]
+        return [each for each in self.bases() if _is_period(each, base)]
+
+    def begun(self, base: str) -> list[str]:
+        """Return what of `base` itself and its ``NAME-DATE`` a run has begun, and nothing is there of."""
+        return [each for each in self.without_generations() if each == base or _is_period(each, base)]
+
+
+def _is_period(name: str, base: str) -> bool:
+    return name.startswith(base) and _PERIOD.fullmatch(name, len(base)) is not None
 
 
 def _is_version_file(name: str) -> bool:

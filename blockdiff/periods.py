@@ -23,10 +23,16 @@ class Place:
         return Chain(name, self.inventory)
 
     def names(self, name: str) -> list[str]:
-        """Return the chains that are there of the NAME `name`: itself, then its periods."""
+        """Return the chains that are there of the NAME `name`: itself, then its periods.
+
+        Where NAME itself is there, a ``NAME-DATE`` of another source has its name by chance.
+        """
         base = os.path.basename(name)
-        found = [base] if self.inventory.has(base) else []
-        return [os.path.join(self.path, each) for each in (*found, *self.inventory.periods(base))]
+        periods = [os.path.join(self.path, each) for each in self.inventory.periods(base)]
+        if not self.inventory.has(base):
+            return periods
+        source = self._source(name)
+        return [name, *(each for each in periods if None in (source, found := self._source(each)) or found == source)]
 
     def newest(self, names: Iterable[str], now: float) -> str | None:
         """Return the chain whose last generation is the youngest at the time `now`, in seconds; None for none.
@@ -39,6 +45,15 @@ class Place:
             return finished <= now + clock.TOLERANCE_S, finished
 
         return max(names, key=youth, default=None)
+
+    def _source(self, name: str) -> tuple[str | None, str] | None:
+        """Return host and path of what the last generation is of, None where nothing tells."""
+        with self.chain(name) as chain:
+            for generation in reversed(chain.generations.values()):
+                known = generation.manifest
+                if known is not None:
+                    return None if known.source.kind == "command" else (known.source.host, known.source.path)
+        return None
 
     def _finished(self, name: str) -> float:
         """Return when the last generation was finished, in seconds since the epoch, 0 where nothing tells."""

@@ -1,6 +1,7 @@
 """What `blockdiff list` says: a table for people, JSON for programs, and the states."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,28 @@ def test_a_first_run_that_is_at_work_is_not_a_chain_that_is_not_there(tmp_path: 
         assert re.split(" {2,}", done.stdout.decode().splitlines()[1])[-1] == "first run at work"
     done = commands.run("blockdiff", "list", chain.name)
     assert done.returncode == 1 and b"its first run failed or was cut off" in done.stderr
+
+
+def test_a_first_run_of_a_period_that_is_at_work_is_one_of_its_name(tmp_path: Path) -> None:
+    chain = chains.new_chain(tmp_path)
+    with LockedChain(f"{chain.name}-202611"):
+        for arguments, status in ((("list", chain.name), 4), (("status", chain.name), 1)):
+            done = commands.run("blockdiff", *arguments)
+            said = f"the first run of {chain.name}-202611 is at work"
+            assert done.returncode == status and said in (done.stdout + done.stderr).decode()
+
+
+def test_a_chain_that_only_looks_like_a_period_of_another_is_none(tmp_path: Path) -> None:
+    chain = chains.some_days(tmp_path, 1)
+    (tmp_path / "other").write_bytes(DAYS[1])
+    for name in ("disk-123456", "disk-202611"):  # numbers of virtual machines, say
+        SmallChain(chain.directory, tmp_path / "other", name).add()
+    for path in chain.directory.glob("disk.*"):
+        os.utime(path, (1000, 1000))
+    commands.done("blockdiff", "verify", chain.name)
+    (chain.directory / "disk.1.gz").unlink()
+    assert commands.run("blockdiff", "status", chain.name).returncode == 2
+    assert commands.run("blockdiff", "list", f"{chain.name}-1234").stderr.count(b"there is no chain") == 1
 
 
 def test_a_directory_is_a_table_of_its_chains(tmp_path: Path) -> None:
