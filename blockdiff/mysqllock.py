@@ -19,7 +19,7 @@ from blockdiff.coordinates import Applier, Coordinates, Row, Version
 from blockdiff.errors import DatabaseError, ProcessError, printable
 from blockdiff.mysqlaccount import Account
 from blockdiff.mysqlfiles import Files
-from blockdiff.mysqlsession import Session
+from blockdiff.mysqlsession import Lacking, Session
 from blockdiff.mysqlsocket import TimedOut
 
 #: The exit status for a command that died of a signal, as with the original.
@@ -206,18 +206,32 @@ class Database:
     def check(self, with_coordinates: bool = True) -> Server:
         """Find out what can be found out without a lock: whether this account may do what is to come.
 
-        Raises `DatabaseError`, which names the privilege that is missing and the statement that grants it.
+        Raises `DatabaseError`, which names all privileges that are missing and the statement that grants them.
         """
+        rows, missing = self._session.rows, []
+        for question in self._questions(with_coordinates):
+            try:
+                question()
+            except Lacking as error:
+                missing += [name for name in error.privileges if name not in missing]
+        if missing:
+            raise self._session.lacking(missing)
+        redolog.check(rows, self._limits.max_hold_s)
+        (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
+        return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
+
+    def _questions(self, with_coordinates: bool) -> Iterator[Callable[[], object]]:
+        """Yield what fails for an account that lacks a privilege for what is to come, and does nothing else."""
         rows = self._session.rows
         if rows("SELECT 1 FROM information_schema.ENGINES WHERE ENGINE = 'InnoDB' AND SUPPORT IN ('YES', 'DEFAULT')"):
             # needs PROCESS, without which the list of statements shows our own ones only, and says nothing of it
-            rows("SELECT 1 FROM information_schema.INNODB_METRICS LIMIT 1")
+            yield lambda: rows("SELECT 1 FROM information_schema.INNODB_METRICS LIMIT 1")
         if self._statements.before is None:
-            rows("FLUSH LOCAL TABLES mysql.blockdiff_no_such_table")  # needs RELOAD, and does nothing
+            yield lambda: rows("FLUSH LOCAL TABLES mysql.blockdiff_no_such_table")  # needs RELOAD, and does nothing
         if with_coordinates:
-            coordinates.read(rows)
-        (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
-        return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
+            yield lambda: coordinates.position(rows, self.version)
+            yield self.appliers
+            yield lambda: coordinates.read(rows)
 
     def appliers(self) -> list[Applier]:
         """Return what applies the changes of other servers. Raises `DatabaseError`."""
@@ -278,7 +292,7 @@ class Database:
                     f"{self._session.place}: a statement ({_first_word(row)}) of the user "
                     f"{printable(str(row['User']), 100)} in session {row['Id']} has been running for {_age_s(row)} s",
                     f"the lock could stall every writer behind it; --long-query (now {self._limits.long_query_s:g} s) "
-                    "lets older ones be",
+                    f"lets older ones be, --lock-wait (now {self._limits.lock_wait_s:g} s) waits longer",
                 )
             time.sleep(_POLL_INTERVAL_S)
 

@@ -6,6 +6,7 @@ import re
 import socket
 import ssl
 import struct
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,14 @@ _HINTS = {
     3159: "?ssl-ca=FILE encrypts the connection, mysql+ssh://USER@/ goes through SSH",
     2059: "give the account a usual way to log in, such as mysql_native_password or caching_sha2_password",
 }
+
+
+class Lacking(DatabaseError):  # noqa: N818
+    """The account lacks these privileges."""
+
+    def __init__(self, message: str, hint: str | None = None, privileges: Sequence[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.privileges = privileges
 
 
 class Session:
@@ -171,6 +180,15 @@ class Session:
         seconds = math.ceil(hold_s)
         self.execute(f"SET SESSION wait_timeout={seconds}, net_read_timeout={seconds}, net_write_timeout={seconds}")
 
+    def lacking(self, privileges: Sequence[str]) -> "Lacking":
+        """Return the error for privileges that the account needs and does not have."""
+        word, names = "privilege" if len(privileges) == 1 else "privileges", ", ".join(privileges)
+        return Lacking(
+            f"{self.place}: {printable(self._user, 100)} lacks the {word} {names}",
+            f"GRANT {names} ON *.* TO {self._granted_to}",
+            privileges,
+        )
+
     def _refused(self, error: "pymysql.err.MySQLError") -> DatabaseError:
         number, said = _parts(error)
         message = f"{self.place}: {said}"
@@ -179,10 +197,7 @@ class Session:
         match = _PRIVILEGES.search(said)
         if number == 1227 and match is not None:
             missing = [name for name in re.split(r", | or ", match[1]) if name != "SUPER"] or ["SUPER"]
-            return DatabaseError(
-                f"{self.place}: {printable(self._user, 100)} lacks the privilege {missing[0]}",
-                f"GRANT {missing[0]} ON *.* TO {self._granted_to}",
-            )
+            return self.lacking([missing[0]])
         return DatabaseError(message, _HINTS.get(number))
 
 

@@ -21,6 +21,21 @@ def is_late(rows: Rows) -> bool:
     return any(str(row["Value"]) == "0" for row in found)
 
 
+def check(rows: Rows, hold_s: float) -> None:
+    """Raise `DatabaseError` where it would be waited for longer than the lock can be held, `hold_s` seconds at most."""
+    if not is_late(rows):
+        return
+    found = rows("SHOW GLOBAL VARIABLES LIKE 'innodb\\_flush\\_log\\_at\\_timeout'")
+    interval_s = max((int(str(row["Value"])) for row in found), default=1)
+    limit_s = min(TIMEOUT_S, hold_s)
+    if interval_s >= limit_s:
+        raise DatabaseError(
+            f"InnoDB writes its redo log every {interval_s} s only, and the lock would have to be held until then:"
+            f" {limit_s:g} s are the most (--max-hold is {hold_s:g} s)",
+            "set innodb_flush_log_at_trx_commit=1 or =2 there, or innodb_flush_log_at_timeout=1",
+        )
+
+
 def wait(rows: Rows) -> None:
     """Wait until all that is committed now is written. Raises `DatabaseError` where that takes too long."""
     deadline = time.monotonic() + TIMEOUT_S
@@ -28,7 +43,7 @@ def wait(rows: Rows) -> None:
     while written < committed:
         if time.monotonic() > deadline:
             raise DatabaseError(
-                f"InnoDB has not written its redo log for {TIMEOUT_S:g} s",
+                f"InnoDB has not written its redo log for {TIMEOUT_S:g} s while the database was locked",
                 "with innodb_flush_log_at_trx_commit=1 or =2 there it does so at each commit",
             )
         time.sleep(_POLL_INTERVAL_S)

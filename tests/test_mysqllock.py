@@ -148,7 +148,9 @@ def test_a_long_statement_is_told_without_its_text_and_left_alone(mariadb: Maria
             pytest.fail("there was a lock")
         told = f"a statement (SELECT) of the user {mariadb.user} in session {statement.id} has been running for"
         assert told in caught.value.message and "secret" not in repr(caught.value)
-        assert "--long-query (now 0.5 s)" in str(caught.value.hint)
+        assert "--long-query (now 0.5 s)" in str(caught.value.hint) and "--lock-wait (now 1 s)" in str(
+            caught.value.hint
+        )
         assert not statement.done
     statement.end()
     mariadb.assert_free()
@@ -373,25 +375,34 @@ def test_a_server_that_is_not_there_names_itself(account: Account, message: str,
     assert message in caught.value.message and hint in str(caught.value.hint)
 
 
-def test_each_missing_privilege_names_itself_and_what_grants_it(mariadb: MariaDB, backup_account: Account) -> None:
-    missing = []
-    while True:
-        with mysqllock.connect(backup_account) as database:
-            try:
-                server = database.check()
-            except DatabaseError as error:
-                hint = str(error.hint)
-                missing.append(error.message.rpartition("backup lacks the privilege ")[2])
-                assert hint == f"GRANT {missing[-1]} ON *.* TO `backup`@`localhost`" and len(missing) < 9
-                mariadb.run(hint)
-                continue
-            with database.locked() as held:
-                held.coordinates()
-                held.prove()
-            break
-    assert missing == ["PROCESS", "RELOAD", "BINLOG MONITOR", "SLAVE MONITOR"]
+def test_all_missing_privileges_are_named_at_once_with_what_grants_them(
+    mariadb: MariaDB, backup_account: Account
+) -> None:
+    names = "PROCESS, RELOAD, BINLOG MONITOR, SLAVE MONITOR"
+    with mysqllock.connect(backup_account) as database, pytest.raises(DatabaseError) as caught:
+        database.check()
+    assert caught.value.message.endswith(f": backup lacks the privileges {names}")
+    assert caught.value.hint == f"GRANT {names} ON *.* TO `backup`@`localhost`"
+    mariadb.run(caught.value.hint)
+    with mysqllock.connect(backup_account) as database:
+        server = database.check()
+        with database.locked() as held:
+            held.coordinates()
+            held.prove()
     assert server.files.needed == (str(mariadb.data),)
     assert server.hostname == socket.gethostname()
+
+
+@pytest.mark.parametrize("name", ["PROCESS", "RELOAD", "BINLOG MONITOR", "SLAVE MONITOR"])
+def test_each_missing_privilege_names_itself(mariadb: MariaDB, backup_account: Account, name: str) -> None:
+    mariadb.run(
+        "GRANT PROCESS, RELOAD, BINLOG MONITOR, SLAVE MONITOR ON *.* TO backup@localhost",
+        f"REVOKE {name} ON *.* FROM backup@localhost",
+    )
+    with mysqllock.connect(backup_account) as database, pytest.raises(DatabaseError) as caught:
+        database.check()
+    assert caught.value.message.endswith(f": backup lacks the privilege {name}")
+    assert caught.value.hint == f"GRANT {name} ON *.* TO `backup`@`localhost`"
 
 
 def test_without_coordinates_and_with_other_statements_less_is_needed(
@@ -400,5 +411,5 @@ def test_without_coordinates_and_with_other_statements_less_is_needed(
     mariadb.run("GRANT PROCESS ON *.* TO backup@localhost")
     with mysqllock.connect(backup_account, statements=Statements(["SELECT 1"], ["SELECT 2"])) as database:
         database.check(with_coordinates=False)
-        with pytest.raises(DatabaseError, match="lacks the privilege BINLOG MONITOR"):
+        with pytest.raises(DatabaseError, match="lacks the privileges BINLOG MONITOR, SLAVE MONITOR"):
             database.check()

@@ -61,6 +61,40 @@ def test_a_log_that_is_never_written_is_given_up(monkeypatch: pytest.MonkeyPatch
     assert "innodb_flush_log_at_trx_commit=1" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("late", "interval_s", "hold_s", "message"),
+    [
+        ("0", 1, 60, None),
+        ("0", 9, 60, None),
+        ("1", 600, 60, None),
+        ("0", 10, 60, r"every 10 s only, .* 10 s are the most \(--max-hold is 60 s\)"),
+        ("0", 3, 3, r"every 3 s only, .* 3 s are the most \(--max-hold is 3 s\)"),
+    ],
+)
+def test_a_log_that_is_written_too_seldom_is_seen_before_the_lock(
+    late: str, interval_s: int, hold_s: float, message: str | None
+) -> None:
+    def rows(statement: str) -> "list[Row]":
+        return [{"Variable_name": "", "Value": interval_s if "timeout" in statement else late}]
+
+    if message is None:
+        redolog.check(rows, hold_s)
+        return
+    with pytest.raises(DatabaseError, match=message) as caught:
+        redolog.check(rows, hold_s)
+    assert "innodb_flush_log_at_timeout=1" in str(caught.value.hint)
+
+
+def test_a_real_server_that_writes_too_seldom_is_refused_before_the_lock(mariadb: MariaDB) -> None:
+    account = Account(mariadb.user, "", socket=str(mariadb.socket))
+    mariadb.run("SET GLOBAL innodb_flush_log_at_trx_commit=0", "SET GLOBAL innodb_flush_log_at_timeout=600")
+    try:
+        with mysqllock.connect(account) as database, pytest.raises(DatabaseError, match="every 600 s only"):
+            database.check()
+    finally:
+        mariadb.run("SET GLOBAL innodb_flush_log_at_trx_commit=2", "SET GLOBAL innodb_flush_log_at_timeout=1")
+
+
 @pytest.mark.parametrize("rows", [[], [{"Status": "nothing of a log"}]])
 def test_a_server_that_does_not_say_is_given_up(rows: "list[Row]") -> None:
     with pytest.raises(DatabaseError, match="does not say how much of its redo log is written"):
