@@ -335,9 +335,11 @@ class Directory:
         with _named("make a hard link in", self.path):
             try:
                 os.link(name, spare_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
-            finally:
-                with suppress(OSError):  # what is still there is found by whoever writes the file of that name
+            except BaseException:
+                with suppress(OSError):  # the error that led here is the one to tell
                     os.unlink(spare_name, dir_fd=self._fd)
+                raise
+        self.unlink(spare_name)
         self.sync()
 
     def rename(self, name: str, new_name: str) -> None:
