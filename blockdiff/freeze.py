@@ -4,7 +4,7 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
 import subprocess
-from typing import List, Optional, Sequence
+from typing import List, Optional
 
 from blockdiff import process, signals
 from blockdiff.errors import BlockdiffError, ProcessError, SourceError, printable
@@ -54,11 +54,9 @@ class Freeze:
                 raise
             error.hint = "; ".join(part for part in (error.hint, failure.message) if part)
 
-    def _held_open(self) -> Sequence[int]:
+    def _held_open(self) -> Optional[int]:
         """Return what `before` keeps open, so that the guard waits for its end: to let go before is to let go never."""
-        if self._guard is None or self._guard.stdin is None:
-            return ()
-        return (self._guard.stdin.fileno(),)
+        return None if self._guard is None or self._guard.stdin is None else self._guard.stdin.fileno()
 
     def _thaw(self) -> None:
         if self._after is None or self._guard is None:
@@ -71,7 +69,7 @@ class Freeze:
             _dismiss(guard)
 
 
-def _run(option: str, command: str, held_open: Sequence[int] = ()) -> None:
+def _run(option: str, command: str, held_open: Optional[int] = None) -> None:
     try:
         process.run_shell(command, COMMAND_TIMEOUT_S, held_open)
     except ProcessError as error:

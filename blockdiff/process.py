@@ -159,20 +159,23 @@ def run(
     return checked(arguments, completed) if check else completed
 
 
-def run_shell(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> Completed:
+def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Completed:
     """Run a line for the shell like `run`, in a session of its own; what is not done in time is stopped as a whole.
 
-    `pass_fds` are descriptors that it keeps open as long as it runs. A signal that ends the caller stops it as well,
-    even one that comes while it is being started. What is another user's by now, as through sudo, we may not stop: it
-    is waited for, however long, because nobody may go on as if it were done.
+    `held` is a descriptor that is open as long as the shell runs; what it leaves behind does not have it. A signal that
+    ends the caller stops it as well, even one that comes while it is being started. What is another user's by now, as
+    through sudo, we may not stop: it is waited for, however long, because nobody may go on as if it were done.
     """
     arguments = ["/bin/sh", "-c", command]
+    # a shell around it has the descriptor; it does not put the command in its own place while it has more to do
+    around = arguments if held is None else ["/bin/sh", "-c", '/bin/sh -c "$1" </dev/null; exit "$?"', "sh", command]
+    stdin = subprocess.DEVNULL if held is None else held
     cancelled: List[bool] = []
 
     def work() -> Completed:
         deadline = time.monotonic() + timeout_s
         stopped = False
-        with started(lambda: _start(arguments, None, start_new_session=True, pass_fds=pass_fds), stop_session) as child:
+        with started(lambda: _start(around, None, start_new_session=True, stdin=stdin), stop_session) as child:
             output = Output(child)
             while not output.wait(_LOOK_S):
                 if not stopped and (cancelled or time.monotonic() > deadline):
@@ -299,18 +302,17 @@ def _start(
     env: Optional[Dict[str, str]],
     start_new_session: bool = False,
     restore_signals: bool = True,
-    pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
     try:
         return subprocess.Popen(
             list(arguments),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,
             start_new_session=start_new_session,
             restore_signals=restore_signals,
-            pass_fds=pass_fds,
         )
     except OSError as error:
         raise ProcessError("cannot start {}: {}".format(shown(arguments), error.strerror or error)) from error

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockdiff import rules, transport, wire
+from blockdiff import process, rules, transport, wire
 from blockdiff.address import Address
 from blockdiff.blocks import Digest
 from blockdiff.digesttable import TableReader
@@ -337,15 +337,22 @@ class Session:
         return int(length)
 
     def _check_exit(self) -> None:
-        """The agent has said that all is well; it must also end well, and without another word."""
-        self._link.silence_s = self._link.stall_s = connection.EXIT_TIMEOUT_S
+        """The agent has said that all is well; it must also end well, and without another word.
+
+        What else holds the connection open is not waited for, nor is the end of an agent which that hides: it had put
+        everything away before it said so.
+        """
+        patience_s = connection.EXIT_TIMEOUT_S if self._connection.tells_end else process.LINGER_S
+        self._link.silence_s = self._link.stall_s = patience_s
         with self._rules():
             try:
                 frame = self._link.receive()
                 raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
             except ConnectionLost:
                 pass  # as it should be
-        ended = self._connection.wait(connection.EXIT_TIMEOUT_S)
+        ended = self._connection.wait(patience_s)
+        if ended is None and not self._connection.tells_end:
+            return
         if ended is None:
             raise self._broken("did not end after it had sent everything")
         if ended.status is None:

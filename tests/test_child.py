@@ -41,3 +41,29 @@ def test_close_ends_although_a_grandchild_holds_the_pipe_of_a_stuck_write(monkey
         assert connection.wait(0) is not None
         os.kill(int(told), signal.SIGKILL)
         assert lost.wait(30), "the grandchild is gone, the write must fail"
+
+
+@pytest.mark.parametrize("said", ["", "word"])
+def test_a_command_has_ended_when_it_has_ended(said: str) -> None:
+    """What it has left behind holds its pipe, and says nothing."""
+    with ChildConnection(["sh", "-c", f"sleep 600 & echo $!; printf '{said}'"], Place("host", "host")) as connection:
+        told = bytearray()
+        while True:
+            piece = bytearray(16)
+            count = connection.readinto(memoryview(piece), 300)
+            if count == 0:
+                break
+            told += piece[:count]
+        pid, _, rest = told.decode().partition("\n")
+        assert rest == said
+        os.kill(int(pid), 0)  # it was let be
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_what_a_command_has_left_behind_may_speak_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LINGER_S", 60.0)
+    with ChildConnection(["sh", "-c", "(sleep 0.3; echo late) & exit 0"], Place("host", "host")) as connection:
+        assert connection.wait(30) is not None
+        piece = bytearray(16)
+        assert connection.readinto(memoryview(piece), 300) == 5 and bytes(piece[:5]) == b"late\n"
+        assert connection.readinto(memoryview(piece), 300) == 0

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -150,11 +150,25 @@ def give_no_time(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
     """Let this command take 0.2 s, and all others as long as they may."""
     run_shell = process.run_shell
 
-    def run(command: str, timeout_s: float, pass_fds: Sequence[int] = ()) -> process.Completed:
+    def run(command: str, timeout_s: float, held: int | None = None) -> process.Completed:
         assert timeout_s == freeze.COMMAND_TIMEOUT_S
-        return run_shell(command, 0.2 if command == slow else timeout_s, pass_fds)
+        return run_shell(command, 0.2 if command == slow else timeout_s, held)
 
     monkeypatch.setattr(process, "run_shell", run)
+
+
+@pytest.mark.parametrize("option", ["--before", "--after"])
+def test_what_a_command_leaves_behind_is_let_be(log: Log, tmp_path: Path, option: str) -> None:
+    """Though it holds all that the command had open; its end is not waited for, by the guard neither."""
+    pid = tmp_path / "pid"
+    leaving = log.command(option, f"sleep 600 & echo $! > '{pid}'")
+    before, after = (leaving, log.command("--after")) if option == "--before" else (log.command("--before"), leaving)
+    with Freeze(before, after):
+        assert log.words() == ["--before"]
+    assert log.words() == ["--before", "--after"]
+    os.kill(int(pid.read_text()), signal.SIGKILL)  # it was there still
+    while process._LEFT_OPEN:
+        process._LEFT_OPEN.pop().close()
 
 
 @pytest.mark.parametrize("option", ["--before", "--after"])
@@ -256,6 +270,19 @@ def test_a_guard_that_was_killed_is_no_failure(log: Log, nothing_left: str) -> N
 
 def guards(mark: str) -> list[int]:
     return [pid for pid, command in processes.marked(mark).items() if "blockdiff-guard" in command]
+
+
+def test_the_guard_does_not_wait_for_what_before_has_left_behind(log: Log, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    leaving = f"sleep 600 & echo $! > '{pid}'"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(ROOT), leaving, log.command("after")], stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdout is not None and child.stdout.readline() == b"frozen\n"
+        child.kill()
+    log.wait_for("after")
+    os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_a_signal_while_the_guard_is_started_runs_neither(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

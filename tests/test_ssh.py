@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -363,3 +364,22 @@ def test_paramiko_names_an_option_that_it_does_not_have(sshd: Sshd, chain: chain
     assert result.returncode == 2
     assert b"paramiko has no option ProxyJump" in result.stderr
     assert b"IdentityFile" in result.stderr
+
+
+@pytest.mark.parametrize("transport", NAMES)
+@pytest.mark.parametrize("held", ["", ">/dev/null", "2>/dev/null"])
+def test_what_a_start_file_has_begun_may_hold_the_connection_open(
+    sshd: Sshd, tmp_path: Path, transport: str, held: str
+) -> None:
+    """As a `.bashrc` does that starts an agent for keys: it stays, and the run is done all the same."""
+    chain = chains.new_chain(tmp_path)
+    chain.source.write_bytes(b"content")
+    left = f"{tmp_path}/left"
+    start = f"sleep 600 </dev/null {held} & echo $! > '{left}'"
+    options = sshd.login_through(f'#!/bin/sh\n{start}\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    known = [option for option in options if transport == "ssh" or option != "IdentitiesOnly=yes"]
+    words = [word for option in known for word in ("--ssh-option", option)]
+    commands.done("blockdiff", "backup", "--transport", transport, *words, chain.name, sshd.url(chain.source))
+    os.kill(int(Path(left).read_text()), signal.SIGKILL)  # it was there still
+    assert chain.restored(1) == b"content"
+    processes.wait_until_gone(sshd.mark)

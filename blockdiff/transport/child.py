@@ -61,6 +61,8 @@ class ChildConnection(Connection):
         for pipe in (self._input, self._output):
             _enlarge(pipe.fileno())
         self._pipe = wire.Pipe(self._output.fileno(), self._input.fileno())
+        self._readable = select.poll()
+        self._readable.register(self._output, select.POLLIN)
         self._tail = Tail(_chunks(self._child.stderr))
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
@@ -68,7 +70,22 @@ class ChildConnection(Connection):
         with self._read_lock:
             if self._closed:
                 raise ConnectionLost("the connection is closed")
-            return self._pipe.readinto(view, timeout_s)
+            return 0 if self._is_over(timeout_s) else self._pipe.readinto(view, 0)
+
+    def _is_over(self, timeout_s: float) -> bool:
+        """Wait for something to read; return whether the command has ended, and who still holds its pipe says nothing.
+
+        Raises `ConnectionLost` where nothing came for `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        ended = False
+        while not self._readable.poll(1000 * max(0.0, min(process.LINGER_S, deadline - time.monotonic()))):
+            if ended:
+                return True
+            if time.monotonic() >= deadline:
+                raise ConnectionLost(f"silent for {timeout_s:g} s", silent=True)
+            ended = self._child.poll() is not None
+        return False
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         """See `connection.Connection`."""

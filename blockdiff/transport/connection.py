@@ -36,9 +36,12 @@ class Connection(wire.Stream):
     """A running command on the other side. A context manager that leaves nothing running.
 
     `place` is where it is, `memory` what a command on this machine has inherited. `nonce` is what the agent will begin
-    with, once it was sent, and `prefix` the command that it is to run under.
+    with, once it was sent, and `prefix` the command that it is to run under. `tells_end` is whether the command's end
+    is known even where others, as what its host's start files have begun, hold the connection open; `readinto` then
+    takes their silence for the end.
     """
 
+    tells_end: bool = True
     place: Place
     memory: SharedMemory | None = None
     nonce: bytes | None = None

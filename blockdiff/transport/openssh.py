@@ -52,10 +52,12 @@ _BORING = (_LOGGED_IN, "Transferred: ", "Bytes per second: ")
 
 
 class SshConnection(ChildConnection):
-    """A command on a host, through a child process that is ssh.
+    """A command on a host, through a child process that is ssh, which ends no sooner than the connection.
 
     Raises `UsageError` where ssh does not take an option, `TransportError` where it cannot be used as it is set up.
     """
+
+    tells_end = False
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
         settings = effective(address, options)

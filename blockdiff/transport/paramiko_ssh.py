@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -134,13 +135,20 @@ class ParamikoConnection(Connection):
         return len(data)
 
     def _receive(self, limit: int, timeout_s: float) -> bytes:
-        self._channel.settimeout(timeout_s)
-        try:
-            return self._channel.recv(limit)
-        except TimeoutError as error:
-            raise ConnectionLost(f"silent for {timeout_s:g} s", silent=True) from error
-        except _BREAKS as error:
-            raise ConnectionLost(f"cannot read: {_text(error)}") from error
+        deadline = time.monotonic() + timeout_s
+        ended = False
+        while True:
+            self._channel.settimeout(max(0.01, min(process.LINGER_S, deadline - time.monotonic())))
+            try:
+                return self._channel.recv(limit)
+            except TimeoutError as error:
+                if ended:
+                    return b""
+                if time.monotonic() >= deadline:
+                    raise ConnectionLost(f"silent for {timeout_s:g} s", silent=True) from error
+                ended = self._channel.exit_status_ready()
+            except _BREAKS as error:
+                raise ConnectionLost(f"cannot read: {_text(error)}") from error
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         """See `connection.Connection`."""
