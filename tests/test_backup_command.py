@@ -164,11 +164,19 @@ def test_a_dry_run_makes_and_removes_no_snapshot(
     assert "less with --snapshot-size" in refused(1, "--dry-run", *words) and not marker.exists()
     with fake.state() as state:
         state["groups"]["vg"] = 200 << 20
+    more = ("--also", f"{chain.name}2={fake.add_file('vg', 'log', DAYS[1])}")
+    told = commands.done("blockdiff", "backup", "--dry-run", *more, *words).decode().splitlines()
+    assert [line.partition(",")[0] for line in told] == [
+        f"would be done: generation 1 of {chain.name}",
+        f"would be done: generation 1 of {chain.name}2",
+    ]
+    planned = json.loads(commands.done("blockdiff", "backup", "--dry-run", "--json", *more, *words))
+    assert [plan["name"] for plan in planned] == [chain.name, f"{chain.name}2"]
     left = "bd_0123456789ab"
     tags = f"{lvs.TAG},{lvs.TAG}_pid_1_1_0123"
     fake.add("vg", left, origin="lv", lv_attr="swi-a-s---", segtype="linear", lv_tags=tags)
     commands.done("blockdiff", "backup", "--dry-run", *words)
-    assert fake.names() == ["lv", left]
+    assert fake.names() == ["lv", "log", left]
     assert {name for name, *_ in fake.calls()} == {"lvs"} and list(chain.directory.iterdir()) == []
     commands.done("blockdiff", "backup", *words)  # the real one does all that
     assert left not in fake.names() and marker.exists()
