@@ -60,6 +60,7 @@ ORDER = """
     transport.advice
     transport.connection
     transport.child
+    transport.knownhosts  transport.sshconfig
     transport.openssh  transport.paramiko_ssh
     transport
     rules

@@ -46,6 +46,7 @@ class Cause(Enum):
         "ssh and {login} have no {what} in common; it offers {offer}",
         "update the host's sshd, or allow one of these with --ssh-option {option}=+NAME",
     )
+    INCOMPATIBLE = ("paramiko and {login} have nothing in common: {said}", "use --transport ssh, or update its sshd")
     PROXY = ("cannot reach {login} through {proxy}: {said}", "`{try}` must work without a password")
     BAD_OPTION = (
         "ssh does not take what the command line says: {said}",

@@ -1,28 +1,29 @@
 """SSH in Python: for machines without an ssh program, and by choice.
 
-It reads the host's ``HostName``, ``Port``, ``User`` and ``IdentityFile`` from ``~/.ssh/config``, and known keys from
-the usual places.
+What it takes of ssh's settings is in `sshconfig`, known keys are in `knownhosts`.
 """
 
+import functools
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import paramiko
+from paramiko.ssh_exception import IncompatiblePeer
 
 from blockdiff import bundle, pipeline, process, wire
 from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
-from blockdiff.transport import advice
-from blockdiff.transport.advice import Cause
-from blockdiff.transport.connection import Connection, Exit, Tail
+from blockdiff.errors import BlockdiffError, ConnectionLost
+from blockdiff.transport import advice, sshconfig
+from blockdiff.transport.advice import Cause, Place
+from blockdiff.transport.connection import START_TIMEOUT_S, Connection, Exit, Tail
+from blockdiff.transport.knownhosts import KnownKeys
+from blockdiff.transport.sshconfig import Settings
 
-CONNECT_TIMEOUT_S = 30.0
 #: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
 WINDOW_SIZE = 8 << 20
 #: The largest packet that OpenSSH sends, in bytes.
@@ -32,7 +33,9 @@ _BREAKS = (OSError, EOFError, paramiko.SSHException)
 _FAST_CIPHER = "aes128-gcm@openssh.com"
 # Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does when it wants to.
 _NEVER = 1 << 60
-_OPTIONS = ("HostName", "Port", "User", "IdentityFile", "UserKnownHostsFile", "ConnectTimeout")
+# what paramiko calls silence, after the greeting and before it
+_SILENCE = ("No existing session", "Authentication timeout.")
+_NO_GREETING = "Error reading SSH protocol banner"
 
 # What paramiko logs, its exceptions tell as well; without a handler, Python would print it to standard error.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -46,50 +49,40 @@ class ParamikoConnection(Connection):
     """
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
-        self.place = advice.place(address)
-        self._address = address
+        settings = sshconfig.read(address, options)
+        self.place = settings.place
         self._client = paramiko.SSHClient()
         self._crew = pipeline.Crew()
         try:
             self._crew.start(1)
-            settings = _settings(address, options)
-            self.place = replace(self.place, known_hosts=settings.get("userknownhostsfile"))
             self._channel = self._crew.give(lambda: self._start(settings)).result()
         except BaseException:
             self.close()
             raise
         self._tail = Tail(self._error_chunks())
 
-    def _start(self, settings: dict[str, str]) -> paramiko.Channel:
-        timeout_s = float(settings.get("connecttimeout", CONNECT_TIMEOUT_S))
+    def _start(self, settings: Settings) -> paramiko.Channel:
+        timeout_s = START_TIMEOUT_S if settings.timeout_s is None else settings.timeout_s
+        host = _HostKey(self.place, KnownKeys(settings.known_hosts, self.place))
         try:
-            self._connect(settings, timeout_s)
+            self._connect(settings, host, timeout_s)
             transport = self._client.get_transport()
             assert transport is not None
             channel = transport.open_session(WINDOW_SIZE, PACKET_SIZE, timeout=timeout_s)
             self._execute(channel, timeout_s)
             return channel
-        except paramiko.BadHostKeyException as error:
-            raise advice.failure(Cause.CHANGED_KEY, self.place) from error
-        except paramiko.SSHException as error:
-            raise self._explained(error, timeout_s) from error
-        except EOFError as error:
-            said = "the connection ended during the SSH handshake"
-            raise advice.failure(Cause.UNREACHABLE, self.place, said) from error
+        except IncompatiblePeer as error:
+            raise advice.failure(Cause.INCOMPATIBLE, self.place, str(error)) from error
+        except (paramiko.SSHException, EOFError) as error:
+            transport = self._client.get_transport()
+            there = host.accepted and transport is not None and transport.is_active()
+            refused = there and not (transport is not None and transport.is_authenticated())
+            cause = Cause.REFUSED if refused else Cause.UNREACHABLE
+            raise advice.failure(cause, self.place, _said(error, timeout_s)) from error
         except OSError as error:
             raise advice.failure(Cause.UNREACHABLE, self.place, str(error.strerror or error)) from error
-
-    def _explained(self, error: paramiko.SSHException, timeout_s: float) -> BlockdiffError:
-        said = str(error)
-        if "not found in known_hosts" in said:
-            return advice.failure(Cause.UNKNOWN_KEY, self.place)
-        if "No existing session" in said or "Authentication timeout" in said:  # what paramiko calls silence
-            return advice.failure(Cause.UNREACHABLE, self.place, f"silent for {timeout_s:g} s during the SSH handshake")
-        if "protocol banner" in said:
-            return advice.failure(Cause.UNREACHABLE, self.place, "no SSH server answered")
-        if isinstance(error, paramiko.AuthenticationException) and "saw EOF" not in said:
-            return advice.failure(Cause.REFUSED, self.place, said)
-        return advice.failure(Cause.UNREACHABLE, self.place, said)
+        except ValueError as error:  # of a private key that is none
+            raise advice.failure(Cause.REFUSED, self.place, str(error)) from error
 
     def _execute(self, channel: paramiko.Channel, timeout_s: float) -> None:
         """Start the command. paramiko would wait for the answer for ever; it wakes up when the connection closes."""
@@ -100,20 +93,20 @@ class ParamikoConnection(Connection):
         finally:
             watchdog.cancel()
 
-    def _connect(self, settings: dict[str, str], timeout_s: float) -> None:
-        self._client.load_system_host_keys()
-        if "userknownhostsfile" in settings:
-            self._client.load_host_keys(os.path.expanduser(settings["userknownhostsfile"]))
-        self._client.set_missing_host_key_policy(paramiko.RejectPolicy())
+    def _connect(self, settings: Settings, host: "_HostKey", timeout_s: float) -> None:
+        self._client.set_missing_host_key_policy(host)
+        identities = [path for path in settings.identities if os.access(path, os.R_OK)]
         self._client.connect(
-            settings.get("hostname", self._address.host or ""),
-            port=self._address.port or int(settings.get("port", 22)),
-            username=self._address.user or settings.get("user"),
-            key_filename=os.path.expanduser(settings["identityfile"]) if "identityfile" in settings else None,
+            self.place.host,
+            port=settings.port,
+            username=settings.user,
+            key_filename=identities,  # type: ignore[arg-type]  # takes a list, says text
+            allow_agent=not settings.only_identities,
+            look_for_keys=not settings.identities,
             timeout=timeout_s,
             banner_timeout=timeout_s,
             auth_timeout=timeout_s,
-            transport_factory=_transport,
+            transport_factory=functools.partial(_transport, host.known.kinds),
         )
 
     def _error_chunks(self) -> Iterator[bytes]:
@@ -182,11 +175,36 @@ class ParamikoConnection(Connection):
         return advice.lost(self.place, error, said=advice.last_words(self.stderr().splitlines()))
 
 
+def _said(error: Exception, timeout_s: float) -> str:
+    """Return what paramiko says of a connection that was not made, in words that say more."""
+    if str(error) in _SILENCE:
+        return f"silent for {timeout_s:g} s during the SSH handshake"
+    if str(error).startswith(_NO_GREETING):
+        return "no SSH server answered"
+    return str(error) or "the connection ended during the SSH handshake"
+
+
 def _text(error: Exception) -> str:
     return str(error) or "the connection ended"
 
 
+class _HostKey(paramiko.MissingHostKeyPolicy):
+    """Looks at the key that the host shows; paramiko itself knows none, and so asks for each."""
+
+    def __init__(self, place: Place, known: KnownKeys) -> None:
+        self.known = known
+        self.accepted = False
+        self._place = place
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+        """Return where the key is the known one, and raise `TransportError` where it is not."""
+        if (cause := self.known.wrong(key.get_name(), key.asbytes())) is not None:
+            raise advice.failure(cause, self._place)
+        self.accepted = True
+
+
 def _transport(
+    kinds: Sequence[str],
     sock: object,
     /,
     *,
@@ -194,34 +212,17 @@ def _transport(
     gss_deleg_creds: bool = True,
     disabled_algorithms: Mapping[str, Iterable[str]] | None = None,
 ) -> paramiko.Transport:
-    """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself."""
+    """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself.
+
+    The host is to show a key of one of the `kinds` that are known of it, if it has any.
+    """
     transport = paramiko.Transport(
         cast(socket.socket, sock), WINDOW_SIZE, PACKET_SIZE, disabled_algorithms=disabled_algorithms
     )
     options = transport.get_security_options()
     options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher != _FAST_CIPHER)
+    known = {name for kind in kinds for name in (("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,))}
+    options.key_types = sorted(options.key_types, key=lambda name: name not in known)
     transport.packetizer.REKEY_BYTES = _NEVER
     transport.packetizer.REKEY_PACKETS = _NEVER
     return transport
-
-
-def _settings(address: Address, options: Sequence[str]) -> dict[str, str]:
-    """Return the settings for the host, in lower case: the user's options, then ``~/.ssh/config``."""
-    config = paramiko.SSHConfig()
-    path = os.path.expanduser("~/.ssh/config")
-    if os.path.exists(path):
-        try:
-            config = paramiko.SSHConfig.from_path(path)
-        except (OSError, paramiko.SSHException) as error:
-            raise TransportError(f"cannot read {path}: {printable(str(error), 300)}") from error
-    found = dict(config.lookup(address.host or ""))
-    settings = {name: value for name, value in found.items() if name in {o.lower() for o in _OPTIONS}}
-    if isinstance(settings.get("identityfile"), list):
-        settings["identityfile"] = settings["identityfile"][0]
-    for option in options:
-        name, _, value = option.partition("=")
-        known = {o.lower() for o in _OPTIONS}
-        if name.lower() not in known:
-            raise UsageError(f"paramiko has no option {printable(name, 100)}", f"it knows {', '.join(_OPTIONS)}")
-        settings[name.lower()] = value
-    return settings
