@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from blockdiff import codec, dump, temporary
+from blockdiff import codec, dump, temporary, witness
 from blockdiff.address import Address
 from blockdiff.blocks import Hasher, check_block_size, digest_named
 from blockdiff.deltafile import Sink
@@ -121,9 +121,10 @@ class _InOrder(dump.OldDigests):
         self._next += count
 
 
-def dump_local(path: str | None, block_size: int | None, compression: str) -> None:
+def dump_local(path: str | None, block_size: int | None, compression: str) -> str:
     """Dump the file or device at `path`, or standard input for None.
 
+    Returns how it was written to meanwhile, or in use, in words that follow its path; "" for neither.
     `compression` is ``gzip``, ``lzop`` or ``none``; `block_size` in bytes counts only where there is no old table.
     Raises `SourceError`, `StorageError`, `UsageError`, or `DamagedError` for an old table that cannot be one.
     """
@@ -133,6 +134,7 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> No
         pool = dump.buffers_for(ends.block_size)
         source: dump.FileSource | dump.StreamSource
         source = dump.StreamSource(0, pool) if path is None else _open_source(path, pool, stack)
+        watched = witness.Witness(source) if isinstance(source, dump.FileSource) else None
         writer = ends.writer(source.size)
 
         def runs() -> Iterator[dump.Run]:
@@ -145,11 +147,12 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> No
 
         writer.write(runs())
         ends.finish()
+        return watched.look().how if watched is not None else ""
 
 
 def dump_remote(
     host: Address, path: str, block_size: int | None, compression: str, prefix: list[str] | None = None
-) -> None:
+) -> str:
     """Dump the file or device at `path` on a host, through the agent; see `dump_local`.
 
     `prefix` is a command to run the agent under, None for low priority.
@@ -159,6 +162,7 @@ def dump_remote(
         Quiesce().around(session)
         _scan(session, ends)
         ends.finish()
+        return session.totals.how if session.totals is not None else ""
 
 
 @dataclass(frozen=True)

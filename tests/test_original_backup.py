@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import commands, conftest
+from tests import commands, conftest, loop
 from tests.mariadb import wait_for
 from tests.protocol import BLOCK, GOLDEN, IMAGES, dumped, run, snapshot
 from tests.sshd import Sshd
@@ -314,6 +314,21 @@ def test_ssh_dump_writes_what_a_dump_on_the_host_would(
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout == (GOLDEN / f"perl-plain.{number}").read_bytes()
     assert (tmp_path / "new").read_bytes() == (GOLDEN / f"perl-plain.{number}.md5").read_bytes()
+
+
+@pytest.mark.parametrize("program", ["blockdiff_dump", "ssh_blockdiff_dump"])
+def test_a_dump_says_where_its_source_is_in_use(
+    program: str, sshd: Sshd, ssh: Mapping[str, str], tmp_path: Path
+) -> None:
+    """The exit status stays 0: any other is a dump that failed."""
+    where = [sshd.login] if program == "ssh_blockdiff_dump" else []
+    with loop.mounted(tmp_path / "image", tmp_path / "place", 1 << 20) as device:
+        os.sync()
+        result = run(program, *where, device, new=tmp_path / "new", env=ssh)
+    shown = f"{sshd.login}:{device}" if where else str(device)
+    said = f"warning: {shown} is mounted on {tmp_path}/place: the dump may mix several moments"
+    assert (result.returncode, result.stderr.decode()) == (0, f"blockdiff: {said}\n")
+    assert result.stdout[:4] == BLOCK.to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("option", ["-z", "--gzip", "--lzop"])

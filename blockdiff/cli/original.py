@@ -8,7 +8,7 @@ import click
 
 from blockdiff import __version__, address, codec
 from blockdiff.apply import apply
-from blockdiff.cli import agent_prefix, run, say_error
+from blockdiff.cli import agent_prefix, run, say, say_error
 from blockdiff.command_backup import backup_with_command
 from blockdiff.cronlog import run_logged
 from blockdiff.descriptors import Taken, check_given, dump_local, dump_remote, dump_volume
@@ -36,7 +36,8 @@ def _dump(blocksize: int | None, gzip: bool, lzop: bool, file: str | None) -> No
 
     blockdiff_dump FILE 5< NAME.1.md5 6> NAME.2.md5 > NAME.2
     """
-    dump_local(file, blocksize if blocksize is not None else _block_size(), _compression(gzip, lzop))
+    unrest = dump_local(file, blocksize if blocksize is not None else _block_size(), _compression(gzip, lzop))
+    _warn_of(unrest, file)
 
 
 @click.command(context_settings=_SETTINGS)
@@ -78,7 +79,14 @@ def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
 
     SSH_BLOCKDIFF_PREFIX in the environment is a command that the agent is run under, such as `ionice -c3 nice`.
     """
-    dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
+    unrest = dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
+    _warn_of(unrest, f"{host}:{file}")
+
+
+def _warn_of(unrest: str, source: str | None) -> None:
+    """Say how a source was written to or in use: the exit status stays 0, others stand for a dump that failed."""
+    if unrest:
+        say(f"warning: {printable(source or '')} {unrest}: the dump may mix several moments")
 
 
 @click.command(context_settings=_SETTINGS)
