@@ -182,8 +182,10 @@ def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[
     except process.DeadlineError as error:
         raise HintError(error.message) from error
     except ProcessError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise HintError(error.message) from error
         raise HintError(
-            "{} (it is in thin-provisioning-tools or device-mapper-persistent-data)".format(error.message)
+            "thin_delta is not installed there: it is in thin-provisioning-tools or device-mapper-persistent-data"
         ) from error
     if ended.returncode != 0:
         said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # its usage follows

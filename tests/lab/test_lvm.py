@@ -650,3 +650,25 @@ json.dump(answers, sys.stdout)
         "none",
         "-",
     ]
+
+
+def test_a_udev_that_stands_still_is_told_and_is_no_lock(package: Guest, volume_group: VolumeGroup) -> None:
+    """lvcreate waits for it, and cannot be ended; what it makes once udev goes on is swept."""
+    path, name = volume_group.volume("lv", "16M"), volume_group.name
+    script = """
+lvm.CREATE_TIMEOUT_S = 2
+process.GENTLE_TIMEOUT_S = 1
+json.dump(refusal(lvm.Snapshot(lvm.find(path), "50%").__enter__), sys.stdout)
+"""
+    package.run("pkill -STOP -x systemd-udevd || pkill -STOP -f systemd-udevd")
+    try:
+        said = str(done(package, path, script))
+    finally:
+        package.run("pkill -CONT -x systemd-udevd || pkill -CONT -f systemd-udevd")
+    start = f"SourceError: cannot make a snapshot of {name}/lv: lvcreate was not done after 2 s, and process "
+    assert said.startswith(start) and said.endswith(" is still there: it waits for udev, which does not answer")
+    package.run("while pgrep -x lvcreate; do sleep 0.1; done")
+    notes = done(package, path, "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)")
+    assert isinstance(notes, list) and len(notes) == 1
+    assert notes[0].startswith(f"removed the snapshot {name}/bd_")
+    assert set(volume_group.volumes()) == {"lv"}

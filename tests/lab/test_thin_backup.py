@@ -241,7 +241,7 @@ def test_whatever_does_not_fit_means_that_everything_is_read_and_why(thin: Thin)
     program = thin.guest.output("command -v thin_delta")
     thin.guest.run(f"mv {program} {program}.away")
     try:
-        falls_back(f"{_SCAN}cannot start thin_delta")
+        falls_back(f"{_SCAN}thin_delta is not installed there")
     finally:
         thin.guest.run(f"mv {program}.away {program}")
     thin.kept()
