@@ -176,9 +176,13 @@ def test_a_tool_that_is_missing_is_named(fake: FakeLvm, monkeypatch: pytest.Monk
     (fake.commands / tool).unlink()
     real = lvs.environment()
     monkeypatch.setattr(lvs, "environment", lambda: {**real, "PATH": str(fake.commands) + ":/bin.none"})
-    with pytest.raises(HintError, match=f"^cannot start {tool} .*No such file") as caught:
+    words = (
+        "thin_delta is not installed there: it is in thin-provisioning-tools"
+        if tool == "thin_delta"
+        else "cannot start"
+    )
+    with pytest.raises(HintError, match=f"^{words}"):
         thin.mapped_extents(new)
-    assert ("thin-provisioning-tools" in caught.value.message) == (tool == "thin_delta")
     assert held(fake) == "-"
 
 

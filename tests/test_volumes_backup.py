@@ -436,6 +436,35 @@ def together(*chains_: SmallChain, options: Options = LVM, progress: Progress | 
     return results
 
 
+def snapshot_of(fake: FakeLvm, name: str) -> str:
+    (found,) = (each for each in fake.snapshots() if fake.row(each)["origin"] == name)
+    return found
+
+
+def test_the_second_snapshot_is_extended_while_the_first_is_read(
+    chain: SmallChain, second: SmallChain, fake: FakeLvm
+) -> None:
+    def fill() -> None:
+        fake.set(snapshot_of(fake, "log"), data_percent="80.00")
+        wait_until(lambda: fake.calls("lvextend"))
+
+    made = [result.manifest.snapshot for result in together(chain, second, progress=At(fill))]
+    assert [snapshot.fill_percent for snapshot in made if snapshot is not None] == [0.0, 80.0]
+    (call,) = fake.calls("lvextend")
+    assert call[:2] == ["-L", f"+{4 * MIB}b"]
+
+
+def test_the_second_snapshot_that_overflows_while_the_first_is_read_is_told_as_an_overflow(
+    chain: SmallChain, second: SmallChain, fake: FakeLvm
+) -> None:
+    full = At(lambda: fake.set(snapshot_of(fake, "log"), lv_attr="sri-I-s---", data_percent="100.00"))
+    with pytest.raises(SourceError) as caught:
+        together(chain, second, progress=full)
+    assert caught.value.message == "localhost: the snapshot of vg/log overflowed: its 4 MiB were too little"
+    assert caught.value.hint == "--snapshot-size 8M is the least to try, 8M is sure to do"
+    assert (chain.files(), second.files(), fake.snapshots()) == ({}, {}, [])
+
+
 def test_several_volumes_are_of_one_moment(chain: SmallChain, second: SmallChain, fake: FakeLvm) -> None:
     def change_both() -> None:
         for each in (chain, second):

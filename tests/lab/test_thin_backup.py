@@ -364,3 +364,35 @@ def test_a_pool_that_is_too_full_is_refused_before_anything_is_made(volume_group
         assert f"the data of the thin pool {name}/pool of {name}/data is 96.88% full" in said
         assert "a snapshot could bring all its volumes to a stop" in said and "lvextend" in said
         assert thin.ours() == set()
+
+
+def snapshots(thin: Thin, *words: str) -> dict[str, tuple[object, object]]:
+    """Return the volume of each snapshot of ours that a host has, and whether nobody needs it."""
+    out = commands.done("blockdiff", "snapshots", thin.guest.url("/"), "--json", *thin.guest.arguments, *words)
+    return {each["name"]: (each["volume"], each["useless"]) for each in json.loads(out)["snapshots"]}
+
+
+def test_a_kept_snapshot_that_nobody_needs_is_told_and_removed_by_name(thin: Thin, tmp_path: Path) -> None:
+    """First its chain goes, then its volume: LVM forgets of what it is a snapshot."""
+    group, guest = thin.group.name, thin.guest
+    other = f"{group}/bd_0123456789abcdef"  # kept, as its tags say, by somebody else
+    thin.chain.backup(KEEP)
+    kept = f"{group}/{thin.kept()}"
+    assert snapshots(thin) == {kept: (f"{group}/data", False), other: (f"{group}/other", False)}
+
+    for path in thin.chain.name.parent.glob("data.*"):
+        path.unlink()
+    assert snapshots(thin)[kept] == (f"{group}/data", True)
+    beside = VolumeChain(guest, thin.chain.name.parent / "beside", thin.group.path("other"))
+    why = f"note: the snapshot {kept} stays on the host, though its chain is gone: `blockdiff snapshots ssh://"
+    assert why in commands.run(*beside.words()).stderr.decode()
+
+    guest.run(f"lvremove -q -y {thin.path}")
+    assert snapshots(thin)[kept] == (None, True)
+    refused = commands.run(
+        *("blockdiff", "snapshots", guest.url("/"), *guest.arguments), *("--remove", f"{group}/bd_x", "--remove", kept)
+    )
+    assert refused.returncode == 1 and f"{group}/bd_x is not a snapshot that blockdiff made".encode() in refused.stderr
+    assert kept in snapshots(thin)
+    assert snapshots(thin, "--remove", kept) == {other: (f"{group}/other", False)}
+    assert kept.partition("/")[2] not in thin.group.volumes()
