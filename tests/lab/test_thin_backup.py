@@ -372,7 +372,7 @@ def snapshots(thin: Thin, *words: str) -> dict[str, tuple[object, object]]:
     return {each["name"]: (each["volume"], each["useless"]) for each in json.loads(out)["snapshots"]}
 
 
-def test_a_kept_snapshot_that_nobody_needs_is_told_and_removed_by_name(thin: Thin, tmp_path: Path) -> None:
+def test_a_kept_snapshot_that_nobody_needs_is_told_and_removed_by_name(thin: Thin) -> None:
     """First its chain goes, then its volume: LVM forgets of what it is a snapshot."""
     group, guest = thin.group.name, thin.guest
     other = f"{group}/bd_0123456789abcdef"  # kept, as its tags say, by somebody else
@@ -383,7 +383,7 @@ def test_a_kept_snapshot_that_nobody_needs_is_told_and_removed_by_name(thin: Thi
     for path in thin.chain.name.parent.glob("data.*"):
         path.unlink()
     assert snapshots(thin)[kept] == (f"{group}/data", True)
-    beside = VolumeChain(guest, thin.chain.name.parent / "beside", thin.group.path("other"))
+    beside = VolumeChain(guest, thin.chain.name.parent / "beside", thin.group.thin("beside", "8M", "pool"))
     why = f"note: the snapshot {kept} stays on the host, though its chain is gone: `blockdiff snapshots ssh://"
     assert why in commands.run(*beside.words()).stderr.decode()
 
