@@ -7,6 +7,7 @@ Decisions are made from the state that `lvs` reports, never from messages.
 
 import json
 import os
+import re
 import time
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -27,6 +28,7 @@ _COOKIE_MAGIC = 0x0D4D
 #: How long one LVM command may take, in seconds: it may have to wait for another that holds the volume group's lock.
 COMMAND_TIMEOUT_S = 60.0
 
+_TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ([+-][0-9]{2})([0-9]{2})")
 _FIELDS = (
     "lv_uuid,lv_name,vg_name,lv_path,lv_dm_path,lv_size,segtype,pool_lv,metadata_lv,origin,origin_uuid,lv_tags,"
     "lv_attr,data_percent,metadata_percent,lv_snapshot_invalid,vg_free,vg_extent_size,thin_id,lv_time"
@@ -46,7 +48,7 @@ class Volume(NamedTuple):
 
     `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` the name of a pool's metadata
     volume. Of volumes without a pool or an origin, these names, UUIDs and ids are ``""``. `made` is the time of its
-    making, as LVM writes it.
+    making in ISO 8601, ``""`` where LVM's settings have another form.
     """
 
     uuid: str
@@ -244,6 +246,7 @@ def parse_report(output: bytes) -> List[Volume]:
 def _volume(row: Dict[str, str]) -> Volume:
     if not all(isinstance(value, str) for value in row.values()):
         raise TypeError("a column is no text")
+    made = _TIME.fullmatch(row["lv_time"].strip())
     extent_size = int(row["vg_extent_size"])
     if extent_size <= 0:
         raise ValueError("the extents of a volume group have {} bytes".format(extent_size))
@@ -267,5 +270,5 @@ def _volume(row: Dict[str, str]) -> Volume:
         group_free=int(row["vg_free"]),
         extent_size=extent_size,
         thin_id=row["thin_id"],
-        made=row["lv_time"],
+        made="{}T{}{}:{}".format(*made.groups()) if made else "",
     )

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockdiff import datadir, dump, leftovers, wire
+from blockdiff import clock, datadir, dump, leftovers, wire
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.errors import ProtocolError, printable
 
@@ -37,7 +37,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Left:
-    """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made.
+    """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made (UTC).
 
     `volume` is the name of its volume, None where that is gone, `chain` for which chain it was made (``SERVER:/path``,
     None where nothing tells), and `state` one of `leftovers`.
@@ -49,7 +49,7 @@ class Left:
     state: str
     open: bool
     size: int
-    made: str
+    made: str | None
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,9 @@ def _left(fields: object) -> Left:
     if state not in (leftovers.RUNNING, leftovers.KEPT, leftovers.DEAD):
         raise ProtocolError("has a snapshot in an unknown state")
     (size,) = wire.integers(fields, "size")
-    return Left(name, origin or None, chain or None, state, fields.get("open") is True, size, made)
+    seconds = clock.seconds(made)
+    when = None if seconds is None else clock.iso(seconds)
+    return Left(name, origin or None, chain or None, state, fields.get("open") is True, size, when)
 
 
 def _volume(fields: object) -> Volume:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import leftovers, lvm, rules, snapshots
+from blockdiff.cli import shown_time
 from blockdiff.errors import ProtocolError
 from blockdiff.rules import Left
 from tests import chains, commands
@@ -89,6 +90,7 @@ def test_each_is_listed_with_why_it_is_there(fake: FakeLvm, tmp_path: Path) -> N
         "bd_begun": ("vg/lv", "dead", False),
     }
     assert (found["vg/bd_kept"]["chain"], found["vg/bd_kept"]["size"]) == (place(chain), 100 * MIB)
+    assert found["vg/bd_kept"]["made"] == "2026-11-01T03:05:00+00:00"
     lines = commands.done("blockdiff", "snapshots").decode().splitlines()
     assert lines[0].split() == ["snapshot", "volume", "size", "made", "chain", "why", "it", "is", "there"]
     ends = {
@@ -100,7 +102,7 @@ def test_each_is_listed_with_why_it_is_there(fake: FakeLvm, tmp_path: Path) -> N
     }
     for name, end in ends.items():
         (line,) = (line for line in lines if line.startswith(f"{name} "))
-        assert line.endswith(f"  {end}") and "2026-11-01 03:05" in line
+        assert line.endswith(f"  {end}") and shown_time("2026-11-01T03:05:00+00:00") in line
 
 
 def test_those_that_are_named_are_removed_and_no_others(fake: FakeLvm) -> None:
@@ -160,8 +162,15 @@ def test_a_host_without_lvm_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_a_time_in_another_form_is_no_time(fake: FakeLvm) -> None:
+    """LVM's settings say how it writes them."""
+    ours(fake, "bd_kept", KEPT, lv_time="Sun Nov  1 03:05:00 2026")
+    assert listed()["vg/bd_kept"]["made"] is None
+    assert b"  -  " in commands.done("blockdiff", "snapshots")
+
+
 def left(chain: str | None, volume: str | None = "vg/thin", state: str = "kept") -> Left:
-    return Left("vg/bd_1", volume, chain, state, False, MIB, "")
+    return Left("vg/bd_1", volume, chain, state, False, MIB, None)
 
 
 def test_a_chain_is_gone_only_where_this_machine_can_tell(tmp_path: Path) -> None:
@@ -215,6 +224,14 @@ GOOD = {"name": "vg/bd_1", "origin": "", "chain": "", "state": "kept", "open": F
 def test_an_answer_that_breaks_the_rules_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
         rules.check_leftovers(fields)
+
+
+@pytest.mark.parametrize("left", ["x", ["x"], [{**GOOD, "state": ""}], {}, None])
+def test_a_run_is_not_told_nonsense_of_snapshots(left: object) -> None:
+    ready: dict[str, object] = {"sources": [], "directories": [], "notes": []}
+    assert rules.check_ready(ready, 0, 0).left == ()
+    with pytest.raises(ProtocolError):
+        rules.check_ready({**ready, "left": left}, 0, 0)
 
 
 def test_what_a_host_says_of_its_snapshots_is_printable() -> None:

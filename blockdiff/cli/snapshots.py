@@ -10,7 +10,7 @@ import click
 from blockdiff import address, snapshots, transport
 from blockdiff.address import Address
 from blockdiff.blocks import shown_size
-from blockdiff.cli import agent_prefix, say
+from blockdiff.cli import agent_prefix, check_printed, say, shown_time
 from blockdiff.errors import EXIT_FAILED
 from blockdiff.rules import Left
 from blockdiff.session import Session
@@ -44,6 +44,8 @@ def command(
             click.echo(f"removed {name}")
     else:
         _print_table(answer.found)
+    if not remove:
+        check_printed()
     for failure in answer.failures:
         say(failure)
     if answer.failures:
@@ -61,7 +63,14 @@ def _print_table(found: Sequence[Left]) -> None:
         return
     rows = [("snapshot", "volume", "size", "made", "chain", "why it is there")]
     rows += [
-        (left.name, left.volume or "-", shown_size(left.size), left.made[:16], left.chain or "-", snapshots.why(left))
+        (
+            left.name,
+            left.volume or "-",
+            shown_size(left.size),
+            shown_time(left.made),
+            left.chain or "-",
+            snapshots.why(left),
+        )
         for left in found
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
