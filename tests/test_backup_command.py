@@ -199,7 +199,7 @@ def test_a_size_of_a_snapshot_that_is_none_is_told_at_once(chain: SmallChain, si
     assert "--snapshot-size" in refused(2, "--lvm", "--snapshot-size", size, chain.name, chain.source)
 
 
-@pytest.mark.parametrize("name", ["authorize", "backup", "repair", "restore", "status", "verify"])
+@pytest.mark.parametrize("name", ["authorize", "backup", "repair", "restore", "snapshots", "status", "verify"])
 def test_the_help_of_a_command_has_an_example_that_is_one(name: str) -> None:
     """Each line is a command line that the command takes; it is not run."""
     shown = commands.done("blockdiff", name, "--help", env={"COLUMNS": "80"}).decode()
@@ -213,5 +213,5 @@ def test_the_help_of_a_command_has_an_example_that_is_one(name: str) -> None:
 def test_no_summary_of_a_command_is_cut_off() -> None:
     shown = commands.done("blockdiff", "--help", env={"COLUMNS": "80"}).decode()
     summaries = shown.partition("Commands:\n")[2].splitlines()
-    assert len(summaries) == 7 and not any("..." in line for line in summaries)
+    assert len(summaries) == 8 and not any("..." in line for line in summaries)
     assert all(line.startswith("  ") and line[2] != " " for line in summaries)  # each on a line of its own

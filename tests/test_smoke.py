@@ -19,7 +19,7 @@ def chain(tmp_path: Path) -> SmallChain:
 
 
 def test_every_command_starts() -> None:
-    for name in ("authorize", "backup", "list", "repair", "restore", "status", "verify"):
+    for name in ("authorize", "backup", "list", "repair", "restore", "snapshots", "status", "verify"):
         assert b"Usage: blockdiff " in commands.done("blockdiff", name, "--help")
     for name in ("blockdiff_backup", "blockdiff_dump", "blockdiff_merge", "cronlog", "ssh_lvm_dump"):
         assert b"Usage: " in commands.done(name, "--help")

@@ -27,10 +27,16 @@ from blockdiff.session import Session
 def command(
     host: str | None, remove: tuple[str, ...], as_json: bool, via: str | None, ssh_options: tuple[str, ...]
 ) -> None:
-    """List the LVM snapshots that blockdiff made on HOST (default: this machine), and why each is there.
+    """Show or remove the LVM snapshots that runs left on a host.
 
-    HOST is [user@]host or ssh://[user@]host[:port]/. With --remove, remove some first: those that were kept for a
-    volume or a chain that is gone are removed by no run. Snapshots of others are neither listed nor removed.
+    HOST is [user@]host or ssh://[user@]host[:port]/; without it, this machine. What is shown is for which chain each
+    was made, and why it is there. No run removes one that was kept for a volume or a chain that is gone: that is what
+    --remove is for. Snapshots that blockdiff did not make are neither shown nor removed.
+
+    \b
+    Examples:
+      blockdiff snapshots root@kvm1
+      blockdiff snapshots root@kvm1 --remove vg/bd_0123456789abcdef
     """
     with Session(_address(host), via, ssh_options, agent_prefix() or ()) as session:
         answer = session.leftovers(remove)

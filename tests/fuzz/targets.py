@@ -288,6 +288,7 @@ _CONTROL: dict[int, Callable[[Fields, rules.Rules], object]] = {
     wire.SOURCE: lambda fields, ruled: rules.check_source(fields),
     wire.TOTALS: lambda fields, ruled: ruled.check_totals(fields),
     wire.END: lambda fields, ruled: rules.notes(fields),
+    wire.SNAPSHOTS: lambda fields, ruled: rules.check_leftovers(fields),
 }
 
 
