@@ -28,7 +28,7 @@ def test_status_speaks_as_list_does(chain: SmallChain) -> None:
     listed = json.loads(commands.done("blockdiff", "list", "--json", chain.name))
     assert (found["name"], found["state"], found["generation"]) == (chain.name, "ok", 3)
     assert (found["when"], found["image_size"]) == (listed[2]["when"], listed[2]["image_size"])
-    assert found["stored"] == sum(entry["stored"] for entry in listed) and isinstance(found["age_s"], float)
+    assert found["stored"] == sum(entry["stored"] for entry in listed) and isinstance(found["age_s"], int)
     result = commands.run("blockdiff", "status", "--json", f"{chain.name}2", chain.name)
     assert result.returncode == 2 and [each["state"] for each in json.loads(result.stdout)] == ["critical", "ok"]
 
@@ -47,8 +47,8 @@ def test_repair_says_what_was_done_and_what_is_lost(chain: SmallChain) -> None:
 
 def test_what_is_printed_is_documented(chain: SmallChain, tmp_path: Path) -> None:
     shown = {
-        "list DIRECTORY": json.loads(commands.done("blockdiff", "list", "--json", chain.directory))[0],
         "list": json.loads(commands.done("blockdiff", "list", "--json", chain.name))[0],
+        "list DIRECTORY": json.loads(commands.done("blockdiff", "list", "--json", chain.directory))[0],
         "status": json.loads(commands.done("blockdiff", "status", "--json", chain.name))[0],
         "verify": json.loads(commands.done("blockdiff", "verify", "--json", chain.name))[0],
         "verify --source": json.loads(

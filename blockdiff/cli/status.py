@@ -90,7 +90,7 @@ def _summary(found: status.Status) -> dict[str, object]:
         "text": found.text,
         "generation": found.generation,
         "when": None if found.finished is None else clock.iso(found.finished),
-        "age_s": found.age_s,
+        "age_s": None if found.age_s is None else int(found.age_s),
         "image_size": found.image_bytes,
         "stored": found.stored_bytes,
     }
