@@ -3,11 +3,12 @@
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from blockdiff import __version__, clock, codec, merge, process, signals
+from blockdiff import __version__, clock, codec, inuse, merge, process, signals
 from blockdiff.blocks import Hasher, block_count, digest_named
 from blockdiff.chain import Generation
 from blockdiff.clock import now
@@ -20,6 +21,8 @@ from blockdiff.manifest import Manifest, Parent, Source
 
 _DIGEST = "md5"
 _COMPARE_BLOCKS = 65536
+#: How often it is looked whether what a command left running is done, in seconds.
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,20 @@ def _run(command: Sequence[str], new: NewGeneration, base: Generation | None) ->
             status = child.wait()
     if status != 0:
         raise ProcessError(f"{printable(command[0])} {process.status_text(status)}; the chain is as it was")
+    _refuse_writers(command, new)
+
+
+def _refuse_writers(command: Sequence[str], new: NewGeneration) -> None:
+    """Raise `ProcessError` where what the command left running could still change what it wrote."""
+    deadline = time.monotonic() + process.LINGER_S
+    while writers := [*inuse.writers_of_file(new.delta.path), *inuse.writers_of_file(new.table.path)]:
+        if time.monotonic() > deadline:
+            raise ProcessError(
+                f"{printable(command[0])} ended, but what it wrote is not at its end: {writers[0]}; "
+                "the chain is as it was",
+                f"let that end first, or close its standard output and descriptor {NEW_TABLE_FD}",
+            )
+        time.sleep(_LOOK_S)
 
 
 def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Findings:

@@ -48,6 +48,15 @@ def users_of_file(path: str) -> list[str]:
     return list(_processes(lambda found: os.path.samestat(found, status)))
 
 
+def writers_of_file(path: str) -> list[str]:
+    """Return which processes have the file open and may write to it; otherwise like `users_of_file`."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return list(_processes(lambda found: os.path.samestat(found, status), only_writers=True))
+
+
 def loop_device_of(path: str) -> str | None:
     """Return the path of a loop device on the file, None where there is none."""
     try:
@@ -103,22 +112,27 @@ def _loop_devices(is_it: _IsIt) -> Iterator[str]:
             continue  # its file is gone
 
 
-def _processes(is_it: _IsIt) -> Iterator[str]:
-    """Yield the processes, but for this one, that have open what `is_it` knows."""
+def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
+    """Yield the processes, but for this one, that have open what `is_it` knows, for writing where that is asked for."""
     for pid in sorted(int(name) for name in _listed(_PROC) if name.isdecimal()):
-        if pid != os.getpid() and any(map(is_it, _opened(f"{_PROC}/{pid}/fd"))):
+        if pid != os.getpid() and any(map(is_it, _opened(f"{_PROC}/{pid}", only_writers))):
             yield f"{printable(_content(f'{_PROC}/{pid}/comm') or 'a process')} (process {pid}) has it open"
 
 
-def _opened(directory: str) -> Iterator[os.stat_result]:
+def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_result]:
     """Yield what a process has open, but for sockets, pipes and the like: those that have no path."""
-    for name in _listed(directory):
-        path = f"{directory}/{name}"
+    for name in _listed(f"{process_directory}/fd"):
+        path = f"{process_directory}/fd/{name}"
         try:
-            if os.readlink(path).startswith("/"):
+            if os.readlink(path).startswith("/") and not (only_writers and _only_reads(process_directory, name)):
                 yield os.stat(path)
         except OSError:
             continue  # it was closed meanwhile
+
+
+def _only_reads(process_directory: str, name: str) -> bool:
+    flags = re.search(r"^flags:\s*([0-7]+)$", _content(f"{process_directory}/fdinfo/{name}"), re.MULTILINE)
+    return flags is not None and int(flags[1], 8) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _others(number: int) -> list[str]:

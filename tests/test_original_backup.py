@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -107,14 +108,45 @@ def test_a_command_that_fails_leaves_the_chain_as_it_was(text: str, words: str, 
     assert snapshot(chain.parent) == before
 
 
+def leaving(tmp_path: Path, redirected: str) -> Path:
+    """Return a program that dumps an image and leaves a process running, until the file `go` is there."""
+    later = f"(until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; touch '{tmp_path}/done') 2>/dev/null {redirected} &\n"
+    return script(tmp_path, f"{later}exec blockdiff_dump '{GOLDEN}/image.1'\n")
+
+
 def test_what_a_command_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
-    later = f"(until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; touch '{tmp_path}/done') >/dev/null 2>&1 6>&- &\n"
     try:
-        assert_done(backup(tmp_path / "disk", script(tmp_path, f"{later}exec blockdiff_dump '{GOLDEN}/image.1'\n")))
+        assert_done(backup(tmp_path / "disk", leaving(tmp_path, ">/dev/null 6>&-")))
         assert not (tmp_path / "done").exists()
     finally:
         (tmp_path / "go").touch()
     wait_for((tmp_path / "done").exists, "what was left running")
+
+
+@pytest.mark.parametrize("redirected", ["", ">/dev/null", "6>&-"])
+def test_what_a_command_leaves_running_must_not_change_what_was_written(tmp_path: Path, redirected: str) -> None:
+    """It had been stored as it was, and could still be written to."""
+    (tmp_path / "backup").mkdir()
+    try:
+        result = backup(tmp_path / "backup" / "disk", leaving(tmp_path, redirected))
+    finally:
+        (tmp_path / "go").touch()
+    wait_for((tmp_path / "done").exists, "what was left running")
+    assert_refused(result, 1, "ended, but what it wrote is not at its end: ")
+    assert b") has it open; the chain is as it was" in result.stderr
+    assert snapshot(tmp_path / "backup") == {}
+
+
+def test_who_reads_what_a_command_writes_keeps_nobody(tmp_path: Path) -> None:
+    """Such as a copy of the backup directory that is being made."""
+    reader = f"sleep 600 <'{tmp_path}/backup/.disk.1.tmp' >/dev/null 2>&1 6>&- & echo $! >'{tmp_path}/pid'\n"
+    (tmp_path / "backup").mkdir()
+    try:
+        assert_done(
+            backup(tmp_path / "backup" / "disk", script(tmp_path, f"{reader}exec blockdiff_dump '{GOLDEN}/image.1'\n"))
+        )
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
 def test_a_command_that_is_missing_is_named_and_leaves_the_chain_as_it_was(chain: Path) -> None:
