@@ -321,7 +321,9 @@ class Chain:
             raise self._nothing_here()
         if number is None or number <= self.last():
             raise DamagedError(
-                f"generation {wanted} of {printable(self.name)} is missing", "restore its files from a copy"
+                f"generation {wanted} of {printable(self.name)} is missing",
+                "restore its files from a copy; "
+                f"blockdiff list {shlex.quote(printable(self.name))} shows what is there",
             )
         raise ChainError(f"{printable(self.name)} has no generation {wanted}, the last one is {self.last()}")
 
@@ -367,3 +369,9 @@ class Chain:
             if known is not None and known.full:
                 break
         return found
+
+
+def missing(first: int, last: int) -> DamagedError:
+    """Return the error for generations that are not there: what is wrong with generation `first`."""
+    what = "none of its files is" if first == last else f"none of the files of generations {first} to {last} is"
+    return DamagedError(f"{what} there", "restore them from a copy")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from blockdiff import periods
 from blockdiff.blocks import DIGEST_SIZES
-from blockdiff.chain import Chain, Generation
+from blockdiff.chain import Chain, Generation, missing
 from blockdiff.clock import iso
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import DamagedError, StorageError
@@ -58,8 +58,7 @@ def _last(chain: Chain) -> int:
 def _entry(chain: Chain, number: int, end: int, last: int) -> Entry:
     generation = chain.generations.get(number)
     if generation is None:
-        what = "none of its files is" if number == end else f"none of the files of generations {number} to {end} is"
-        return Entry(number, None, None, None, None, None, None, MISSING, f"{what} there")
+        return Entry(number, None, None, None, None, None, None, MISSING, missing(number, end).message)
     state, problem = _state(chain, generation, last)
     known = generation.manifest
     stored = generation.stored_bytes()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 from blockdiff import codec, deltafile, pipeline
-from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.chain import Generation
 from blockdiff.deltafile import DeltaReader
 from blockdiff.digesttable import TableReader
@@ -168,7 +168,7 @@ class _Merger:
             raise DamagedError(
                 f"{generation.path(generation.delta_suffix)} is damaged: the block at offset {(first + bad) * size} "
                 f"does not match the digest table of generation {self._generation.number}",
-                "use another copy of it, or restore another generation",
+                "restore it from a copy",
             )
         if run.data is None:
             self._target.zero(run.offset, run.length)
@@ -208,15 +208,35 @@ def merge(
         for generation in generations:
             if not merger.remaining and generation is not newest:
                 break
-            merger.apply(generation, advance)
+            _apply(merger, generation, newest, advance)
             oldest = generation.number
         if merger.remaining:
-            raise DamagedError(
-                f"generation {newest.number} of {printable(newest.base)} needs {merger.remaining} blocks that are in "
-                f"none of the generations {oldest} to {newest.number}: generation {oldest - 1} is missing",
-                "restore its files from a copy",
-            )
+            raise _incomplete(newest, oldest, merger.remaining * table.block_size)
         assert merger.image_size is not None or table.count == 0
         image_size = merger.image_size or 0
         target.finish(image_size)
         return image_size
+
+
+def _apply(merger: _Merger, generation: Generation, newest: Generation, advance: Callable[[int], object]) -> None:
+    try:
+        merger.apply(generation, advance)
+    except DamagedError as error:
+        if generation is newest:
+            raise
+        raise DamagedError(
+            f"generation {newest.number} needs generation {generation.number}, which is damaged: {error.message}",
+            error.hint,
+        ) from error
+
+
+def _incomplete(newest: Generation, oldest: int, count: int) -> DamagedError:
+    """Return the error for an image of which `count` bytes are in no delta from generation `oldest` on."""
+    deltas = f"the delta of generation {oldest}" if oldest == newest.number else f"the deltas of generations {oldest}"
+    until = "" if oldest == newest.number else f" to {newest.number}"
+    why = f", and generation {oldest - 1} is missing" if oldest > 1 else ""
+    return DamagedError(
+        f"generation {newest.number} of {printable(newest.base)} cannot be restored: {shown_size(count)} of it are "
+        f"not in {deltas}{until}{why}",
+        "restore the files that are missing from a copy",
+    )

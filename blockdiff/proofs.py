@@ -8,7 +8,7 @@ each can be looked at on another day.
 from collections.abc import Callable
 
 from blockdiff import merge
-from blockdiff.blocks import Hasher, block_count, digest_named
+from blockdiff.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.chain import Chain, Generation
 from blockdiff.deltafile import DeltaReader
 from blockdiff.digesttable import TableReader
@@ -88,7 +88,8 @@ def _check_delta(generation: Generation, table: TableReader, advance: Callable[[
                     raise DamagedError(f"{where} has blocks beyond the digest table", "restore both from a copy")
                 if found != table.digests(first, count):
                     raise DamagedError(
-                        f"{where} does not match its digest table in the {run.length} bytes at offset {run.offset}",
+                        f"{where} does not match its digest table in the {shown_size(run.length)} "
+                        f"at offset {run.offset}",
                         "restore the damaged file from a copy",
                     )
                 carried[first : first + count] = b"\1" * count

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from blockdiff import checksum, merge, temporary
 from blockdiff.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
-from blockdiff.chain import Chain, Generation
+from blockdiff.chain import Chain, Generation, missing
 from blockdiff.checksum import Checksum
 from blockdiff.deltafile import DeltaReader, Sink
 from blockdiff.digesttable import TableReader, TableWriter, sparse_count
@@ -105,6 +105,8 @@ class Verifier:
         self._format = 0
         self._carried_end = 0
         self._is_as_written = False
+        #: What could not be read last, for a sentence: younger generations may need it.
+        self._lost: str | None = None
 
     def __enter__(self) -> "Verifier":
         return self
@@ -147,6 +149,8 @@ class Verifier:
 
     def _verify(self, number: int) -> Verdict:
         generation = self._chain.generations[number]
+        if self._newest is None and self._lost is None and number > 1:
+            self._lost = f"generation {number - 1}, which is missing"
         errors = [
             self._try(generation.check_files),
             self._try(lambda: self._chain.check_manifest(generation)),
@@ -159,6 +163,11 @@ class Verifier:
 
     def _missing(self, first: int, last: int) -> Verdict:
         self._forget()
+        self._lost = (
+            f"generation {first}, which is missing"
+            if first == last
+            else f"generations {first} to {last}, which are missing"
+        )
         return Verdict(first, missing(first, last))
 
     @staticmethod
@@ -185,11 +194,14 @@ class Verifier:
                 self._carried_end = 0
                 self._take_runs(generation, reader, carried)
         except (DamagedError, StorageError):
+            self._lost = f"generation {generation.number}, which is damaged"
             if self._newest is not None:
                 self._newest = self._newest.keep_only(carried)
             raise
         self._format = reader.format
         known = generation.manifest
+        if known is not None and known.full:
+            self._lost = None
         self._is_as_written = known is not None and file.checksum() == known.delta.checksum
         if known is not None and not self._is_as_written:
             raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
@@ -266,24 +278,18 @@ class Verifier:
                 expected = table.digests(first, _COMPARE_BLOCKS)
                 found = self._newest.get(first, len(expected) // table.digest_size)
                 if found != expected:
-                    raise self._differs(generation, table, first, expected, found)
+                    raise self._differs(table, first, expected, found)
 
-    @staticmethod
-    def _differs(generation: Generation, table: TableReader, first: int, expected: bytes, found: bytes) -> DamagedError:
+    def _differs(self, table: TableReader, first: int, expected: bytes, found: bytes) -> DamagedError:
         size = table.digest_size
         bad = next(i for i in range(0, len(expected), size) if expected[i : i + size] != found[i : i + size])
         offset = (first + bad // size) * table.block_size
-        why = "is in no readable delta" if found[bad : bad + size] == bytes(size) else "does not match its digest table"
-        return DamagedError(
-            f"{generation.path()} cannot be restored: the block at offset {offset} {why}",
-            "restore the damaged files from a copy, or begin anew with --full",
-        )
-
-
-def missing(first: int, last: int) -> DamagedError:
-    """Return the error for generations that are not there."""
-    what = f"generation {first} is" if first == last else f"generations {first} to {last} are"
-    return DamagedError(f"{what} missing", "restore the files from a copy")
+        hint = "restore the damaged files from a copy"
+        if found[bad : bad + size] != bytes(size):
+            return DamagedError(f"the block at offset {offset} does not match its digest table", hint)
+        if self._lost is None:
+            return DamagedError(f"the block at offset {offset} is in none of the deltas", hint)
+        return DamagedError(f"it needs {self._lost}", hint)
 
 
 def _most_blocks(generation: Generation) -> int:

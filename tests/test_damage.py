@@ -126,7 +126,7 @@ def test_a_version_ahead_of_the_files_is_refused(chain: SmallChain, version: int
         chain.add(DAYS[0])
     assert chain.files() == before
     result = commands.run("blockdiff", "verify", chain.name)
-    missing = "generation 4 is missing" if version == 4 else f"generations 4 to {version} are missing"
+    missing = "none of its files is" if version == 4 else f"none of the files of generations 4 to {version} is there"
     assert result.returncode == 5 and missing in result.stderr.decode(), result
     assert chain.bad() == [4] and chain.restored(3) == DAYS[2]
 
@@ -444,7 +444,12 @@ def test_a_missing_generation_is_named_and_those_before_it_restore(chain: SmallC
         path.unlink()
     result = commands.run("blockdiff", "verify", chain.name)
     assert result.returncode == 5
-    assert b"generation 2: generation 2 is missing" in result.stderr and b"generation 3: " in result.stderr
+    assert result.stderr.decode().splitlines()[:4] == [
+        "blockdiff: generation 2: none of its files is there",
+        "  restore them from a copy",
+        "blockdiff: generation 3: it needs generation 2, which is missing",
+        "  restore the damaged files from a copy",
+    ]
     assert b"generation 1" not in result.stderr
     assert chain.restored(1) == DAYS[0]
     with pytest.raises(DamagedError, match="generation 2 is missing"):
@@ -546,6 +551,43 @@ def test_a_stray_file_of_a_huge_number_is_one_gap(chain: SmallChain) -> None:
 
 
 # Exit statuses and words of the real commands
+
+
+def test_the_damaged_generation_that_is_needed_is_named_and_what_to_do(chain: SmallChain, tmp_path: Path) -> None:
+    _flip_in_the_middle(chain.file(".2.gz"))
+    said = commands.run("blockdiff", "verify", chain.name).stderr.decode()
+    assert "blockdiff: generation 3: it needs generation 2, which is damaged\n" in said
+    assert f"  what is sound of one of these: blockdiff restore --salvage {chain.name}@N FILE; do that before" in said
+    result = commands.run("blockdiff", "restore", chain.name, tmp_path / "out")
+    said = result.stderr.decode()
+    assert result.returncode == 5
+    assert said.startswith("blockdiff: generation 3 needs generation 2, which is damaged: ") and "disk.2.gz" in said
+    assert f"restore a generation that is sound (blockdiff verify {chain.name} tells), or what is sound of" in said
+    assert f"of this one: blockdiff restore --salvage {chain.name}@3 FILE; do that before blockdiff repair\n" in said
+
+
+def test_blocks_that_are_in_no_delta_are_told_in_sizes(chain: SmallChain, tmp_path: Path) -> None:
+    for path in _files_of(chain, 1):
+        path.unlink()
+    said = commands.run("blockdiff", "restore", chain.name, tmp_path / "out").stderr.decode()
+    assert (
+        "generation 3 of disk cannot be restored: 128 bytes of it are not in the deltas of generations 2 to 3" in said
+    )
+    assert ", and generation 1 is missing" in said
+    said = commands.run("blockdiff", "restore", f"{chain.name}@1", tmp_path / "out").stderr.decode()
+    assert "generation 1 of" in said and f"blockdiff list {chain.name} shows what is there" in said
+
+
+def test_a_full_generation_needs_none_that_is_damaged(chain: SmallChain) -> None:
+    """And a younger one that lacks a block does not because of what was damaged before the full one."""
+    chain.add(None, Options(full=True))
+    chain.add(DAYS[0])
+    chain.file(".2.gz").unlink()
+    found = chain.verdicts()
+    assert {number: found[number] is None for number in found} == {1: True, 2: False, 3: False, 4: True, 5: True}
+    chain.file(".4.gz").write_bytes(chain.file(".4.gz").read_bytes()[:60])
+    error = chain.verdict(5)
+    assert error is not None and error.message == "it needs generation 4, which is damaged"
 
 
 def test_verify_names_generation_and_file_of_all_that_is_damaged(chain: SmallChain, tmp_path: Path) -> None:

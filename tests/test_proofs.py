@@ -1,6 +1,7 @@
 """The proofs of `verify --deep` and `--subset` agree with that of `verify`; `--source` finds what differs."""
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def test_the_command_proves_by_parts_and_deep(chain: SmallChain) -> None:
         result = commands.run("blockdiff", "verify", "--subset", part, chain.name)
         assert result.returncode == (5 if part in ("2/3", "2/2") else 0)
         said[part] = result.stderr.decode()
-    assert said["2/3"] == f"blockdiff: generation 2: {chain.file('.2.gz')} has 5 bytes instead of " + said["2/3"][-4:]
+    expected = re.escape(f"blockdiff: generation 2: {chain.file('.2.gz')} has 5 bytes instead of ") + "[0-9]+\n"
+    assert re.match(expected, said["2/3"])
     assert commands.run("blockdiff", "verify", "--deep", f"{chain.name}@1").returncode == 0
     assert commands.run("blockdiff", "verify", "--deep", f"{chain.name}@2").returncode == 5
 
@@ -121,7 +123,7 @@ def test_a_gap_is_told_in_every_part(chain: SmallChain) -> None:
         path.unlink()
     for part in ("1/2", "2/2"):
         result = commands.run("blockdiff", "verify", "--subset", part, chain.name)
-        assert result.returncode == 5 and b"generation 2 is missing" in result.stderr
+        assert result.returncode == 5 and b"generation 2: none of its files is there" in result.stderr
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/0"])

@@ -129,7 +129,7 @@ def test_a_manifest_of_another_chain_with_a_generation_that_is_lost_is_set_aside
 def test_a_version_file_that_is_ahead_is_put_back(chain: SmallChain) -> None:
     chain.file(".ver").write_bytes(b"5\n")
     found = repaired(chain)
-    assert found.lost == {4: "generations 4 to 5 are missing"}
+    assert found.lost == {4: "none of the files of generations 4 to 5 is there"}
     assert chain.file(".ver").read_bytes() == b"3\n"
     assert_exact(chain)
 
@@ -387,7 +387,7 @@ def test_first_generations_that_are_gone_are_lost_and_the_command_says_what_to_d
     result = commands.run("blockdiff", "repair", chain.name)
     assert result.returncode == 5 and chain.files() == before
     said = result.stderr.decode()
-    assert "generation 1 is lost: generation 1 is missing" in said and "generation 3 is lost: " in said
+    assert "generation 1 is lost: none of its files is there" in said and "generation 3 is lost: " in said
     assert "Put the missing files back from a copy and run repair again." in said and "`backup --full`" in said
     assert commands.run("blockdiff", "verify", chain.name).returncode == 5
     chain.add(DAYS[0], FULL)

@@ -79,6 +79,12 @@ def split_name(text: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (text, None)
 
 
+def salvage_command(name: str, number: int | None) -> str:
+    """Return what saves the rest of a damaged generation, N for None, and when to do that."""
+    which = shlex.quote(f"{printable(name)}@{'N' if number is None else number}")
+    return f"blockdiff restore --salvage {which} FILE; do that before blockdiff repair"
+
+
 def print_ranges(ranges: list[tuple[int, int]]) -> int:
     """Print ranges as lines of offset and length in bytes, and return how many bytes they are together."""
     for offset, length in ranges:

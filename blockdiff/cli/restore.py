@@ -13,10 +13,10 @@ import click
 from blockdiff import merge, salvage, target
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import print_ranges, say, shown_time, split_name, watched
+from blockdiff.cli import print_ranges, salvage_command, say, shown_time, split_name, watched
 from blockdiff.cli.newest import meant_by
 from blockdiff.devicetarget import DeviceTarget
-from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, TargetError, UsageError, printable
+from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, DamagedError, TargetError, UsageError, printable
 from blockdiff.filetarget import FileTarget
 
 _ELSEWHERE = re.compile(r"ssh://|([^/]+@)?([^/:@]+|\[[^/\]]+\]):/")
@@ -182,13 +182,25 @@ def _write(
     advance: Callable[[int], object],
 ) -> None:
     if not salvages:
-        outcome.image_size = merge.merge(needed, out, advance)
+        try:
+            outcome.image_size = merge.merge(needed, out, advance)
+        except DamagedError as error:
+            raise DamagedError(error.message, _after_damage(error.hint, outcome)) from error
         return
     found = salvage.salvage(chain, needed[0].number, out, advance)
     outcome.image_size, outcome.lost = found.image_size, found.lost
     outcome.notes += found.notes
     if not found.lost:
         outcome.warnings.append("--salvage, and nothing is lost: every block was found and compared")
+
+
+def _after_damage(hint: str | None, outcome: _Outcome) -> str:
+    """Return `hint` with what is to be done next."""
+    said = "" if hint is None else f"{hint}; or "
+    return (
+        f"{said}restore a generation that is sound (blockdiff verify {shlex.quote(printable(outcome.name))} tells), "
+        f"or what is sound of this one: {salvage_command(outcome.name, outcome.generation)}"
+    )
 
 
 def _report(outcome: _Outcome, salvaged: bool, verbose: bool, as_json: bool) -> None:

@@ -10,8 +10,8 @@ from dataclasses import asdict
 import click
 
 from blockdiff import address, listing, proofs, transport, verify
-from blockdiff.chain import Chain
-from blockdiff.cli import agent_prefix, print_ranges, say, say_error, split_name, watched
+from blockdiff.chain import Chain, missing
+from blockdiff.cli import agent_prefix, print_ranges, salvage_command, say, say_error, split_name, watched
 from blockdiff.cli.newest import Meant, meant_by
 from blockdiff.compare import compare
 from blockdiff.errors import (
@@ -94,7 +94,10 @@ def command(
                     _say(verdict, where)
     if as_json:
         click.echo(json.dumps(found, indent=1))
-    if any(entry["state"] != listing.OK for entry in found):
+    states = {entry["state"] for entry in found}
+    if listing.DAMAGED in states and not as_json:
+        click.echo(f"  what is sound of one of these: {salvage_command(meant.chain, None)}", err=True)
+    if states - {listing.OK}:
         sys.exit(EXIT_DAMAGED)
     if meant.passes_over:
         sys.exit(EXIT_WARNING)
@@ -166,7 +169,7 @@ def _part(chain: Chain, part: int, parts: int, progress: Progress) -> Iterator[V
     """Yield the verdicts on every `parts`-th generation, and on all that are missing."""
     for first, last in chain.spans(chain.last()):
         if first not in chain.generations:
-            yield Verdict(first, verify.missing(first, last))
+            yield Verdict(first, missing(first, last))
         elif first % parts == part % parts:
             yield Verdict(first, _error(proofs.alone, chain, first, progress))
 
