@@ -20,12 +20,11 @@ import traceback
 from contextlib import ExitStack
 from typing import Dict, List, Optional, Tuple
 
-from blockdiff import blocks, datadir, dump, leftovers, pipeline, process, relay, signals, wire
+from blockdiff import blocks, datadir, dump, leftovers, pipeline, relay, signals, wire
 from blockdiff.errors import (
     BlockdiffError,
     ConnectionLost,
     Interrupted,
-    ProcessError,
     ProtocolError,
     SourceError,
     of_system,
@@ -36,6 +35,7 @@ from blockdiff.extents import Audit, aligned
 from blockdiff.freeze import Freeze
 from blockdiff.grant import Grant
 from blockdiff.relay import Relay
+from blockdiff.restraint import Throttle, lower_priority
 from blockdiff.sharedbuffers import MIN_RUN, SharedBuffers
 from blockdiff.sources import LiveSource, Source, VolumeSource, Wish, locate
 from blockdiff.tablefeed import TableFeed
@@ -48,26 +48,6 @@ LAST_WORD_S = 60
 
 #: The server hears this often how far a scan has come, in seconds: a frame for each batch would keep it busy.
 PROGRESS_S = 0.1
-
-#: Added to the niceness, and the level in the best-effort class of I/O priorities (7 is the lowest): a backup yields to
-#: production but is never starved, because a snapshot that is kept for long fills up.
-NICENESS = 10
-IO_LEVEL = 7
-
-
-class Throttle:
-    """Holds the sender to `bytes_per_s` on average; None means no limit."""
-
-    def __init__(self, bytes_per_s: Optional[int]) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._due = time.monotonic()
-
-    def spend(self, count: int) -> None:
-        """Pause until `count` more bytes may be sent."""
-        if self._bytes_per_s is None:
-            return
-        self._due = max(self._due, time.monotonic()) + count / self._bytes_per_s
-        time.sleep(max(0.0, self._due - time.monotonic()))
 
 
 class Agent:
@@ -369,15 +349,6 @@ def _user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
-
-
-def lower_priority() -> None:
-    """Yield the CPU and the disk to everybody else; a host that has no ionice(1) gives no I/O priority."""
-    os.nice(NICENESS)
-    try:
-        process.run(["ionice", "-c", "2", "-n", str(IO_LEVEL), "-p", str(os.getpid())], timeout_s=10)
-    except ProcessError:
-        pass
 
 
 def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:

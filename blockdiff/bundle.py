@@ -18,7 +18,7 @@ from blockdiff import __version__, loader
 SHIPPED = (
     *("errors", "blocks", "pipeline", "signals", "wire", "process", "extents", "devices", "lease", "dump"),
     *("witness", "lvs", "lvcheck", "lvm", "thin", "leftovers"),
-    *("freeze", "sources", "datadir", "tablefeed", "sharedbuffers", "relay", "grant", "agent"),
+    *("freeze", "sources", "datadir", "tablefeed", "sharedbuffers", "relay", "grant", "restraint", "agent"),
 )
 
 NONCE_SIZE = 16

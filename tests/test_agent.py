@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import agent, wire
+from blockdiff import restraint, wire
 from blockdiff.errors import SourceError
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
@@ -150,14 +150,14 @@ def test_the_limit_is_kept_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
-    throttle = agent.Throttle(1000)
+    throttle = restraint.Throttle(1000)
     for _ in range(10):
         throttle.spend(500)
     assert clock[0] == pytest.approx(105)
     clock[0] += 50  # what was not used is not saved up
     throttle.spend(1000)
     assert clock[0] == pytest.approx(156)
-    agent.Throttle(None).spend(1 << 60)
+    restraint.Throttle(None).spend(1 << 60)
     assert clock[0] == pytest.approx(156)
 
 

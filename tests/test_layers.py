@@ -39,6 +39,7 @@ ORDER = """
     sharedbuffers
     relay
     grant
+    restraint
     agent
     bundle  checksum  address  clock  progress  publickey  sharing  owner
     durable  temporary
