@@ -45,9 +45,13 @@ def find(path: str) -> Volume:
     except (LateError, MissingError) as error:
         raise SourceError(error.message, error.hint) from error
     except ProcessError as error:
+        if os.geteuid() != 0:
+            raise SourceError(
+                "LVM tells nobody but root whether {} is a logical volume".format(printable(path)),
+                "log in as root, or let the agent run as root: see SECURITY.md",
+            ) from error
         raise SourceError(
-            "{} is not a logical volume: {}".format(printable(path), error.message),
-            "name it /dev/GROUP/VOLUME; the login must be root",
+            "{} is not a logical volume: {}".format(printable(path), error.message), "name it /dev/GROUP/VOLUME"
         ) from error
     if len(found) != 1 or name not in (found[0].path, found[0].dm_path, found[0].full_name):
         raise SourceError("{} is not one logical volume".format(printable(path)), "name it /dev/GROUP/VOLUME")

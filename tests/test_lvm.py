@@ -79,7 +79,8 @@ def test_lvm_speaks_english_and_finds_its_tools(monkeypatch: pytest.MonkeyPatch)
     assert environment["PATH"] == "/opt/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def test_what_is_no_volume_is_named_with_what_lvm_says(fake: FakeLvm) -> None:
+def test_what_is_no_volume_is_named_with_what_lvm_says(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(
         SourceError, match=r"^/dev/sda1 is not a logical volume: lvs exited with status 5: Failed"
     ) as caught:
@@ -124,6 +125,15 @@ def test_a_report_that_is_none_is_refused(fake: FakeLvm) -> None:
     fake.order("lvs", "gibberish")
     with pytest.raises(ProcessError, match="lvs printed a report that cannot be understood"):
         lvs.volumes("vg")
+
+
+def test_only_root_can_ask_lvm(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.order("lvs", "fail")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SourceError) as caught:
+        lvm.find("/dev/vg/lv")
+    assert caught.value.message == "LVM tells nobody but root whether /dev/vg/lv is a logical volume"
+    assert "log in as root" in str(caught.value.hint)
 
 
 def test_a_lock_that_is_held_is_named(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
