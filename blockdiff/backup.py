@@ -23,6 +23,7 @@ from blockdiff.mysqllock import Limits
 from blockdiff.plan import Choices, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
 from blockdiff.quiesce import Moment, Quiesce
+from blockdiff.replicapause import Way
 from blockdiff.rules import Opened, Totals, Volume
 from blockdiff.session import Request, Scan, Session, Wanted
 from blockdiff.transport.connection import Connection
@@ -34,7 +35,7 @@ Value = TypeVar("Value")
 class Volumes:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    `keep`, `audit`: see `sources.Wish`.
+    `keep`, `audit`: see `sources.Wish`. `pauses`: what applies changes on a replica stands still under the lock.
     """
 
     snapshot_size: str = "20%"
@@ -42,6 +43,7 @@ class Volumes:
     limits: Limits = field(default_factory=Limits)
     keep: bool = False
     audit: bool = False
+    pauses: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _quiesce(session: Session, options: Options) -> Iterator[Quiesce]:
     if wanted is None or wanted.database is None:
         yield Quiesce(freezes)
         return
-    with quiesce.database(session, wanted.database, wanted.limits, freezes) as found:
+    way = Way(session.address, options.transport, options.ssh_options, options.prefix or ()) if wanted.pauses else None
+    with quiesce.database(session, wanted.database, wanted.limits, freezes, way) as found:
         yield found
 
 

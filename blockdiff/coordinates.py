@@ -120,10 +120,18 @@ def appliers(rows: Rows, version: Version) -> list[Applier]:
         Applier(
             _text(row, "Connection_name", "Channel_Name", default=""),
             _text(row, "Replica_SQL_Running", "Slave_SQL_Running") == "Yes",
-            _text(row, "Replica_IO_Running", "Slave_IO_Running") == "Yes",
+            _text(row, "Replica_IO_Running", "Slave_IO_Running") != "No",
         )
         for row in rows(_replica_status(version))
     ]
+
+
+def applier_statement(verb: str, version: Version, channel: str) -> str:
+    """Return what does START or STOP (`verb`) to the applier of a channel, in the dialect of the server."""
+    if version.flavour == MARIADB:
+        return f"{verb} SLAVE {_quoted(channel)} SQL_THREAD"
+    noun = "REPLICA" if version.is_mysql(8, 0, 22) else "SLAVE"
+    return f"{verb} {noun} SQL_THREAD FOR CHANNEL {_quoted(channel)}"
 
 
 def _log(rows: Rows, version: Version) -> list[Row]:

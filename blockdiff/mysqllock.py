@@ -203,13 +203,15 @@ class Database:
     ) -> None:
         self._session.close()
 
-    def check(self, with_coordinates: bool = True) -> Server:
+    def check(self, with_coordinates: bool = True, with_pause: bool = False) -> Server:
         """Find out what can be found out without a lock: whether this account may do what is to come.
+
+        `with_coordinates`: ask where the database stands, too; `with_pause`: stop what applies changes on a replica.
 
         Raises `DatabaseError`, which names all privileges that are missing and the statement that grants them.
         """
         rows, missing = self._session.rows, []
-        for question in self._questions(with_coordinates):
+        for question in self._questions(with_coordinates, with_pause):
             try:
                 question()
             except Lacking as error:
@@ -220,7 +222,7 @@ class Database:
         (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
         return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
 
-    def _questions(self, with_coordinates: bool) -> Iterator[Callable[[], object]]:
+    def _questions(self, with_coordinates: bool, with_pause: bool) -> Iterator[Callable[[], object]]:
         """Yield what fails for an account that lacks a privilege for what is to come, and does nothing else."""
         rows = self._session.rows
         if rows("SELECT 1 FROM information_schema.ENGINES WHERE ENGINE = 'InnoDB' AND SUPPORT IN ('YES', 'DEFAULT')"):
@@ -232,10 +234,33 @@ class Database:
             yield lambda: coordinates.position(rows, self.version)
             yield self.appliers
             yield lambda: coordinates.read(rows)
+        if with_pause:
+            yield self._start_running
 
     def appliers(self) -> list[Applier]:
         """Return what applies the changes of other servers. Raises `DatabaseError`."""
         return coordinates.appliers(self._session.rows, self.version)
+
+    def _start_running(self) -> None:
+        """Ask for what changes nothing, and needs the right to start and stop."""
+        self.start_appliers([each.channel for each in self.appliers() if each.is_running])
+
+    def stop_appliers(self, channels: Sequence[str]) -> None:
+        """Stop what applies the changes of these channels, and see that it stands still. Raises `DatabaseError`."""
+        for channel in channels:
+            self._session.execute(coordinates.applier_statement("STOP", self.version, channel))
+        running = [each.channel for each in self.appliers() if each.is_running and each.channel in channels]
+        if running:
+            raise DatabaseError(f"{self._session.place}: the SQL thread of the replica does not stop")
+
+    def start_appliers(self, channels: Sequence[str]) -> None:
+        """Start what applies the changes of these channels; one that runs goes on. Raises `DatabaseError`."""
+        for channel in channels:
+            self._session.execute(coordinates.applier_statement("START", self.version, channel))
+
+    def stay(self, seconds: float) -> None:
+        """Let the server keep the session for so long while nothing is asked. Raises `DatabaseError`."""
+        self._session.limit(seconds)
 
     def unlogged(self) -> bool | None:
         """See `mysqlfiles.unlogged`."""

@@ -1,10 +1,11 @@
 """Hold writers still while the agent takes the snapshots: by a database lock, by a command, or not at all."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
-from blockdiff import lockcommand, mysqllock
+from blockdiff import lockcommand, mysqllock, replicapause
 from blockdiff.coordinates import Coordinates
 from blockdiff.errors import SourceError, printable
 from blockdiff.grant import ELSEWHERE
@@ -28,6 +29,12 @@ _MAYBE_AHEAD = (
     "this generation has no coordinates: the database is a replica, and this login does not see whether it has tables"
     " that do not undo (MyISAM, Aria): GRANT SELECT ON *.*, or --replica-pause to stop its SQL thread for that moment"
 )
+_STOPPED = (
+    "the SQL thread of the replica stands still (channel {}): if nobody stopped it, a run whose machine died did, and"
+    " START SLAVE is needed"
+)
+#: Stops the appliers of channels for as long as it lasts.
+Pause = Callable[[mysqllock.Database, Sequence[str]], AbstractContextManager[None]]
 #: In the path of a logical volume: ``/dev/GROUP/NAME``.
 _SLASHES = 3
 
@@ -91,8 +98,11 @@ class CommandQuiesce(Quiesce):
 class DatabaseQuiesce(Quiesce):
     """A database lock."""
 
-    def __init__(self, database: mysqllock.Database, server: mysqllock.Server, freezes: bool) -> None:
+    def __init__(
+        self, database: mysqllock.Database, server: mysqllock.Server, freezes: bool, pause: Pause | None = None
+    ) -> None:
         super().__init__(freezes)
+        self._pause = pause
         self._database = database
         self._server = server
         self._notes = [note] if (note := database.note) else []
@@ -142,6 +152,16 @@ class DatabaseQuiesce(Quiesce):
         """See `Quiesce`. The lock holds what writes to the database, and nothing else that lies beside it."""
         return True if self._freezes else None if self._held is None else source in self._held
 
+    def _paused(self, stack: ExitStack) -> list[str]:
+        """Stop what applies changes on a replica until the end of the stack; return what stands still already."""
+        assert self._pause is not None
+        appliers = self._database.appliers()
+        running = [each.channel for each in appliers if each.is_running]
+        if running:
+            stack.enter_context(self._pause(self._database, running))
+        stopped = [printable(each.channel, 100) for each in appliers if each.is_receiving and not each.is_running]
+        return [_STOPPED.format(", ".join(f"'{channel}'" for channel in stopped))] if stopped else []
+
     def _ahead(self) -> list[str]:
         """Return why the copy may be ahead of its coordinates."""
         if not any(each.is_running for each in self._database.appliers()):
@@ -155,18 +175,20 @@ class DatabaseQuiesce(Quiesce):
     def around(self, session: Session) -> Moment:
         """See `Quiesce`; raises `DatabaseError` where there is no lock, or it did not last."""
         version = self._server.version
-        warnings = self._ahead()
-        with self._database.locked() as held:
+        with ExitStack() as stack:
+            warnings = self._paused(stack) if self._pause is not None else []
+            without = self._ahead()
+            held = stack.enter_context(self._database.locked())
             before = held.position(version)
             session.begin_take()
             found = held.coordinates()
             took_s = session.end_take()
             held.prove()
             if not before == (found.binlog_file, found.binlog_position) == held.position(version):
-                warnings.append(_MOVED)
+                without.append(_MOVED)
             held.release()
         quiesced = Quiesced("mysql", held.held_s, list(held.statements), held.waited_s)
-        return Moment(took_s, quiesced, None if warnings else found, self._notes, warnings)
+        return Moment(took_s, quiesced, None if without else found, self._notes, [*warnings, *without])
 
 
 def _is_unknown(place: Outside) -> bool:
@@ -201,8 +223,13 @@ def _take(session: Session) -> float:
 
 
 @contextmanager
-def database(session: Session, account: Account, limits: mysqllock.Limits, freezes: bool) -> Iterator[Quiesce]:
-    """Yield what locks a database; leaving ends its session. Raises `DatabaseError`."""
+def database(
+    session: Session, account: Account, limits: mysqllock.Limits, freezes: bool, way: replicapause.Way | None = None
+) -> Iterator[Quiesce]:
+    """Yield what locks a database; leaving ends its session. Raises `DatabaseError`.
+
+    With `way`, that to the host once more, what applies changes on a replica is stopped meanwhile.
+    """
     with ExitStack() as stack:
         sock = None
         if account.through_ssh:
@@ -210,4 +237,5 @@ def database(session: Session, account: Account, limits: mysqllock.Limits, freez
             account = replace(account, user=account.user or session.host["user"])
             sock = stack.enter_context(session.tunnel(sockets, port=0))
         found = stack.enter_context(mysqllock.connect(account, limits, sock=sock))
-        yield DatabaseQuiesce(found, found.check(), freezes)
+        pause = None if way is None else partial(replicapause.paused, account, way)
+        yield DatabaseQuiesce(found, found.check(with_pause=way is not None), freezes, pause)

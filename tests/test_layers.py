@@ -66,6 +66,7 @@ ORDER = """
     transport
     rules
     session  consistency
+    replicapause
     quiesce  streams  compare  snapshots
     plan
     inuse  contents  offsetwriter

@@ -21,6 +21,7 @@ NOTHING: dict[str, object] = {
     "max_hold": None,
     "keep_snapshot": False,
     "audit": False,
+    "replica_pause": False,
 }
 MYSQL = ("--mysql", "mysql://u@127.0.0.1/")
 
@@ -48,9 +49,10 @@ def test_each_option_arrives() -> None:
         max_hold=3.0,
         keep_snapshot=True,
         audit=True,
+        replica_pause=True,
     )
     account = Account("u", "", "db00", 33)
-    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), True, True)
+    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), True, True, True)
 
 
 def test_the_word_ssh_leaves_the_user_to_the_host() -> None:
@@ -67,6 +69,7 @@ def test_the_word_ssh_leaves_the_user_to_the_host() -> None:
         ({"keep_snapshot": True}, "--keep-snapshot means nothing without --lvm"),
         ({"audit": True}, "--audit means nothing without --lvm"),
         ({"lvm": True, "audit": True}, "--audit means nothing without --keep-snapshot"),
+        ({"lvm": True, "replica_pause": True}, "--replica-pause means nothing without --mysql"),
         ({"lvm": True, "lock_wait": 5.0}, "--lock-wait means nothing without --mysql"),
         ({"lvm": True, "long_query": 0.0}, "--long-query means nothing without --mysql"),
         ({"lvm": True, "max_hold": 5.0}, "--max-hold means nothing without --mysql"),

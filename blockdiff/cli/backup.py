@@ -74,6 +74,7 @@ class SnapshotSize(click.ParamType[str]):
 @click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
 @click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
 @click.option("--max-hold", type=SECONDS, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
+@click.option("--replica-pause", is_flag=True, help="Of a replica, stop the SQL thread meanwhile.")
 @click.option(
     "--before", metavar="COMMAND", help="Run on the host before snapshots are made, or without --lvm all is read."
 )

@@ -24,6 +24,8 @@ def volume_options(given: Mapping[str, object]) -> Volumes | None:
     }
     if limits and "mysql" not in asked:
         _need("--mysql", limits)
+    if "replica_pause" in asked and "mysql" not in asked:
+        _need("--mysql", {"replica_pause": True})
     url = asked.get("mysql")
     return Volumes(
         snapshot_size=_text(asked.get("snapshot_size")) or "20%",
@@ -31,6 +33,7 @@ def volume_options(given: Mapping[str, object]) -> Volumes | None:
         limits=Limits(**{name + "_s": float(str(value)) for name, value in limits.items()}),
         keep="keep_snapshot" in asked,
         audit="audit" in asked,
+        pauses="replica_pause" in asked,
     )
 
 

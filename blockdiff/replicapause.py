@@ -1,0 +1,154 @@
+"""Stop what applies changes on a replica for the moment of a backup, and start it again whatever becomes of us.
+
+No end of a session starts it again. So a process of its own, the guard, logs in before anything is stopped, by a
+connection of its own, and waits at the end of a pipe. It starts what was stopped: when we say so, and when we are gone.
+What it cannot survive is the end of this whole machine; a database that is started again starts its appliers itself.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+
+from blockdiff import mysqllock, process
+from blockdiff.address import Address
+from blockdiff.errors import BlockdiffError, DatabaseError, printable
+from blockdiff.mysqlaccount import SOCKETS, Account, Tls
+from blockdiff.mysqllock import Limits
+from blockdiff.session import Session
+
+#: How long the guard may take to log in, and to start what was stopped, in seconds.
+READY_S = 90.0
+START_S = 60.0
+#: How long a guard lives at most, in seconds: longer than a lock may be waited for and held.
+LIFE_S = 3600
+_READY = b"ready\n"
+_STARTED = b"started\n"
+# isolated (-I): neither the environment nor the current directory changes what it imports
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from blockdiff.replicapause import guard; guard()"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the host is reached, for another session with it: see `session.Session`."""
+
+    address: Address
+    transport: str | None = None
+    options: Sequence[str] = ()
+    prefix: Sequence[str] = ()
+
+
+@contextmanager
+def paused(account: Account, way: Way, database: mysqllock.Database, channels: Sequence[str]) -> Iterator[None]:
+    """Let nothing apply the changes that come by `channels` within the `with` statement.
+
+    Raises `DatabaseError` where that cannot be, or where they cannot be started again; nothing is stopped where there
+    is no guard.
+    """
+    with _guard(account, way, channels) as child:
+        try:
+            database.stop_appliers(channels)
+            yield
+        finally:
+            _start(child, database, channels)
+
+
+@contextmanager
+def _guard(account: Account, way: Way, channels: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """Yield a guard that has logged in. It is never ended from here: it ends with its work."""
+    order = {"account": asdict(account), "way": asdict(way), "channels": list(channels)}
+
+    def start() -> "subprocess.Popen[bytes]":
+        places = json.dumps([path for path in sys.path if os.path.isabs(path)])
+        command = [sys.executable, "-I", "-c", _PROGRAM, places]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+    with process.started(start, _let_go) as child:
+        assert child.stdin is not None
+        try:
+            child.stdin.write(json.dumps(order).encode("ascii") + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: what it says instead comes below
+        said = _answer(child, READY_S)
+        if said != _READY:
+            raise DatabaseError(
+                f"nothing was stopped: what would start the applier again cannot log in: {_words(said)}",
+                "--replica-pause logs in twice, and over SSH it connects twice",
+            )
+        yield child
+
+
+def _let_go(child: "subprocess.Popen[bytes]") -> None:
+    if child.stdin is not None:
+        child.stdin.close()
+    try:
+        child.wait(START_S)
+    except subprocess.TimeoutExpired:
+        pass  # it goes on trying, and ends by itself
+
+
+def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, channels: Sequence[str]) -> None:
+    """Let the guard start what was stopped, or do so where it cannot."""
+    assert child.stdin is not None
+    try:
+        child.stdin.close()
+    except OSError:
+        pass  # it has ended before its time
+    said = _answer(child, START_S)
+    if said == _STARTED:
+        return
+    try:
+        database.start_appliers(channels)
+    except DatabaseError as error:
+        raise DatabaseError(
+            f"the replica's SQL thread is stopped and could not be started again: {error.message}",
+            "START SLAVE (or START REPLICA) there, now",
+        ) from error
+
+
+def _answer(child: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
+    """Return the next line of the guard, what there is of it after so long."""
+    assert child.stdout is not None
+    ready, _, _ = select.select([child.stdout], [], [], timeout_s)
+    return child.stdout.readline() if ready else b""
+
+
+def _words(said: bytes) -> str:
+    return printable(said.decode("utf-8", "replace").strip(), 500) or "it says nothing"
+
+
+def guard() -> None:
+    """Be the guard: log in as standard input says, and at its end start what was stopped. Ends the process."""
+    signal.alarm(LIFE_S)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    order = json.loads(sys.stdin.buffer.readline())
+    account, way = order["account"], order["way"]
+    tls = Tls(**account.pop("tls")) if account["tls"] is not None else None
+    account = Account(**{**account, "tls": tls})
+    try:
+        with ExitStack() as stack:
+            sock = None
+            if account.through_ssh:
+                address = Address(**way["address"])
+                session = stack.enter_context(Session(address, way["transport"], way["options"], way["prefix"]))
+                sockets = SOCKETS if account.socket is None else [account.socket]
+                sock = stack.enter_context(session.tunnel(sockets, port=0))
+            database = stack.enter_context(mysqllock.connect(account, Limits(max_hold_s=LIFE_S), sock=sock))
+            database.stay(LIFE_S)
+            sys.stdout.buffer.write(_READY)
+            sys.stdout.buffer.flush()
+            sys.stdin.buffer.read()
+            database.start_appliers(order["channels"])
+            sys.stdout.buffer.write(_STARTED)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        pass  # nobody is there any more who wants to know
+    except BlockdiffError as error:
+        print(error.message, flush=True)  # to the one who started us
