@@ -142,13 +142,11 @@ def guard() -> None:
                 sock = stack.enter_context(session.tunnel(sockets, port=0))
             database = stack.enter_context(mysqllock.connect(account, Limits(max_hold_s=LIFE_S), sock=sock))
             database.stay(LIFE_S)
-            sys.stdout.buffer.write(_READY)
-            sys.stdout.buffer.flush()
+            os.write(1, _READY)
             sys.stdin.buffer.read()
             database.start_appliers(order["channels"])
-            sys.stdout.buffer.write(_STARTED)
-            sys.stdout.buffer.flush()
+            os.write(1, _STARTED)
     except BrokenPipeError:
         pass  # nobody is there any more who wants to know
     except BlockdiffError as error:
-        print(error.message, flush=True)  # to the one who started us
+        os.write(1, error.message.encode("utf-8", "backslashreplace") + b"\n")
