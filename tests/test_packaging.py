@@ -94,7 +94,7 @@ def test_a_source_distribution_has_all_that_is_tracked_and_runs_its_tests(dirty:
         "-p",
         "no:cacheprovider",
         "tests/test_golden.py",
-        "tests/test_layers.py",
+        "tests/test_checkout.py",
     ]
     done = subprocess.run(tests, cwd=unpacked, capture_output=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout.decode()
