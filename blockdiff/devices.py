@@ -82,13 +82,12 @@ def use(devices: Sequence[str], own: str = "") -> str:
 
 
 def sectors(device: str) -> Optional[Sectors]:
-    """Return what was read from and written to a device so far; None where the kernel does not count it."""
-    place = os.path.realpath(_place(device))
-    disk = os.path.dirname(place) if os.path.exists(os.path.join(place, "partition")) else place
-    if _text(os.path.join(disk, "queue", "iostats")) == "0":
-        return None
+    """Return what was read from and written to a device so far; None where the kernel does not say.
+
+    It also shows what it does not count, as for memory disks, or where that was switched off: that stands still.
+    """
     try:
-        counts = [int(word) for word in _text(os.path.join(place, "stat")).split()]
+        counts = [int(word) for word in _text(os.path.join(_place(device), "stat")).split()]
         return Sectors(counts[_READ], counts[_WRITTEN] + sum(counts[_DISCARDED : _DISCARDED + 1]))
     except (ValueError, IndexError):
         return None

@@ -8,6 +8,7 @@ scan is not left in it.
 """
 
 import errno
+import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -135,6 +136,18 @@ class FileSource:
         except OSError:
             return False
         return True
+
+    def read_past_cache(self) -> None:
+        """Read a little of a device from the disk itself, whatever is in memory; where that cannot be, nothing."""
+        try:
+            fd = os.open("/proc/self/fd/{}".format(self._fd), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            try:
+                with mmap.mmap(-1, mmap.PAGESIZE) as page:  # it must begin at one
+                    os.readv(fd, [page])
+            finally:
+                os.close(fd)
+        except OSError:
+            pass
 
     def forget(self) -> None:
         """Drop what is cached of the source and was not changed there: it is read from the disk again."""

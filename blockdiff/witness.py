@@ -60,9 +60,11 @@ class Witness:
         return before is not None and now is not None and now.written != before.written
 
     def _counts(self) -> bool:
-        """Return whether the kernel counts for the device itself: of some kinds of them nothing is ever counted."""
+        """Return whether the kernel counts for the device itself: what we read now must show."""
+        before = devices.sectors(self._own)
+        self._file.read_past_cache()
         now = devices.sectors(self._own)
-        return self._before[self._own] is not None and now is not None and now != devices.Sectors(0, 0)
+        return None not in (self._before[self._own], before, now) and before != now
 
     def _through(self, written: List[str], use: str) -> str:
         others = [each for each in written if each != self._own]
