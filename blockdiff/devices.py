@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import stat
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 #: Where the kernel shows what it knows.
 SYS = "/sys"
@@ -21,6 +21,14 @@ _VOLUME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
 
 #: The columns of a device's ``stat``: sectors read, written, and (Linux 4.18 and newer) discarded.
 _READ, _WRITTEN, _DISCARDED = 2, 6, 13
+
+
+class Mount(NamedTuple):
+    """A device that is mounted at `place`; `writable` is whether the file system there may write to it."""
+
+    device: str
+    place: str
+    writable: bool
 
 
 class Sectors(NamedTuple):
@@ -72,13 +80,42 @@ def use(devices: Sequence[str], own: str = "") -> str:
 
     One that is mounted read-only is not written to. The name of the device is added unless it is `own`.
     """
-    mounts, swaps = _mounts(), _swaps()
+    swaps, places = _swaps(), {mount.device: mount.place for mount in reversed(mounts()) if mount.writable}
     for each in devices:
-        how = "is mounted on {}".format(mounts[each]) if each in mounts else ""
+        how = "is mounted on {}".format(places[each]) if each in places else ""
         how = "is used as swap" if each in swaps else how
         if how:
             return how if each == own else "{} ({})".format(how, name(each))
     return ""
+
+
+def mounts() -> List[Mount]:
+    """Return what is mounted, each of its devices by itself, in the order in which it was mounted."""
+    pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
+    found = []
+    for line in _text(os.path.join(PROC, "self", "mountinfo")).split("\n"):
+        mount, _, file_system = line.partition(" - ")
+        fields, about = mount.split(" "), file_system.split(" ")
+        if len(fields) < 5 or len(about) < 3:
+            continue
+        devices = [fields[2]]
+        if fields[2].startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
+            devices = _at(about[1])
+            devices += [each for pool in pools if set(pool) & set(devices) for each in pool if each not in devices]
+        writable = about[2].split(",")[0] == "rw"
+        found += [Mount(each, _unescaped(fields[4]), writable) for each in devices]
+    return found
+
+
+def loops() -> "List[Tuple[str, os.stat_result]]":
+    """Return the names of the loop devices, such as ``loop0``, each with the status of what it shows."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(SYS, "block", "loop*", "loop", "backing_file"))):
+        try:
+            found.append((path.split(os.sep)[-3], os.stat(_text(path))))
+        except (OSError, ValueError):
+            continue  # it was removed, or cannot be seen from here
+    return found
 
 
 def sectors(device: str) -> Optional[Sectors]:
@@ -123,32 +160,10 @@ def _numbers(pattern: str) -> List[str]:
 def _loops(backing: Union[str, Tuple[int, int]]) -> List[str]:
     """Return the loop devices on a device, by its number, or on a file, by its device and inode."""
     found = []
-    for path in sorted(glob.glob(os.path.join(SYS, "block", "loop*", "loop", "backing_file"))):
-        try:
-            status = os.stat(_text(path))
-        except (OSError, ValueError):
-            continue  # it was removed, or cannot be seen from here
+    for loop, status in loops():
         is_device = stat.S_ISBLK(status.st_mode)
         if backing == (number(status.st_rdev) if is_device else (status.st_dev, status.st_ino)):
-            found += _numbers(os.path.dirname(os.path.dirname(path)))
-    return found
-
-
-def _mounts() -> Dict[str, str]:
-    """Return where devices are mounted that the file system there may write to."""
-    pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
-    found: Dict[str, str] = {}
-    for line in _text(os.path.join(PROC, "self", "mountinfo")).split("\n"):
-        mount, _, file_system = line.partition(" - ")
-        fields, about = mount.split(" "), file_system.split(" ")
-        if len(fields) < 5 or len(about) < 3 or about[2].split(",")[0] != "rw":
-            continue
-        devices = [fields[2]]
-        if fields[2].startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
-            devices = _at(about[1])
-            devices += [each for pool in pools if set(pool) & set(devices) for each in pool]
-        for each in devices:
-            found.setdefault(each, _unescaped(fields[4]))
+            found += _numbers(os.path.join(SYS, "block", loop))
     return found
 
 

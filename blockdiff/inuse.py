@@ -10,11 +10,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 
-from blockdiff import process
+from blockdiff import devices, process
 from blockdiff.errors import ProcessError, printable
 
-_SYS = "/sys"
-_PROC = "/proc"
 _DMSETUP_TIMEOUT_S = 10.0
 
 _IsIt = Callable[[os.stat_result], bool]
@@ -67,7 +65,7 @@ def loop_device_of(path: str) -> str | None:
 
 
 def _device(number: int) -> str:
-    return f"{_SYS}/dev/block/{os.major(number)}:{os.minor(number)}"
+    return f"{devices.SYS}/dev/block/{devices.number(number)}"
 
 
 def _related(number: int) -> Iterator[int]:
@@ -87,36 +85,28 @@ def _number(place: str) -> Iterator[int]:
 
 
 def _mounts(numbers: set[int]) -> Iterator[str]:
-    wanted = {f"{os.major(number)}:{os.minor(number)}" for number in numbers}
-    for line in _content(f"{_PROC}/self/mountinfo").splitlines():
-        fields = line.split(" ")
-        if len(fields) > 4 and fields[2] in wanted:
-            place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-            yield f"it is mounted on {printable(place)}"
+    wanted = {devices.number(number) for number in numbers}
+    for mount in devices.mounts():
+        if mount.device in wanted:
+            yield f"it is mounted on {printable(mount.place)}"
 
 
 def _name(device: str) -> str:
     """Return the path of a device of the system, with the name that LVM or its like gave it."""
-    name = _content(f"{_SYS}/block/{device}/dm/name")
+    name = _content(f"{devices.SYS}/block/{device}/dm/name")
     return f"/dev/mapper/{printable(name)}" if name else f"/dev/{device}"
 
 
 def _loop_devices(is_it: _IsIt) -> Iterator[str]:
     """Yield the names of the loop devices that are on what `is_it` knows."""
-    for name in sorted(_listed(f"{_SYS}/block")):
-        backing = _content(f"{_SYS}/block/{name}/loop/backing_file") if name.startswith("loop") else ""
-        try:
-            if backing and is_it(os.stat(backing)):
-                yield name
-        except OSError:
-            continue  # its file is gone
+    yield from (name for name, status in devices.loops() if is_it(status))
 
 
 def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
     """Yield the processes, but for this one, that have open what `is_it` knows, for writing where that is asked for."""
-    for pid in sorted(int(name) for name in _listed(_PROC) if name.isdecimal()):
-        if pid != os.getpid() and any(map(is_it, _opened(f"{_PROC}/{pid}", only_writers))):
-            yield f"{printable(_content(f'{_PROC}/{pid}/comm') or 'a process')} (process {pid}) has it open"
+    for pid in sorted(int(name) for name in _listed(devices.PROC) if name.isdecimal()):
+        if pid != os.getpid() and any(map(is_it, _opened(f"{devices.PROC}/{pid}", only_writers))):
+            yield f"{printable(_content(f'{devices.PROC}/{pid}/comm') or 'a process')} (process {pid}) has it open"
 
 
 def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_result]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import contents, devicetarget, inuse
+from blockdiff import contents, devices, devicetarget, inuse
 from blockdiff.backup import Options
 from blockdiff.errors import TargetError
 from tests import chains, commands, conftest, loop
@@ -125,7 +125,7 @@ def test_a_volume_that_only_device_mapper_knows_to_be_open_is_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dev" / "block" / "4095:7" / "dm").mkdir(parents=True)
-    monkeypatch.setattr(inuse, "_SYS", str(tmp_path))
+    monkeypatch.setattr(devices, "SYS", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program = tmp_path / "dmsetup"
     for count, expected in (("0", []), ("2", ["`dmsetup info` counts 2 that have it open, and no process of this"])):
