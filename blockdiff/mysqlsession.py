@@ -41,7 +41,7 @@ _PRIVILEGES = re.compile(r"\bthe (.+?) privilege")
 _HINTS = {
     1040: "raise max_connections, or keep one for SUPER",
     1044: "leave the database name out, or grant the account the use of it",
-    1045: "check user and password; they come from the URL or the options, an option file of mode 0600, or MYSQL_PWD",
+    1045: "check user and password, which comes from an option file of mode 0600 or MYSQL_PWD",
     1049: "leave the database name out: the lock needs none",
     1129: "FLUSH HOSTS there lets this machine in again",
     1130: "create the account for this machine: CREATE USER 'name'@'this machine'",
@@ -125,6 +125,8 @@ class Session:
             raise DatabaseError(f"{refused}: {said}", _HINTS.get(number)) from error
         except DatabaseError as error:
             raise DatabaseError(f"{refused}: {error.message}", error.hint) from error
+        except RuntimeError as error:  # of a way to log in that needs a package
+            raise DatabaseError(f"{refused}: {printable(str(error), 200)}", "install it beside blockdiff") from error
         except _GARBLED as error:
             raise DatabaseError(f"{refused}: it does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
 

@@ -16,8 +16,9 @@ from blockdiff.errors import DatabaseError
 from blockdiff.mysqlaccount import Account, Tls
 from blockdiff.mysqllock import Limits
 from tests import commands
-from tests.conftest import require_program
+from tests.conftest import require, require_program
 from tests.fake_mysql import OK, SALT, FakeServer, Wire, columns, table, usual
+from tests.mariadb import MariaDB
 
 SECRET = "hushed-secret-of-thirty-letters"
 #: What a password becomes at most where it is only proven: one SHA-256.
@@ -238,6 +239,20 @@ def test_a_server_without_tls_gets_nothing_where_tls_is_wanted(certificates: Pat
         login(server, tls=Tls(str(certificates / "ca.pem")))
     assert "mysql+ssh://" in str(caught.value.hint)
     assert b"u\0" not in b"".join(server.received)
+
+
+def test_a_real_server_is_reached_by_tls_as_the_option_file_says(certificates: Path, tmp_path: Path) -> None:
+    require(MariaDB.available(), "the programs mariadbd and mariadb-install-db")
+    (tmp_path / "my.cnf").write_text(f"[client]\nuser=u\npassword={SECRET}\nssl-ca={certificates}/ca.pem\n")
+    (tmp_path / "my.cnf").chmod(0o600)
+    files = [f"--ssl-ca={certificates}/ca.pem", f"--ssl-cert={certificates}/here.pem"]
+    with MariaDB(tmp_path, *files, f"--ssl-key={certificates}/here.key") as server:
+        server.run(f"CREATE USER u@'%' IDENTIFIED BY '{SECRET}' REQUIRE SSL", "GRANT PROCESS, RELOAD ON *.* TO u@'%'")
+        place = ["--host=127.0.0.1", f"--port={server.port}", "--before=SELECT 1", "--after=SELECT 2"]
+        encrypted = commands.run("mysqllock", *place, f"--defaults-file={tmp_path}/my.cnf", "true")
+        plain = commands.run("mysqllock", *place, "--user=u", "true", env={"MYSQL_PWD": SECRET})
+    assert encrypted.returncode == 0, encrypted.stderr
+    assert plain.returncode == 1 and b"Access denied for user 'u'" in plain.stderr
 
 
 # --- bounds
