@@ -129,14 +129,20 @@ class DatabaseQuiesce(Quiesce):
                 "whether all files of the database are in this run was not checked: the kernel does not tell on which"
                 f" device {where} is"
             )
+        needed_paths, others = self._server.files.needed, dict(self._server.files.others)
+        self._notes += [
+            f"whether {printable(place.path)}, which the database needs, is in this run was not checked: the host has"
+            " no such directory"
+            for place in places
+            if not place.device and place.path in needed_paths
+        ]
         places = [place for place in places if place.device and not (_is_unknown(place) and _is_unknown(data))]
-        others = dict(self._server.files.others)
         self._notes += [
             f"{others[place.path]} in {printable(place.path)} are not in this run"
             for place in places
             if place.source is None and place.path in others
         ]
-        needed = [place for place in places if place.path in self._server.files.needed]
+        needed = [place for place in places if place.path in needed_paths]
         needed += [place for place in ready.outside if not self._is_temporary(place.path)]
         if not _is_unknown(data):
             self._held = {place.source for place in needed if place.source is not None}

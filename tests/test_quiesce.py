@@ -163,6 +163,14 @@ def test_what_the_kernel_does_not_tell_is_no_reason_to_refuse_but_a_note(databas
     assert note.endswith("was not checked: the kernel does not tell on which device /data is")
 
 
+def test_a_directory_that_the_host_does_not_have_is_a_note(database: Make) -> None:
+    """As in the mount namespace of a service."""
+    host, quiesced = Host(), database("/data", "/redo")
+    quiesced.check(ready(("254:3", 0), ("", None)), host)
+    (note,) = quiesced.around(host).notes
+    assert note.startswith("whether /redo, which the database needs, is in this run was not checked: the host has no")
+
+
 def test_what_is_in_memory_is_not_on_the_volume_of_the_data(database: Make) -> None:
     with pytest.raises(SourceError, match="not in this run: /redo on device 0:45"):
         database("/data", "/redo").check(ready(("254:3", 0), ("0:45", None)), Host())
