@@ -209,6 +209,18 @@ def test_a_mounted_device_that_is_frozen_is_quiesced(chain: SmallChain, place: P
     assert b"the last words" in (tmp_path / "restored").read_bytes()
 
 
+def test_a_file_on_a_frozen_file_system_is_quiesced(chain: SmallChain, place: Path) -> None:
+    """What is in memory of it is written before it is read: that must not wait for the thaw."""
+    freeze = require_program("fsfreeze")
+    chain.source = place / "noise"
+    with chain.source.open("ab") as file:
+        file.write(b"the last words")
+    words = ("--before", f"{freeze} -f '{place}'", "--after", f"{freeze} -u '{place}'")
+    status, made, said = backed_up(chain, *words)
+    assert (status, said, made["consistency"]) == (0, "", "quiesced")
+    assert chain.restored(1) == NOISE + b"the last words"
+
+
 def test_a_file_is_held_until_its_last_byte_was_read(chain: SmallChain, tmp_path: Path, large_tmp_path: Path) -> None:
     chain.source = large_tmp_path / "image"
     chain.source.write_bytes(NOISE * 200)
