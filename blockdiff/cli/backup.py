@@ -76,10 +76,14 @@ class SnapshotSize(click.ParamType[str]):
 @click.option("--max-hold", type=SECONDS, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
 @click.option("--replica-pause", is_flag=True, help="Of a replica, stop the SQL thread meanwhile.")
 @click.option(
-    "--before", metavar="COMMAND", help="Run on the host before snapshots are made, or without --lvm all is read."
+    "--before",
+    metavar="COMMAND",
+    help="Run on the host before the snapshots are made; without --lvm, before all is read.",
 )
-@click.option("--after", metavar="COMMAND", help="Run on the host after that, whatever happens.")
-@click.option("--also", multiple=True, metavar="NAME=PATH", help="One more volume, at the same moment. Repeatable.")
+@click.option("--after", metavar="COMMAND", help="Run on the host after that was done, whatever happens.")
+@click.option(
+    "--also", multiple=True, metavar="NAME=PATH", help="One more volume of the host, in the same run. Repeatable."
+)
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
 @click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
 @click.option("--mounted", is_flag=True, help="Refuse a NAME on the root file system: the disk is not mounted.")
