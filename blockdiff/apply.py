@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from blockdiff.deltafile import DeltaReader
+from blockdiff.devicetarget import refuse_in_use
 from blockdiff.dump import Run
 from blockdiff.errors import BlockdiffError, DamagedError, TargetError, printable
-
-_ZEROS = bytes(1 << 20)
+from blockdiff.filetarget import refuse_in_dev
+from blockdiff.offsetwriter import write_zeros
 
 
 def apply(pieces: Iterable[bytes], path: str) -> None:
@@ -49,6 +50,10 @@ def _opened(path: str) -> Iterator[int]:
         device = stat.S_ISBLK(os.stat(path).st_mode)
     except OSError:
         device = False
+    if device:
+        refuse_in_use(path)
+    else:
+        refuse_in_dev(path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if device else os.O_CREAT), 0o600)
     except OSError as error:
@@ -77,12 +82,11 @@ def _write(fd: int, run: Run, is_file: bool) -> None:
             count = os.pwrite(fd, view, offset)
             view, offset = view[count:], offset + count
         return
-    # zeros: a file that ends before them grows by a hole, what is there already is overwritten
+    # zeros: a file that ends before them grows by a hole, what else is there already is overwritten
     offset, stop = run.offset, run.offset + run.length
     if is_file:
         size = os.fstat(fd).st_size
         if size < stop:
             os.ftruncate(fd, stop)
             stop = max(offset, size)
-    while offset < stop:
-        offset += os.pwrite(fd, memoryview(_ZEROS)[: min(len(_ZEROS), stop - offset)], offset)
+    write_zeros(fd, offset, stop - offset)

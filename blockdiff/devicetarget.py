@@ -5,14 +5,33 @@ import time
 
 from blockdiff import contents, inuse
 from blockdiff.blocks import shown_size
-from blockdiff.errors import TargetError
-from blockdiff.offsetwriter import OffsetWriter
+from blockdiff.errors import TargetError, printable
+from blockdiff.offsetwriter import OffsetWriter, write_zeros
 
 #: How long whoever looks at a new device, as udev does, is waited for, in seconds, and how often it is looked.
 SETTLE_S = 1.0
 _LOOK_S = 0.05
 
-_ZEROS = bytes(1 << 20)
+
+def refuse_in_use(path: str) -> None:
+    """Raise `TargetError` where the device at `path` is mounted or in use, with all who use it.
+
+    Whoever only looks at a new device, as udev does, is waited for.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while users := _users(path):
+        if time.monotonic() > deadline:
+            raise TargetError(
+                f"{printable(path)} is in use: {', '.join(users)}", "unmount it, or stop what uses it, first"
+            )
+        time.sleep(_LOOK_S)
+
+
+def _users(path: str) -> list[str]:
+    try:
+        return inuse.users_of_device(os.stat(path).st_rdev)
+    except OSError as error:
+        raise TargetError(f"cannot look at {printable(path)}: {error.strerror}") from error
 
 
 class DeviceTarget(OffsetWriter):
@@ -28,7 +47,9 @@ class DeviceTarget(OffsetWriter):
         self._image_size = image_size
 
     def __enter__(self) -> "DeviceTarget":
-        self._refuse_users()
+        refuse_in_use(self.path)
+        if os.geteuid() != 0:
+            self.notes.append(f"only root sees whether a process of another user has {self._shown} open")
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as error:
@@ -53,23 +74,6 @@ class DeviceTarget(OffsetWriter):
         with self:
             pass
 
-    def _refuse_users(self) -> None:
-        deadline = time.monotonic() + SETTLE_S
-        while users := self._users():
-            if time.monotonic() > deadline:
-                raise TargetError(
-                    f"{self._shown} is in use: {', '.join(users)}", "unmount it, or stop what uses it, first"
-                )
-            time.sleep(_LOOK_S)
-        if os.geteuid() != 0:
-            self.notes.append(f"only root sees whether a process of another user has {self._shown} open")
-
-    def _users(self) -> list[str]:
-        try:
-            return inuse.users_of_device(os.stat(self.path).st_rdev)
-        except OSError as error:
-            raise self._failed("open", error) from error
-
     def _refuse_data(self, size: int) -> None:
         try:
             found = contents.found_on(self.path, self._fd, size)
@@ -85,18 +89,11 @@ class DeviceTarget(OffsetWriter):
 
     def zero(self, offset: int, length: int) -> None:
         """Write zeros where there are others; raises `TargetError`."""
-        for start in range(offset, offset + length, len(_ZEROS)):
-            zeros = memoryview(_ZEROS)[: min(len(_ZEROS), offset + length - start)]
-            if not self._is_zero(start, len(zeros)):
-                self.write(start, zeros)
-
-    def _is_zero(self, offset: int, length: int) -> bool:
-        """Return whether there are zeros: to read a part of a thin volume that has no room yet does not give it any."""
+        self.is_changed = True
         try:
-            found = os.pread(self._fd, length, offset)
-        except OSError:
-            return False  # a bad sector is often one that can be written
-        return found == (_ZEROS if length == len(_ZEROS) else bytes(length))
+            write_zeros(self._fd, offset, length)
+        except OSError as error:
+            raise self._failed("write", error) from error
 
     def finish(self, image_size: int) -> None:
         """Make what was written durable; raises `TargetError`."""

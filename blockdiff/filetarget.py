@@ -3,11 +3,14 @@
 import errno
 import os
 import secrets
+import shlex
 from types import TracebackType
 
 from blockdiff import inuse
 from blockdiff.errors import TargetError, printable
 from blockdiff.offsetwriter import OffsetWriter
+
+_DEV = "/dev"
 
 #: How file systems say that they have no hard links, or no more of them.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
@@ -137,3 +140,30 @@ class FileTarget(OffsetWriter):
 def _cut(name: str) -> str:
     """Return what of a file name leaves room for more: a name has at most 255 bytes."""
     return os.fsencode(name)[:200].decode(errors="ignore")
+
+
+def refuse_in_dev(path: str) -> None:
+    """Raise `TargetError` where a file at `path` would be among the devices: it is a device whose name is wrong.
+
+    Or a logical volume that is not active. The file would be in memory.
+    """
+    real = os.path.realpath(path)
+    if not _is_in_dev(real):
+        return
+    group, _, volume = real.removeprefix(f"{_DEV}/").partition("/")
+    is_volume = volume and "/" not in volume and group not in ("block", "disk", "mapper")
+    what = shlex.quote(f"{group}/{volume}") if is_volume else "GROUP/VOLUME"
+    raise TargetError(
+        f"{printable(path)} is not a block device, and a file under {_DEV} would be in memory",
+        f"`lsblk` lists the devices; a logical volume must be active: lvchange -a y {what}",
+    )
+
+
+def _is_in_dev(path: str) -> bool:
+    """Return whether a file of this absolute path would be in the file system that the devices are in."""
+    directory = os.path.dirname(path)
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    dev = os.stat(_DEV).st_dev
+    is_apart = dev != os.stat("/").st_dev
+    return os.stat(directory).st_dev == dev and (is_apart or path.startswith(f"{_DEV}/"))

@@ -14,6 +14,28 @@ _HINTS = {
 }
 
 
+_ZEROS = bytes(1 << 20)
+
+
+def write_zeros(fd: int, offset: int, length: int) -> None:
+    """Make bytes of a file or device zero, and write nothing where they are: that would give room to them.
+
+    A thin volume or a hole grows by whatever is written. Raises `OSError`.
+    """
+    stop = offset + length
+    while offset < stop:
+        zeros = memoryview(_ZEROS)[: min(len(_ZEROS), stop - offset)]
+        offset += len(zeros) if _are_zero(fd, offset, len(zeros)) else os.pwrite(fd, zeros, offset)
+
+
+def _are_zero(fd: int, offset: int, length: int) -> bool:
+    try:
+        found = os.pread(fd, length, offset)
+    except OSError:
+        return False  # a bad sector is often one that can be written
+    return found == (_ZEROS if length == len(_ZEROS) else bytes(length))
+
+
 class OffsetWriter:
     """An open descriptor that is written to. A context manager.
 

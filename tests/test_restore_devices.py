@@ -89,7 +89,31 @@ def test_a_file_that_was_made_under_dev_before_is_refused(chain: SmallChain) -> 
         path.unlink()
 
 
+def test_the_original_s_merge_makes_no_file_under_dev(chain: SmallChain) -> None:
+    path = Path("/dev/no-such-device")
+    try:
+        result = commands.run("blockdiff_merge", path, stdin=chain.file(".1.gz").read_bytes())
+        assert result.returncode == 1 and f"{path} is not a block device".encode() in result.stderr
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
 # A device that somebody uses
+
+
+def test_a_device_that_a_mounted_loop_device_is_on_is_refused(chain: SmallChain, device: Path, tmp_path: Path) -> None:
+    (tmp_path / "mounted").mkdir()
+    with loop.device(device) as upper:
+        subprocess.run([conftest.require_program("mkfs.ext2"), "-q", upper], check=True, timeout=60)
+        subprocess.run(["mount", upper, tmp_path / "mounted"], check=True, timeout=60)
+        try:
+            message = refused("--force", chain.name, device)
+            merged = commands.run("blockdiff_merge", device, stdin=chain.file(".1.gz").read_bytes())
+        finally:
+            subprocess.run(["umount", tmp_path / "mounted"], check=True, timeout=60)
+    said = f"{device} is in use: the loop device {upper} lies on it"
+    assert said in message and merged.returncode == 1 and said in merged.stderr.decode()
 
 
 def test_a_device_that_a_loop_device_is_on_is_refused(chain: SmallChain, device: Path) -> None:
