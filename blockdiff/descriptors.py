@@ -5,11 +5,11 @@ Deltas are of version 1 and digests MD5, whatever reads or writes the other end.
 
 import fcntl
 import os
+import select
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from blockdiff import codec, dump, temporary, witness
 from blockdiff.address import Address
@@ -46,7 +46,10 @@ class FdSink:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self._fd, view) :]
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:  # who shares the descriptor with us has made it so, as ssh does
+                    select.select([], [self._fd], [])
         except OSError as error:
             raise self._failed(error) from error
 
@@ -59,6 +62,24 @@ class FdSink:
 
     def _failed(self, error: OSError) -> StorageError:
         return StorageError(f"cannot write the {self._what} (descriptor {self._fd}): {error.strerror}")
+
+
+class FdInput:
+    """Reads from a descriptor, whatever is behind it. `what` names it in messages."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        self._fd = fd
+        self._what = what
+
+    def read(self, count: int, /) -> bytes:
+        """Return at most `count` bytes, none at the end; raises `StorageError`."""
+        while True:
+            try:
+                return os.read(self._fd, count)
+            except BlockingIOError:
+                select.select([self._fd], [], [])
+            except OSError as error:
+                raise StorageError(f"cannot read {self._what}: {error.strerror}") from error
 
 
 class _Protocol:
@@ -242,20 +263,14 @@ def _access(fd: int) -> int | None:
 
 def _old_table() -> TableReader:
     """Return the old digest table as a file of our own: the descriptor may be a pipe."""
-    with temporary.unnamed_file() as copy, os.fdopen(os.dup(OLD_TABLE_FD), "rb", buffering=0) as file:
-        while data := _read(file):
+    given = FdInput(OLD_TABLE_FD, f"descriptor {OLD_TABLE_FD}")
+    with temporary.unnamed_file() as copy:
+        while data := given.read(_COPY_SIZE):
             try:
                 copy.write(data)
             except OSError as error:
                 raise temporary.failed(error) from error
         return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
-
-
-def _read(file: BinaryIO) -> bytes:
-    try:
-        return file.read(_COPY_SIZE)
-    except OSError as error:
-        raise StorageError(f"cannot read descriptor {OLD_TABLE_FD}: {error.strerror}") from error
 
 
 def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.StreamSource:

@@ -10,6 +10,7 @@ scan is not left in it.
 import errno
 import mmap
 import os
+import select
 import stat
 from abc import ABC, abstractmethod
 from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -294,6 +295,9 @@ class StreamSource:
             while done < step:
                 try:
                     count = os.readv(self._fd, [buffer[done:step]])
+                except BlockingIOError:  # who shares the input with us has made it so, as ssh does
+                    select.select([self._fd], [], [])
+                    continue
                 except OSError as error:
                     raise SourceError(
                         "cannot read the input at offset {}: {}".format(offset + done, error.strerror)

@@ -1,14 +1,19 @@
 """The original's commands under callers that have low descriptors open, or standard streams closed."""
 
+import fcntl
+import os
+import random
 import shutil
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests import commands
+from tests.mariadb import wait_for
 from tests.protocol import BLOCK, GOLDEN, IMAGES, dumped
 from tests.sshd import Sshd
 
@@ -108,3 +113,62 @@ def test_a_caller_with_every_low_descriptor_open_is_served(tmp_path: Path) -> No
     result = run(f"{everything} 5<'{OLD}' 6>'{tmp_path}/new'", "blockdiff_dump", GOLDEN / "image.2")
     assert (result.returncode, result.stderr) == (0, b"")
     assert (result.stdout, (tmp_path / "new").read_bytes()) == dumped(IMAGES[1], BLOCK, OLD.read_bytes())
+
+
+def test_a_delta_goes_into_a_pipe_that_does_not_wait(tmp_path: Path) -> None:
+    """As ssh leaves one that it shares."""
+    image = random.Random(1).randbytes(300_000)
+    (tmp_path / "image").write_bytes(image)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    room = fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ)
+    words = ["sh", "-c", 'exec "$@" 5<&- 6>"$NEW"', "sh", sys.executable, str(commands.BIN / "blockdiff_dump")]
+    environment = {"PATH": commands.PATH, "BLOCKSIZE": "4096", "NEW": str(tmp_path / "new")}
+    with subprocess.Popen([*words, str(tmp_path / "image")], stdout=writing, env=environment) as child:
+        os.close(writing)
+        try:
+            wait_for(lambda: child.poll() is not None or waiting(reading) > room - 4096, "that nothing more fits")
+        finally:
+            with os.fdopen(reading, "rb") as file:
+                delta = file.read()
+    assert (child.returncode, delta) == (0, dumped(image, 4096)[0])
+
+
+@pytest.mark.parametrize("program", ["blockdiff_dump", "blockdiff_merge"])
+def test_what_comes_from_a_pipe_that_does_not_wait_is_waited_for(program: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    words = ["sh", "-c", 'exec "$@" 5<&- 6>"$NEW"', "sh", sys.executable, str(commands.BIN / program)]
+    environment = {"PATH": commands.PATH, "BLOCKSIZE": str(BLOCK), "NEW": str(tmp_path / "new")}
+    arguments = [str(tmp_path / "image")] if program == "blockdiff_merge" else []
+    given = IMAGES[0] if program == "blockdiff_dump" else (GOLDEN / "own-none.1").read_bytes()
+    with subprocess.Popen([*words, *arguments], stdin=reading, stdout=subprocess.PIPE, env=environment) as child:
+        with os.fdopen(writing, "wb", buffering=0) as file:
+            file.write(given[:100])
+            wait_for(lambda: waiting(reading) == 0, "that it has read all that there is, and wants more")
+            file.write(given[100:])
+        os.close(reading)
+        got, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert program == "blockdiff_merge" or got == dumped(IMAGES[0], BLOCK)[0]
+    assert program == "blockdiff_dump" or (tmp_path / "image").read_bytes() == IMAGES[0]
+
+
+def waiting(fd: int) -> int:
+    """Return how many bytes are in a pipe."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def test_a_delta_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Reading a process's memory fails where nothing is mapped: at its beginning."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        result = subprocess.run(
+            [sys.executable, commands.BIN / "blockdiff_merge", tmp_path / "image"],
+            stdin=memory,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    said = "blockdiff: cannot read the delta on standard input: Input/output error\n"
+    assert (result.returncode, result.stderr.decode()) == (1, said)
+    assert not (tmp_path / "image").exists()

@@ -11,7 +11,7 @@ from blockdiff.apply import apply
 from blockdiff.cli import agent_prefix, run, say, say_error
 from blockdiff.command_backup import backup_with_command
 from blockdiff.cronlog import run_logged
-from blockdiff.descriptors import Taken, check_given, dump_local, dump_remote, dump_volume
+from blockdiff.descriptors import FdInput, Taken, check_given, dump_local, dump_remote, dump_volume
 from blockdiff.errors import BlockdiffError, UsageError, printable
 
 #: The original's block size for logical volumes, in bytes.
@@ -46,8 +46,8 @@ def _dump(blocksize: int | None, gzip: bool, lzop: bool, file: str | None) -> No
 def _merge(file: str) -> None:
     """Apply the delta on standard input, plain or compressed by gzip, zstd or lzop, to FILE."""
     check_given(0, os.O_RDONLY, "there is no delta to apply", "add < DELTA")
-    with os.fdopen(os.dup(0), "rb", buffering=0) as delta:
-        apply(codec.decompressed(delta, "the delta on standard input"), file)
+    given = FdInput(0, "the delta on standard input")
+    apply(codec.decompressed(given, "the delta on standard input"), file)
 
 
 @click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
