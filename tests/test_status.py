@@ -40,7 +40,12 @@ def look(chain: SmallChain, age_s: float = HOUR_S, max_age_s: float = 26 * HOUR_
 def told(*arguments: str | Path, state: State) -> str:
     done = commands.run("blockdiff", "status", *arguments)
     assert (done.returncode, done.stderr) == (state, b"")
-    return done.stdout.decode()
+    return young(done.stdout.decode())
+
+
+def young(text: str) -> str:
+    """Return a text in which what is some minutes old is as young as it can be: a machine may stand still meanwhile."""
+    return re.sub(r"\b[0-9]+min old", "0min old", text)
 
 
 def test_a_chain_that_is_young_enough_is_ok(chain: SmallChain) -> None:
@@ -290,12 +295,12 @@ def test_names_of_any_bytes_fit_each_format(tmp_path: Path) -> None:
     shown = f'{chain.directory}/a\\udcff"#\\n/-\\b'
     done = commands.run("blockdiff", "status", "--prometheus", tmp_path / "prom", chain.name)
     assert done.returncode == State.OK and done.stdout.decode().count("\n") == 1
-    assert done.stdout.decode().startswith(f"BLOCKDIFF OK - {shown}: generation 1 is 0min old | '{shown}'=")
+    assert young(done.stdout.decode()).startswith(f"BLOCKDIFF OK - {shown}: generation 1 is 0min old | '{shown}'=")
     label = f"{chain.directory}/a\\\\xff\\\"'#\\n|=\\\\b"
     assert f'blockdiff_last_generation{{name="{label}",chain="{label}"}} 1' in (tmp_path / "prom").read_text("utf-8")
     done = commands.run("blockdiff", "status", "--tap", chain.name)
     tap = f"{chain.directory}/a\\\\udcff\"'\\#\\\\n|=\\\\b"
-    assert done.stdout.decode().splitlines()[2] == f"ok 1 - {tap}: generation 1 is 0min old"
+    assert young(done.stdout.decode()).splitlines()[2] == f"ok 1 - {tap}: generation 1 is 0min old"
 
 
 @pytest.mark.parametrize(
