@@ -672,3 +672,31 @@ json.dump(refusal(lvm.Snapshot(lvm.find(path), "50%").__enter__), sys.stdout)
     assert isinstance(notes, list) and len(notes) == 1
     assert notes[0].startswith(f"removed the snapshot {name}/bd_")
     assert set(volume_group.volumes()) == {"lv"}
+
+
+def test_a_thin_pool_above_the_limit_of_lvms_settings_is_refused_before(
+    package: Guest, volume_group: VolumeGroup
+) -> None:
+    name, settings = volume_group.name, "/etc/lvm/lvmlocal.conf"
+    volume_group.pool("pool", "64M")
+    path = volume_group.thin("lv", "64M", "pool")
+    package.run(f"lvcreate -q -y -Wn -n rest -l 100%FREE {name}")  # or dmeventd might extend the pool
+    package.run(f"dd if=/dev/urandom of={path} bs=1M count=40 oflag=direct conv=notrunc status=none")
+    before = package.get(settings)
+    script = """
+thin = lvm.find(path)
+json.dump([refusal(lambda: lvm.check(thin, "")), refusal(lvm.Snapshot(thin, "").__enter__)], sys.stdout)
+"""
+    package.put(settings, before + b"\nactivation/thin_pool_autoextend_threshold=50\n")
+    try:
+        found = done(package, path, script)
+    finally:
+        package.put(settings, before)
+    assert isinstance(found, list)
+    ours, lvms = found
+    assert ours == (
+        f"SourceError: the data of the thin pool {name}/pool of {name}/lv is 62.5% full: "
+        "LVM makes no snapshot in it above 50%"
+    )
+    assert "lvcreate exited with status 5: " in lvms and "threshold" in lvms
+    assert set(volume_group.volumes()) == {"lv", "pool", "rest"}
