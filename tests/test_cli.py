@@ -282,7 +282,7 @@ def test_missing_words_exit_2(arguments: list[str]) -> None:
 def test_a_source_that_is_none_and_a_name_that_is_none_exit_2(chain: SmallChain) -> None:
     assert "cannot make out the source relative/path" in refused(2, "backup", chain.name, "relative/path")
     assert "cannot end like" in refused(2, "backup", f"{chain.name}@3", "/dev/null")
-    assert "is no NAME for a chain" in refused(2, "list", f"{chain.directory}/")
+    assert "is no NAME for a chain" in refused(2, "verify", f"{chain.directory}/")
 
 
 @pytest.mark.parametrize(
