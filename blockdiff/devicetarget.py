@@ -2,13 +2,16 @@
 
 import os
 import time
+from contextlib import suppress
 
-from blockdiff import contents, inuse
+from blockdiff import contents, inuse, process
 from blockdiff.blocks import shown_size
-from blockdiff.errors import TargetError, printable
+from blockdiff.errors import ProcessError, TargetError, printable
 from blockdiff.offsetwriter import OffsetWriter, write_zeros
 
-#: How long whoever looks at a new device, as udev does, is waited for, in seconds, and how often it is looked.
+#: How long udev may take to look at new devices, in seconds.
+_UDEV_S = 10
+#: How long whoever else looks at a new device is waited for, in seconds, and how often it is looked.
 SETTLE_S = 1.0
 _LOOK_S = 0.05
 
@@ -18,6 +21,9 @@ def refuse_in_use(path: str) -> None:
 
     Whoever only looks at a new device, as udev does, is waited for.
     """
+    if not _users(path):
+        return
+    _let_udev_finish()
     deadline = time.monotonic() + SETTLE_S
     while users := _users(path):
         if time.monotonic() > deadline:
@@ -25,6 +31,12 @@ def refuse_in_use(path: str) -> None:
                 f"{printable(path)} is in use: {', '.join(users)}", "unmount it, or stop what uses it, first"
             )
         time.sleep(_LOOK_S)
+
+
+def _let_udev_finish() -> None:
+    """Wait until udev has looked at what is new, where there is udev."""
+    with suppress(ProcessError):
+        process.run(["udevadm", "settle", f"--timeout={_UDEV_S}"], 2 * _UDEV_S, check=False)
 
 
 def _users(path: str) -> list[str]:

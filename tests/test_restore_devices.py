@@ -161,12 +161,18 @@ def test_a_volume_that_only_device_mapper_knows_to_be_open_is_in_use(
     assert inuse.users_of_device(os.makedev(4095, 7)) == []
 
 
-def test_whoever_only_looks_at_a_new_device_is_waited_for(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = [["udev has it open"], ["udev has it open"], []]
+def test_whoever_only_looks_at_a_new_device_is_waited_for(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "udevadm"
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    looks = [["udev has it open"], ["blkid has it open"], ["blkid has it open"], []]
     monkeypatch.setattr(devicetarget, "SETTLE_S", 60)
     monkeypatch.setattr(inuse, "users_of_device", lambda _number: looks.pop(0))
     devicetarget.DeviceTarget(str(device), False, None).check()
-    assert looks == []
+    assert looks == [] and (tmp_path / "asked").read_text() == "settle --timeout=10\n"
 
 
 # A device that holds data
