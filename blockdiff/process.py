@@ -105,7 +105,10 @@ class Output:
             if ended and not self._selector.get_map():
                 return True
             if self._until is not None and now > self._until:
-                self._let_be()
+                for _ in ("what is there", "its end"):  # we may have stood still, and not have looked since it ended
+                    self._take(0.0)
+                if self._selector.get_map():
+                    self._let_be()
                 return True
             if now > deadline:
                 return False

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def backup_account(mariadb: MariaDB) -> Iterator[Account]:
     mariadb.run("""CREATE USER backup@localhost IDENTIFIED BY 'it''s # "hushed" é'""")
     yield Account("backup", 'it\'s # "hushed" é', socket=str(mariadb.socket))
     mariadb.run("DROP USER backup@localhost")
+
+
+@pytest.fixture
+def short_tmp_path() -> Iterator[Path]:
+    """A directory with a short path: a tag of LVM has room for it and any name of this machine; gone after the test."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path).resolve()
 
 
 @pytest.fixture

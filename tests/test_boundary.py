@@ -3,14 +3,18 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from blockdiff.cli import standard
 from tests import chains, commands, mounts
 from tests.chains import DAYS, SmallChain
 
@@ -135,6 +139,26 @@ def test_a_stream_that_does_not_wait_is_waited_for(chain: SmallChain) -> None:
         with os.fdopen(reading, "rb") as file:
             shown = file.read().lstrip(b"\0")
     assert child.returncode == 0 and len(json.loads(shown)) == 2
+
+
+def test_what_finds_no_room_is_written_once_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    filled = os.write(writing, bytes(1 << 20))
+    waits, written = threading.Event(), list[int]()
+
+    def wait(read: list[int], write: list[int], special: list[int]) -> None:
+        waits.set()
+        select.select(read, write, special)
+
+    monkeypatch.setattr(standard, "select", SimpleNamespace(select=wait))
+    writer = threading.Thread(target=lambda: written.append(standard._Descriptor(writing).write(b"told")))
+    writer.start()
+    assert waits.wait(60) and len(os.read(reading, filled)) == filled
+    writer.join(60)
+    assert (written, os.read(reading, filled)) == ([4], b"told")
+    os.close(reading)
+    os.close(writing)
 
 
 def test_what_cannot_be_encoded_is_shown_escaped() -> None:

@@ -16,14 +16,9 @@ from tests import chains, commands, conftest
 
 #: Takes a lease to write on a file, and lets go of it when it is told that somebody wants the file, or never.
 HOLDER = """
-import fcntl, os, signal, sys, threading, time
+import fcntl, os, signal, sys, time
 fd = os.open(sys.argv[1], os.O_RDWR)
-def wanted(number, frame):
-    print("wanted", flush=True)
-    if sys.argv[2] == "lets go":
-        time.sleep(0.1)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-signal.signal(signal.SIGIO, wanted)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
 try:
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 except OSError as error:
@@ -31,7 +26,11 @@ except OSError as error:
 else:
     print("leased", flush=True)
 while True:
-    signal.pause()
+    signal.sigwait([signal.SIGIO])
+    print("wanted", flush=True)
+    if sys.argv[2] == "lets go":
+        time.sleep(0.1)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 """
 
 

@@ -99,7 +99,7 @@ def backed_up(chain: SmallChain, *options: str | Path) -> "tuple[int, dict[str, 
 
 def test_a_mounted_device_that_is_written_to_is_a_warning(chain: SmallChain, place: Path) -> None:
     with repeated(lambda: write_to(place)):
-        status, made, said = backed_up(chain, "--bwlimit", "256K")
+        status, made, said = backed_up(chain, "--bwlimit", "64K")
     assert said == (
         f"blockdiff: warning: {chain.source} is mounted on {place} and was written to while it was read: use --lvm, or "
         "hold it still with --before and --after; this generation may mix several moments\n"
@@ -164,7 +164,7 @@ def test_a_file_whose_mtime_is_put_back_is_a_warning(chain: SmallChain) -> None:
         os.utime(chain.source, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     with repeated(change):
-        status, made, said = backed_up(chain, "--bwlimit", "256K")
+        status, made, said = backed_up(chain, "--bwlimit", "64K")
     assert (status, made["consistency"]) == (3, "changing")
     assert said.endswith(
         " while it was read: back up a snapshot, or hold it still with --before and --after; "

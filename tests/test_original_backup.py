@@ -110,8 +110,9 @@ def test_a_command_that_fails_leaves_the_chain_as_it_was(text: str, words: str, 
 
 def leaving(tmp_path: Path, redirected: str) -> Path:
     """Return a program that dumps an image and leaves a process running, until the file `go` is there."""
-    later = f"(until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; touch '{tmp_path}/done') 2>/dev/null {redirected} &\n"
-    return script(tmp_path, f"{later}exec blockdiff_dump '{GOLDEN}/image.1'\n")
+    later = f"touch '{tmp_path}/begun'; until [ -e '{tmp_path}/go' ]; do sleep 0.01; done; touch '{tmp_path}/done'"
+    begun = f"({later}) 2>/dev/null {redirected} &\nuntil [ -e '{tmp_path}/begun' ]; do sleep 0.01; done\n"
+    return script(tmp_path, f"{begun}exec blockdiff_dump '{GOLDEN}/image.1'\n")
 
 
 def test_what_a_command_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
@@ -139,12 +140,15 @@ def test_what_a_command_leaves_running_must_not_change_what_was_written(tmp_path
 
 def test_who_reads_what_a_command_writes_keeps_nobody(tmp_path: Path) -> None:
     """Such as a copy of the backup directory that is being made."""
-    reader = f"sleep 600 <'{tmp_path}/backup/.disk.1.tmp' >/dev/null 2>&1 6>&- & echo $! >'{tmp_path}/pid'\n"
+    (tmp_path / "reader").write_text(f"touch '{tmp_path}/begun'; exec sleep 600\n")
+    reader = (
+        f"sh '{tmp_path}/reader' <'{tmp_path}/backup/.disk.1.tmp' >/dev/null 2>&1 6>&- & echo $! >'{tmp_path}/pid'\n"
+    )
+    begun = f"until [ -e '{tmp_path}/begun' ]; do sleep 0.01; done\n"
+    dump = script(tmp_path, f"{reader}{begun}exec blockdiff_dump '{GOLDEN}/image.1'\n")
     (tmp_path / "backup").mkdir()
     try:
-        assert_done(
-            backup(tmp_path / "backup" / "disk", script(tmp_path, f"{reader}exec blockdiff_dump '{GOLDEN}/image.1'\n"))
-        )
+        assert_done(backup(tmp_path / "backup" / "disk", dump))
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 

@@ -237,6 +237,18 @@ def test_what_a_child_leaves_behind_with_its_output_open_is_not_waited_for_and_l
     process._LEFT_OPEN.clear()
 
 
+def test_a_child_that_leaves_nothing_behind_is_heard_to_its_end_although_we_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time for what others hold open is over before anything of it was read."""
+    monkeypatch.setattr(process, "LINGER_S", -1.0)
+    with process.started(lambda: process._start(["sh", "-c", "echo told; echo said >&2"], None)) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        output = process.Output(child)
+        assert output.wait(LIMIT_S)
+    assert (output.completed(), output.is_held) == ((b"told\n", b"said\n", 0), False)
+
+
 def never() -> bool:
     return False
 

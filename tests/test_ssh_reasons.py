@@ -12,6 +12,7 @@ from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from tests import chains, commands
 from tests.conftest import require, require_program
+from tests.mariadb import wait_for
 from tests.sshd import Sshd
 
 #: What takes longer than this was not told at once, in seconds; the time for a start is far longer.
@@ -254,9 +255,10 @@ def test_the_port_of_the_settings_is_in_the_hint(sshd: Sshd, tmp_path: Path, cha
     commands.done("blockdiff", "backup", chain.name, *words, f"{sshd.login}:{chain.source}")
 
 
-def test_a_start_that_drips_is_given_up_in_time() -> None:
+def test_a_start_that_drips_is_given_up_in_time(tmp_path: Path) -> None:
     """A byte now and then is no agent, and must not hold the chain."""
-    drips = ["sh", "-c", "while :; do printf x; sleep 0.05; done"]
+    drips = ["sh", "-c", f"printf x; touch '{tmp_path}/begun'; while :; do printf x; sleep 0.05; done"]
     with ChildConnection(drips, Place("host", "host")) as child, pytest.raises(TransportError) as caught:
+        wait_for((tmp_path / "begun").exists, "the first byte")
         connection.push_agent(child, timeout_s=0.5)
     assert caught.value.message.startswith("no agent began on host in time (waited for 0.5 s): x")

@@ -339,14 +339,14 @@ def test_a_clock_that_went_back_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_chain_of_the_future_is_not_the_newest_for_ever(tmp_path: Path) -> None:
     chain = chains.new_chain(tmp_path)
-    future = chains.SmallChain(chain.directory, chain.source, "disk-203001")
+    future = chains.SmallChain(chain.directory, chain.source, "disk-209901")
     present = chains.SmallChain(chain.directory, chain.source, "disk-202611")
     for each in (future, present):
         each.add(DAYS[0])
     with Chain(future.name) as opened:
         known = opened.generations[1].manifest
         assert known is not None
-    future.file(".1.json").write_bytes(replace(known, finished="2030-01-01T00:00:00+00:00").to_bytes())
+    future.file(".1.json").write_bytes(replace(known, finished="2099-01-01T00:00:00+00:00").to_bytes())
     assert status.look(chain.name, HOUR_S, finished(present)).chain == present.name
     assert status.look(chain.name, HOUR_S, 0.0).chain == future.name
 

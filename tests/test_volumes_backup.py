@@ -392,8 +392,10 @@ def test_a_lock_that_is_in_the_way_of_the_sweep_is_told_before_writers_are_held(
 
 
 def test_kept_snapshots_that_no_run_will_look_at_are_told_with_what_removes_them(
-    chain: SmallChain, fake: FakeLvm
+    short_tmp_path: Path, fake: FakeLvm
 ) -> None:
+    chain = chains.new_chain(short_tmp_path)
+    chain.source = fake.add_file("vg", "lv", IMAGE)
     ours = "blockdiff,blockdiff_kept"
     nobody = leftovers.chain_tag(f"{socket.gethostname()}:{chain.name}-gone")
     fake.add_thin("vg", "bd_orphan", lv_tags=f"{ours},blockdiff_origin_gone", thin_id="7")

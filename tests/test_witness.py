@@ -249,6 +249,7 @@ def test_a_device_with_a_partition_that_is_mounted(tmp_path: Path) -> None:
             f"was written to through {partition.name} while it was read",
         )
         with loop.mount(partition, tmp_path / "place"):
+            os.sync()
             assert seen(disk) == (False, f"is mounted on {tmp_path}/place ({partition.name})")
             assert seen(partition) == (False, f"is mounted on {tmp_path}/place")
 
