@@ -8,7 +8,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from blockdiff import checksum, manifest
@@ -74,6 +74,9 @@ class LockedChain(WritableChain):
     def close(self) -> None:
         """Release the lock and close the directory."""
         if self._lock_fd >= 0:
+            with suppress(OSError):
+                # a child that another thread is just starting has the descriptor as well, until its program begins
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             os.close(self._lock_fd)
             self._lock_fd = -1
         super().close()

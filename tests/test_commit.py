@@ -243,6 +243,16 @@ def test_the_lock_ends_with_the_process_that_held_it(chain: SmallChain) -> None:
     chain.assert_sound()
 
 
+def test_a_lock_ends_with_its_run_though_a_child_is_just_being_started(chain: SmallChain) -> None:
+    """Between its making and the beginning of its program it has all descriptors, those of other threads too."""
+    with LockedChain(chain.name) as locked:
+        held = os.dup(locked._lock_fd)
+    try:
+        LockedChain(chain.name).close()
+    finally:
+        os.close(held)
+
+
 # Names
 
 
