@@ -65,7 +65,8 @@ def remote_command() -> str:
     probe = '-I -c "import sys;sys.exit(sys.version_info<(3,6))" </dev/null 2>/dev/null'
     start = f'-I -c "{loader.START}" {_LABEL} {_FIRST_LINES.hex()}'
     script = (
-        f"s={loader.NO_PYTHON}; for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
+        f"echo {loader.BEGUN.decode().strip()}; s={loader.NO_PYTHON}; "
+        f"for p in {_PYTHONS}; do command -v $p >/dev/null 2>&1 || continue; "
         f"$p {probe} && exec $p {start}; s={loader.TOO_OLD}; done; exit $s"
     )
     return f"exec /bin/sh -c '{script}'"

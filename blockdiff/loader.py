@@ -19,6 +19,8 @@ OTHER_SHELL = 96
 
 #: Comes first on standard input: a shell that reads its commands there, instead of the agent, ends at once.
 FOR_SHELLS = "exit {}\n".format(OTHER_SHELL).encode("ascii")
+#: What the remote command prints as soon as the login shell runs it.
+BEGUN = b"blockdiff begins\n"
 #: The first argument where one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
 PINNED = "blockdiff-pinned"
 
@@ -117,6 +119,7 @@ def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg] 
 
     The loader that comes ahead of it is passed over: nothing runs that was not checked.
     """
+    os.write(1, BEGUN)
     read_exactly(len(FOR_SHELLS))
     size = read_exactly(8)
     if not size.isdigit() or int(size) > _MAX_LOADER:

@@ -128,7 +128,9 @@ class Session:
         try:
             self._link = connection.push_agent(self._connection, self._prefix)
             self._heartbeat = wire.Heartbeat(self._link)
+            self._link.deadline = time.monotonic() + connection.START_TIMEOUT_S
             self.host = self._hello()
+            self._link.deadline = None
             self._heartbeat.start()
         except BaseException:
             self._connection.close()

@@ -143,7 +143,8 @@ class Link:
     """One end of the connection: sends and receives frames.
 
     Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
-    it may say nothing but ALIVE (None: for ever). `crc32` is a faster `zlib.crc32`, where there is one.
+    it may say nothing but ALIVE (None: for ever), and `deadline` a time of `time.monotonic` after which nothing is
+    received any more (None: never). `crc32` is a faster `zlib.crc32`, where there is one.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Link:
         self._crc32 = crc32
         self.silence_s = silence_s
         self.stall_s = stall_s
+        self.deadline = None  # type: Optional[float]
         self._send_lock = threading.Lock()
         self._sent = 0
         self._received = 0
@@ -273,10 +275,23 @@ class Link:
         self.bytes_received += size
 
     def _read(self, view: memoryview) -> int:
-        count = self._stream.readinto(view, self.silence_s)
+        if self.deadline is None:
+            count = self._stream.readinto(view, self.silence_s)
+        else:
+            count = self._read_until(view, self.deadline)
         if count == 0:
             raise ConnectionLost("the connection ended")
         return count
+
+    def _read_until(self, view: memoryview, deadline: float) -> int:
+        left_s = deadline - time.monotonic()
+        try:
+            if left_s > 0:
+                return self._stream.readinto(view, min(self.silence_s, left_s))
+        except ConnectionLost as error:
+            if not error.silent or time.monotonic() < deadline:
+                raise
+        raise ConnectionLost("what was to come did not come in time", silent=True)
 
 
 class Heartbeat:

@@ -39,6 +39,8 @@ DELAY_S = 0.3
 HEADER = struct.Struct("<B3xIIQI")
 ALIVE = 1
 NONCE_SIZE = 16
+#: The same as `blockdiff.loader.BEGUN`.
+BEGUN = b"blockdiff begins\n"
 
 
 class Point(NamedTuple):
@@ -136,6 +138,8 @@ class Way(threading.Thread):
     def run(self) -> None:
         try:
             number = 0
+            if self._way == DOWN:  # what comes first is noise to the server: nothing hangs on it
+                self._write(self._source.read(len(BEGUN)))
             for piece in pieces(self._way, self._source.read):
                 if self._blocked.is_set():
                     self._hang()

@@ -32,6 +32,7 @@ DEEPEST = {
     "options": "blockdiff.mysqloptions._without_comment",
     "source": "blockdiff.address._split_port",
     "publickey": "blockdiff.publickey._is_key",
+    "known_hosts": "blockdiff.transport.knownhosts._entries",
 }
 
 NAMES = list(TARGETS)

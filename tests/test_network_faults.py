@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, bundle, wire
+from blockdiff import backup, bundle, loader, wire
 from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ProtocolError, TransportError
+from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, TransportError
 from blockdiff.transport import child, connection, openssh
 from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Exit
@@ -60,7 +60,8 @@ class Connection(openssh.SshConnection):
             return super().readinto(view, timeout_s)
         deadline = time.monotonic() + timeout_s
         while not (self._readable.poll(20) or self._fault.applied.exists()):
-            assert time.monotonic() < deadline, "nothing comes, and no fault is the reason"
+            if time.monotonic() > deadline:
+                raise ConnectionLost("nothing comes, and no fault is the reason", silent=True)
         return super().readinto(view, min(timeout_s, PATIENCE_S))
 
     def wait(self, timeout_s: float) -> Exit | None:
@@ -237,7 +238,7 @@ def succeeded(ends: Ends) -> list[tuple[str, Point]]:
 
 def test_the_program_knows_frames_as_we_do(scene: Scene) -> None:
     assert (faulty_ssh.HEADER.format, faulty_ssh.ALIVE) == (wire.HEADER.format, wire.ALIVE)
-    assert faulty_ssh.NONCE_SIZE == bundle.NONCE_SIZE
+    assert (faulty_ssh.NONCE_SIZE, faulty_ssh.BEGUN) == (bundle.NONCE_SIZE, loader.BEGUN)
     kinds = {way: [piece[0] for piece in scene.pieces[way][START[way] :]] for way in (UP, DOWN)}
     assert kinds[UP] == [wire.REQUEST, wire.TAKE, wire.SCAN, wire.TABLE]
     assert kinds[DOWN][:5] == [wire.HELLO, wire.READY, wire.TAKEN, wire.SOURCE, wire.WANT]

@@ -2,16 +2,21 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
+from blockdiff import address, backup, wire
+from blockdiff.address import Address
 from blockdiff.errors import TransportError
+from blockdiff.session import Session
 from blockdiff.transport import NAMES, connection
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from tests import chains, commands
 from tests.conftest import require, require_program
+from tests.fake_agent import FakeConnection, Wire
 from tests.mariadb import wait_for
 from tests.sshd import Sshd
 
@@ -255,6 +260,21 @@ def test_the_port_of_the_settings_is_in_the_hint(sshd: Sshd, tmp_path: Path, cha
     commands.done("blockdiff", "backup", chain.name, *words, f"{sshd.login}:{chain.source}")
 
 
+def test_a_start_file_that_never_runs_the_command_is_given_up_soon(
+    sshd: Sshd, transport: str, chain: chains.SmallChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `exec fish`, which reads its input to the end before it does anything."""
+    monkeypatch.setattr(connection, "SHELL_TIMEOUT_S", 0.5)
+    options = through(sshd, transport, "echo Welcome; exec cat >/dev/null")
+    with pytest.raises(TransportError) as caught:
+        backup.backup(
+            chain.name, address.parse(sshd.url(chain.source)), backup.Options(transport=transport, ssh_options=options)
+        )
+    why = f"no agent began on {sshd.login} in time (the login shell did not run the command for 0.5 s): Welcome"
+    assert caught.value.message == why
+    assert caught.value.hint is not None and "look at the login shell and its start files there" in caught.value.hint
+
+
 def test_a_start_that_drips_is_given_up_in_time(tmp_path: Path) -> None:
     """A byte now and then is no agent, and must not hold the chain."""
     drips = ["sh", "-c", f"printf x; touch '{tmp_path}/begun'; while :; do printf x; sleep 0.05; done"]
@@ -262,3 +282,24 @@ def test_a_start_that_drips_is_given_up_in_time(tmp_path: Path) -> None:
         wait_for((tmp_path / "begun").exists, "the first byte")
         connection.push_agent(child, timeout_s=0.5)
     assert caught.value.message.startswith("no agent began on host in time (waited for 0.5 s): x")
+
+
+@pytest.mark.parametrize("drip", ["alive", "a part of a frame"])
+def test_an_agent_that_never_says_who_it_is_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, drip: str) -> None:
+    monkeypatch.setattr(connection, "START_TIMEOUT_S", 0.5)
+
+    def drips(agent: Wire) -> int:
+        agent.begin()
+        if drip != "alive":
+            agent.raw(wire.HEADER.pack(wire.HELLO, 200, 0, 0, 0)[:12])
+        while True:
+            if drip == "alive":
+                agent.frame(wire.ALIVE)
+            else:
+                agent.raw(b"\0")
+            time.sleep(0.05)
+
+    begun = FakeConnection(drips)
+    with pytest.raises(TransportError) as caught, Session(Address("host", "/x"), begun=begun):
+        pass
+    assert caught.value.message == "lost the agent on host: what was to come did not come in time"

@@ -148,7 +148,7 @@ def test_an_agent_that_arrives_damaged_is_not_started(monkeypatch: pytest.Monkey
     error = failure(bundle.local_command())
     assert (error.message, error.hint) == (
         "the agent arrived damaged at host",
-        "run again; if it stays so, suspect the network",
+        "run again; if it stays so, suspect the network, or what reads input in the shell's start files there",
     )
 
 

@@ -145,7 +145,7 @@ def test_what_sshd_does_not_take_at_once_is_tried_again(
             others[0].close()
             time.sleep(seconds)
 
-        monkeypatch.setattr(session, "time", SimpleNamespace(sleep=pause))
+        monkeypatch.setattr(session, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
         options = backup.Options(transport=transport, ssh_options=server.options, streams=2)
         result = backup.backup(chain.name, parse(server.url(chain.source)), options)
     assert pauses[0] == streams.PAUSES_S[0]

@@ -59,7 +59,10 @@ class Cause(Enum):
         "python3 on {login} is not complete: {said}",
         "install the package python3 there: python3-minimal is not enough",
     )
-    DAMAGED = ("the agent arrived damaged at {login}", "run again; if it stays so, suspect the network")
+    DAMAGED = (
+        "the agent arrived damaged at {login}",
+        "run again; if it stays so, suspect the network, or what reads input in the shell's start files there",
+    )
     OTHER_AGENT = (
         "the key for {login} accepts the agent of another version of blockdiff only",
         "make the line for its authorized_keys, or the script there, anew: blockdiff authorize",

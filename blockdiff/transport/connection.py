@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from blockdiff import bundle, process, wire
+from blockdiff import bundle, loader, process, wire
 from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.sharedmemory import SharedMemory
 from blockdiff.transport import advice
@@ -20,10 +20,14 @@ from blockdiff.transport.advice import Cause, Place
 NOISE_LIMIT = 64 << 10
 #: How long it may take until the agent begins, whatever comes before it, in seconds.
 START_TIMEOUT_S = 90.0
+#: How long a login shell may take to run the command, in seconds.
+SHELL_TIMEOUT_S = 30.0
 #: How long the command may take to end once it has nothing more to do, in seconds.
 EXIT_TIMEOUT_S = 30.0
 #: How much of what the other side says on standard error is kept, in characters.
 STDERR_LIMIT = 4000
+# how often it is looked whether there was a login, in seconds
+_LOOK_S = 1.0
 
 
 class Exit(NamedTuple):
@@ -65,6 +69,10 @@ class Connection(wire.Stream):
         well where not all was taken after `timeout_s` seconds.
         """
         self.write([data])
+
+    def logged_in(self) -> bool:
+        """Return whether it is known that a login shell is there, which is to run the command."""
+        return False
 
     @abstractmethod
     def wait(self, timeout_s: float) -> Exit | None:
@@ -137,16 +145,16 @@ def push_agent(
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: bytearray) -> None:
     """Read up to the end of `nonce` and not one byte further; `noise` is what came before it."""
-    deadline = time.monotonic() + timeout_s
+    patience = _Patience(connection, timeout_s)
     matched = 0
     while matched < len(nonce):
         view = memoryview(bytearray(len(nonce) - matched))
-        left_s = deadline - time.monotonic()
+        wait_s = patience.next_s(noise)
         try:
-            count = connection.readinto(view, max(0.0, left_s))
+            count = connection.readinto(view, wait_s)
         except ConnectionLost as error:
             if error.silent:
-                raise ConnectionLost(f"waited for {timeout_s:g} s", silent=True) from error
+                continue
             raise
         if count == 0:
             raise ConnectionLost("the connection ended before the agent began")
@@ -159,10 +167,38 @@ def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: byte
         matched = next(size for size in range(min(len(nonce), len(noise)), -1, -1) if noise.endswith(nonce[:size]))
 
 
+class _Patience:
+    """How long the start may still take: in all, and from the login until its shell runs the command."""
+
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
+        self._connection = connection
+        self._timeout_s = timeout_s
+        self._begun = time.monotonic()
+        self._login: float | None = None
+
+    def next_s(self, noise: bytearray) -> float:
+        """Return how many seconds to wait for the next bytes at most; raises `ConnectionLost` after all of them.
+
+        `noise` is what came so far.
+        """
+        now = time.monotonic()
+        left_s = self._begun + self._timeout_s - now
+        if left_s <= 0:
+            raise ConnectionLost(f"waited for {self._timeout_s:g} s", silent=True)
+        if loader.BEGUN in noise:
+            return left_s
+        if self._login is None and self._connection.logged_in():
+            self._login = now
+        if self._login is not None and self._login + SHELL_TIMEOUT_S <= now:
+            raise ConnectionLost(f"the login shell did not run the command for {SHELL_TIMEOUT_S:g} s", silent=True)
+        return min(left_s, _LOOK_S)
+
+
 def failed_start(connection: Connection, error: ConnectionLost, noise: bytes = b"") -> BlockdiffError:
     """Return why no agent began. `noise` is what came in its place."""
     ended = connection.wait(0 if error.silent else EXIT_TIMEOUT_S)
-    said = advice.last_words((noise.decode("utf-8", "replace") + "\n" + connection.stderr()).splitlines())
+    before = noise.replace(loader.BEGUN, b"").decode("utf-8", "replace")
+    said = advice.last_words((before + "\n" + connection.stderr()).splitlines())
     if ended is None and error.silent:
         return advice.failure(Cause.NOT_IN_TIME, connection.place, said, why=error.message)
     if ended is None or ended.status is None:

@@ -73,6 +73,10 @@ class SshConnection(ChildConnection):
             self._close_log()
             raise
 
+    def logged_in(self) -> bool:
+        """See `connection.Connection`."""
+        return any(line.startswith(_LOGGED_IN) for line in self._own_words())
+
     def wait(self, timeout_s: float) -> Exit | None:
         """See `connection.Connection`."""
         ended = super().wait(timeout_s)
@@ -86,8 +90,7 @@ class SshConnection(ChildConnection):
     def explain(self, error: ConnectionLost) -> BlockdiffError:
         """Return what ssh said of its failure, where it failed itself."""
         own, theirs = self._own_words(), self.stderr().splitlines()
-        logged_in = any(line.startswith(_LOGGED_IN) for line in own)
-        if self.wait(0) == (None,) and not logged_in:
+        if self.wait(0) == (None,) and not self.logged_in():
             known = advice.from_ssh(self.place, own)
             if isinstance(known, UnreachedError) and self.place.proxy is not None:
                 return _proxy_failed(self.place, self._jump, theirs)  # nobody else could say anything yet

@@ -154,6 +154,10 @@ class ParamikoConnection(Connection):
         except _BREAKS as error:
             raise ConnectionLost(f"cannot write: {_text(error)}") from error
 
+    def logged_in(self) -> bool:
+        """See `connection.Connection`."""
+        return True
+
     def wait(self, timeout_s: float) -> Exit | None:
         """See `connection.Connection`."""
         if not self._crew.give(lambda: self._channel.status_event.wait(timeout_s)).result():

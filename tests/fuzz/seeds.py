@@ -154,6 +154,14 @@ def sources() -> list[bytes]:
     return [b"/dev/vg/lv", b"root@web1:/dev/vg/lv", b"ssh://root@[::1]:2222/dev/a%20b", b"ssh://web1/x"]
 
 
+def known_hosts() -> list[bytes]:
+    """Return lines of known_hosts."""
+    return [
+        b"[web1]:2222,web? ssh-ed25519 AAAA\n@revoked *,!web2 ssh-rsa AAAA a comment\r\n",
+        b"# caf\xe9\n|1|AAAAAAAAAAAAAAAAAAAAAAAAAAA=|AAAAAAAAAAAAAAAAAAAAAAAAAAA= ssh-ed25519 AAAA\n",
+    ]
+
+
 def public_keys() -> list[bytes]:
     """What ssh-keygen makes, and a key with a comment around it."""
     key = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHrRmsdBkJpJxybvBclk0WSnIijZzu6AWIeZNtkpEmMk"

@@ -45,6 +45,8 @@ from blockdiff.errors import (
     StorageError,
     UsageError,
 )
+from blockdiff.transport import knownhosts
+from blockdiff.transport.advice import Place
 from tests.fuzz import seeds
 from tests.protocol import GOLDEN
 
@@ -345,6 +347,13 @@ def _public_key(data: bytes) -> None:
     assert found.split()[0] in publickey.parse(found.encode("utf-8"), "-")
 
 
+def _known_hosts(data: bytes) -> None:
+    path = Path(_directory().name) / "known_hosts"
+    path.write_bytes(data)
+    known = knownhosts.KnownKeys([str(path)], Place("web1", "web1", 2222))
+    assert known.wrong("ssh-ed25519", b"never shown") is not None
+
+
 TARGETS: dict[str, Target] = {
     "delta": Target(_delta, (DamagedError,), seeds.deltas),
     "salvager": Target(_salvager, (), seeds.deltas),
@@ -361,4 +370,5 @@ TARGETS: dict[str, Target] = {
     "options": Target(_options, (UsageError,), seeds.options),
     "source": Target(_source, (UsageError,), seeds.sources),
     "publickey": Target(_public_key, (UsageError,), seeds.public_keys),
+    "known_hosts": Target(_known_hosts, (), seeds.known_hosts),
 }
