@@ -25,7 +25,8 @@ settings.load_profile("any speed")
 
 _SHM = Path("/dev/shm")
 #: Where large images go: memory, where the machine offers enough of it as a file system (containers often do not).
-LARGE = _SHM if _SHM.is_dir() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
+#: A plain directory among the devices is none: nothing is restored there.
+LARGE = _SHM if _SHM.is_mount() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
 
 
 def require(present: object, what: str) -> None:
