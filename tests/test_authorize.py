@@ -144,7 +144,7 @@ def test_a_forged_agent_is_not_run() -> None:
     harmless = bundle.startup(bytes(16))
     other = harmless.replace(b"def load", b"def lood", 1)  # of the same length: not looked at, not run
     done = subprocess.run(command, input=other, capture_output=True, timeout=60, check=False)
-    assert done.stdout.startswith(bytes(16))
+    assert done.stdout.startswith(loader.BEGUN + bytes(16))
 
 
 def places(sshd: Sshd, identity: Path, source: Path, *directories: str) -> list[tuple[str, int | None]]:

@@ -62,7 +62,10 @@ class Connection(openssh.SshConnection):
         while not (self._readable.poll(20) or self._fault.applied.exists()):
             if time.monotonic() > deadline:
                 raise ConnectionLost("nothing comes, and no fault is the reason", silent=True)
-        return super().readinto(view, min(timeout_s, PATIENCE_S))
+        try:
+            return super().readinto(view, min(timeout_s, PATIENCE_S))
+        except ConnectionLost as error:  # as after the 90 s of the whole start, which nobody wants to wait for
+            raise ConnectionLost(error.message) from error
 
     def wait(self, timeout_s: float) -> Exit | None:
         return super().wait(min(timeout_s, PATIENCE_S) if self._hurried else timeout_s)
