@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import conftest
+from tests.mariadb import wait_for
 
 
 @contextmanager
@@ -31,10 +32,14 @@ def device(backing: Path) -> Iterator[Path]:
 def partition(disk: Path, first: int, count: int) -> Iterator[Path]:
     """Yield a partition of a loop device, of `count` sectors from `first` on."""
     subprocess.run([conftest.require_program("addpart"), disk, "1", str(first), str(count)], check=True, timeout=60)
+
+    def remove() -> bool:
+        return subprocess.run(["delpart", disk, "1"], capture_output=True, timeout=60, check=False).returncode == 0
+
     try:
         yield Path(f"{disk}p1")
     finally:
-        subprocess.run(["delpart", disk, "1"], check=True, timeout=60)
+        wait_for(remove, "that nobody holds the partition, such as a mount namespace that another test began", 60)
 
 
 def make_file_system(path: Path, size: int = 4 << 20) -> None:
