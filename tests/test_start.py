@@ -1,9 +1,12 @@
 """The start of the agent: through every login shell, with every Python, past every noise; and why it did not start."""
 
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -241,6 +244,18 @@ def test_a_command_that_fails_at_once_is_told_with_its_last_words() -> None:
     said = "first; This account is \\x1b[31mclosed"
     assert error.message == f"the command on host exited with status 3 before the agent began: {said}"
     assert error.hint is not None and error.hint.startswith("`ssh -o BatchMode=yes host true` must work")
+
+
+def test_a_command_that_ends_is_told_soon_though_what_it_left_behind_holds_its_pipe(tmp_path: Path) -> None:
+    """It has the time for the whole start otherwise."""
+    script = f"exec 3<&0; sleep 600 <&3 2>/dev/null & echo $! >'{tmp_path}/left'; echo closed; exit 3"
+    begun = time.monotonic()
+    try:
+        error = failure(["sh", "-c", script], timeout_s=200)
+    finally:
+        os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
+    assert error.message == "the command on host exited with status 3 before the agent began: closed"
+    assert time.monotonic() - begun < 60
 
 
 def test_a_command_that_ends_well_without_an_agent_is_an_error() -> None:

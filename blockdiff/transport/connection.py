@@ -26,8 +26,9 @@ SHELL_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 30.0
 #: How much of what the other side says on standard error is kept, in characters.
 STDERR_LIMIT = 4000
-# how often it is looked whether there was a login, in seconds
-_LOOK_S = 1.0
+# How often it is looked whether there was a login, in seconds. To see that the command has ended, and that whoever else
+# holds its pipe says nothing, takes twice `process.LINGER_S`.
+_LOOK_S = 2.5 * process.LINGER_S
 
 
 class Exit(NamedTuple):
