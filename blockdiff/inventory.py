@@ -63,8 +63,17 @@ class Inventory:
         return base in self._versions or base in self._found
 
     def bases(self) -> list[str]:
-        """Return the NAMEs of all chains of which anything is there, sorted."""
+        """Return the NAMEs of all chains, sorted.
+
+        ``backup.log.1.gz`` is a log far more often than what is left of a chain: a delta alone does not make one.
+        """
+        return [base for base in self._names() if base in self._versions or self._has_more_than_deltas(base)]
+
+    def _names(self) -> list[str]:
         return sorted({*self._versions, *self._found})
+
+    def _has_more_than_deltas(self, base: str) -> bool:
+        return any(suffixes.difference(DELTA_SUFFIXES) for suffixes in self._found[base].values())
 
     def without_generations(self) -> list[str]:
         """Return the NAMEs of chains that a run has begun, and of which nothing is there."""
@@ -72,7 +81,7 @@ class Inventory:
 
     def periods(self, base: str) -> list[str]:
         """Return the ``NAME-DATE`` that are there and that ``backup --chain`` may have begun of the NAME `base`."""
-        return [each for each in self.bases() if _is_period(each, base)]
+        return [each for each in self._names() if _is_period(each, base)]
 
     def begun(self, base: str) -> list[str]:
         """Return what of `base` itself and its ``NAME-DATE`` a run has begun, and nothing is there of."""

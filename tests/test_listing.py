@@ -262,7 +262,8 @@ def test_a_chain_that_only_looks_like_a_period_of_another_is_none(tmp_path: Path
 
 def test_a_directory_is_a_table_of_its_chains(tmp_path: Path) -> None:
     chain = months(tmp_path)
-    (chain.directory / "notes.txt").touch()
+    for name in ("notes.txt", "backup.log", "backup.log.1", "backup.log.2.gz"):  # rotated logs are not chains
+        (chain.directory / name).write_bytes(b"x")
     done = commands.run("blockdiff", "list", chain.directory)
     assert (done.returncode, done.stderr) == (0, b"")
     head, old, new = (re.split(" {2,}", line.strip()) for line in done.stdout.decode().splitlines())
