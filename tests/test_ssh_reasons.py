@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -303,3 +304,15 @@ def test_an_agent_that_never_says_who_it_is_is_given_up_in_time(monkeypatch: pyt
     with pytest.raises(TransportError) as caught, Session(Address("host", "/x"), begun=begun):
         pass
     assert caught.value.message == "lost the agent on host: what was to come did not come in time"
+
+
+def test_however_much_ssh_logs_a_run_goes_on(sshd: Sshd, chain: chains.SmallChain, tmp_path: Path) -> None:
+    """As in a long run with LogLevel=DEBUG3."""
+    real = shutil.which("ssh")
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f'#!/bin/sh\nif [ "$1" = -E ]; then yes debug3 | head -c 1000000 >"$2"; fi\nexec {real} "$@"\n')
+    ssh.chmod(0o755)
+    env = {"PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+    commands.done("blockdiff", "backup", chain.name, *sshd.arguments, sshd.url(chain.source), env=env)
+    assert chain.last() == 1

@@ -63,7 +63,7 @@ class ChildConnection(Connection):
         self._pipe = wire.Pipe(self._output.fileno(), self._input.fileno())
         self._readable = select.poll()
         self._readable.register(self._output, select.POLLIN)
-        self._tail = Tail(_chunks(self._child.stderr))
+        self._tail = Tail(chunks(self._child.stderr))
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
         """See `connection.Connection`."""
@@ -172,7 +172,8 @@ def _enlarge(fd: int) -> None:
         pass  # an unprivileged user may have reached the limit for all pipes; the default size works as well
 
 
-def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
+def chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield what comes through a pipe until its end, and close it."""
     with stream:
         while chunk := os.read(stream.fileno(), 4096):
             yield chunk

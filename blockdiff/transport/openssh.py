@@ -12,8 +12,8 @@ from blockdiff.address import Address
 from blockdiff.errors import BlockdiffError, ConnectionLost, UsageError, printable
 from blockdiff.transport import advice
 from blockdiff.transport.advice import Cause, Place, UnreachedError
-from blockdiff.transport.child import ChildConnection
-from blockdiff.transport.connection import Exit
+from blockdiff.transport.child import ChildConnection, chunks
+from blockdiff.transport.connection import Exit, Tail
 
 #: Settings that hold whatever ``~/.ssh/config`` says, unless the user gave the same with --ssh-option. What is logged
 #: at this level says whether there was a login.
@@ -62,10 +62,10 @@ class SshConnection(ChildConnection):
     def __init__(self, address: Address, options: Sequence[str]) -> None:
         settings = effective(address, options)
         self._jump = settings.get("proxyjump")
-        self._log = b""
-        self._log_from, self._log_to = os.pipe()
+        log_from, self._log_to = os.pipe()
+        # read all the time: with --ssh-option LogLevel=DEBUG3 a long run says more than a pipe takes
+        self._log = Tail(chunks(os.fdopen(log_from, "rb", buffering=0)))
         try:
-            os.set_blocking(self._log_from, False)
             # a path, because ssh closes all descriptors that it inherits
             log = ["-E", f"/proc/{os.getpid()}/fd/{self._log_to}"]
             super().__init__(["ssh", *log, *arguments(address, options, settings)[1:]], _place(address, settings))
@@ -100,19 +100,16 @@ class SshConnection(ChildConnection):
         return advice.lost(self.place, error, self.ended(), said)
 
     def _own_words(self) -> list[str]:
-        """Return the lines that ssh has logged so far."""
-        try:
-            while self._log_from >= 0 and (more := os.read(self._log_from, 65536)):
-                self._log += more
-        except BlockingIOError:
-            pass
-        return self._log.decode("utf-8", "replace").splitlines()
+        """Return the last lines that ssh has logged; all of them are there once it has ended."""
+        if self.wait(0) is not None:
+            self._close_log()
+        return self._log.text(self._patience_s()).splitlines()
 
     def _close_log(self) -> None:
-        for fd in (self._log_from, self._log_to):
-            if fd >= 0:
-                os.close(fd)
-        self._log_from = self._log_to = -1
+        """Close our end, so that what reads the log comes to its end with ssh."""
+        if self._log_to >= 0:
+            fd, self._log_to = self._log_to, -1
+            os.close(fd)
 
 
 def arguments(address: Address, options: Sequence[str], settings: dict[str, str]) -> list[str]:
