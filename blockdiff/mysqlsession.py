@@ -4,7 +4,6 @@ import ipaddress
 import math
 import re
 import socket
-import ssl
 import struct
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,6 +16,8 @@ from blockdiff.mysqlaccount import Account
 from blockdiff.mysqlsocket import TimedOut
 
 if TYPE_CHECKING:
+    import ssl
+
     import pymysql
 
 #: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot meanwhile.
@@ -114,6 +115,8 @@ class Session:
             raise
 
     def _log_in(self, sock: socket.socket) -> None:
+        import ssl  # as PyMySQL has done by now
+
         refused = f"cannot log in to {self.place} as {printable(self._user, 100)}"
         try:
             self._connection.connect(sock)
@@ -215,6 +218,8 @@ def _is_loopback(sock: socket.socket) -> bool:
     return ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0]).is_loopback
 
 
-def _reason(error: ssl.SSLError) -> str:
+def _reason(error: "ssl.SSLError") -> str:
+    import ssl
+
     said = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason
     return printable(str(said or error), 200)

@@ -4,12 +4,15 @@ Whoever answers is not believed: what it sends for one statement is bounded in b
 """
 
 import socket
-import ssl
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from blockdiff.errors import DatabaseError, UsageError, printable
 from blockdiff.mysqlaccount import Account, Tls
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECT_TIMEOUT_S = 10.0
 #: Most bytes of an answer: tens of thousands of sessions fit.
@@ -69,11 +72,12 @@ def bounded(sock: socket.socket, bounds: Bounds) -> socket.socket:
     return ours
 
 
-def context(tls: Tls, bounds: Bounds) -> ssl.SSLContext:
+def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
     """Return what makes an encrypted connection to a server that proves who it is, and keeps it to `bounds`.
 
     Raises `UsageError` where a file for it cannot be used.
     """
+    import ssl  # here: most runs lock no database
 
     class Socket(ssl.SSLSocket):
         def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
