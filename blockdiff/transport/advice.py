@@ -65,7 +65,7 @@ class Cause(Enum):
     )
     OTHER_AGENT = (
         "the key for {login} accepts the agent of another version of blockdiff only",
-        "make the line for its authorized_keys, or the script there, anew: blockdiff authorize",
+        "make the line for its authorized_keys, or the script there, again: blockdiff authorize",
     )
     NO_PREFIX = ("{login} cannot run the agent under SSH_BLOCKDIFF_PREFIX: {said}", "correct the command")
     PREFIX_FAILED = (
@@ -74,7 +74,7 @@ class Cause(Enum):
     )
     OTHER_SHELL = (
         "the login shell on {login} was replaced by another one, which did not run the agent",
-        "look there for an `exec` in the shell's start files; it belongs behind a test for interactive shells",
+        "look there for an `exec` in the shell's start files; put it after a test for interactive shells",
     )
     NOT_BEGUN = (
         "the command on {login} {ended} before the agent began: {said}",
