@@ -101,8 +101,9 @@ class SshConnection(ChildConnection):
 
     def _own_words(self) -> list[str]:
         """Return the last lines that ssh has logged; all of them are there once it has ended."""
-        if self.wait(0) is not None:
-            self._close_log()
+        if self.wait(0) is None:
+            return self._log.text().splitlines()
+        self._close_log()
         return self._log.text(self._patience_s()).splitlines()
 
     def _close_log(self) -> None:
