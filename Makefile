@@ -1,5 +1,5 @@
-# The only entrances: make demo, make test, make torture, make check, make lab, make bench, make fuzz,
-# make mutants.
+# The only entrances: make demo, make test, make torture, make check, make lab, make bench,
+# make explore, make fuzz, make mutants.
 
 VENV = .venv
 PYTHON = $(VENV)/bin/python
@@ -8,7 +8,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 # what the tests are known to pass with; tests/dependencies.py tries the oldest and the newest
 CONSTRAINTS = --constraint tests/constraints.txt
 
-.PHONY: demo test torture check lab bench fuzz mutants clean
+.PHONY: demo test torture check lab bench explore fuzz mutants clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
@@ -30,6 +30,9 @@ lab: $(VENV)/installed-for-tests
 
 bench: $(VENV)/installed-for-tests
 	$(PYTHON) -m bench $(PEERS)
+
+explore: $(VENV)/installed-for-tests
+	BLOCKDIFF_EXPLORE=1 $(PYTHON) -m pytest -n 2 --dist loadfile $$(grep -l hypothesis tests/test_*.py)
 
 fuzz: $(VENV)/installed-for-fuzzing
 	$(PYTHON) -m tests.fuzz $(TARGET) $(SECONDS)
