@@ -19,8 +19,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:  # nohup and shells hand that down, and our commands respect it
         signal.signal(number, handler)
 
-# A machine that stands still for a moment is no reason to fail, nor is a case that was drawn by chance: the cases are the
-# same in each run, and `make explore` draws new ones.
+# A machine that stands still for a moment is no reason to fail, nor is a case that was drawn by chance: each run draws
+# the same ones, and `make explore` draws others.
 settings.register_profile(
     "any speed",
     deadline=None,
