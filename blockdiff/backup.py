@@ -139,11 +139,11 @@ def backup_together(
         results = []
         for job in jobs:
             manifest = _manifest(session, job, moment, started, run)
-            _known(job.new).commit(manifest)
             notes = [note for note in manifest.notes if note not in moment.warnings]
             told = (_known(job.locked).notes, job.plan.kept, notes)
             warned = [*_warnings(job, manifest), *moment.warnings]
             warned += _clock_warnings(job.chain, manifest, options.period)
+            _known(job.new).commit(manifest)  # last: what fails after it would be told of a run that was done
             results.append(Result(job.chain.name, manifest, warned, *told))
         return results
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from blockdiff import periods
 from blockdiff.backup import Options
 from blockdiff.chain import Chain
 from blockdiff.commit import LockedChain
+from blockdiff.errors import StorageError
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 
@@ -302,3 +304,17 @@ def test_a_period_that_the_clock_went_back_to_is_a_warning(tmp_path: Path) -> No
     assert done.returncode == 3
     assert f"warning: {chain.name}-209901 is there, and of a later period than {chain.name}-20" in done.stderr.decode()
     assert commands.run("blockdiff", "backup", "--chain", "daily", chain.name, chain.source).returncode == 0
+
+
+def test_a_run_that_cannot_look_at_the_periods_has_committed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = chains.new_chain(tmp_path)
+
+    def fail(name: str, period: str) -> None:
+        raise StorageError(f"cannot list the directory of {name}{period}")
+
+    monkeypatch.setattr(periods, "later", fail)
+    with pytest.raises(StorageError):
+        chain.add(DAYS[0])
+    assert chain.last() == 0
