@@ -278,17 +278,20 @@ class Verifier:
                 expected = table.digests(first, _COMPARE_BLOCKS)
                 found = self._newest.get(first, len(expected) // table.digest_size)
                 if found != expected:
-                    raise self._differs(table, first, expected, found)
+                    raise self._differs(generation, table, first, expected, found)
 
-    def _differs(self, table: TableReader, first: int, expected: bytes, found: bytes) -> DamagedError:
+    def _differs(
+        self, generation: Generation, table: TableReader, first: int, expected: bytes, found: bytes
+    ) -> DamagedError:
         size = table.digest_size
         bad = next(i for i in range(0, len(expected), size) if expected[i : i + size] != found[i : i + size])
         offset = (first + bad // size) * table.block_size
         hint = "restore the damaged files from a copy"
         if found[bad : bad + size] != bytes(size):
-            return DamagedError(f"the block at offset {offset} does not match its digest table", hint)
+            where = generation.path(generation.table_suffix)
+            return DamagedError(f"the block at offset {offset} does not match {where}", hint)
         if self._lost is None:
-            return DamagedError(f"the block at offset {offset} is in none of the deltas", hint)
+            return DamagedError(f"the block at offset {offset} of {generation.path()} is in none of the deltas", hint)
         return DamagedError(f"it needs {self._lost}", hint)
 
 
