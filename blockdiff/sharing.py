@@ -1,7 +1,9 @@
 """Who else may replace what is in a directory: whoever may write to it, or to a directory on the way to it."""
 
 import errno
+import grp
 import os
+import pwd
 import shlex
 import stat
 from collections.abc import Iterator
@@ -16,7 +18,8 @@ def refuse_others(path: str) -> None:
     """Raise `StorageError` where others than its owner may write to the directory `path`, or put another in its place.
 
     A directory with the sticky bit, such as /tmp, may be on the way: what is in it is safe if it belongs to us or to
-    root. Raises `OSError` where a directory cannot be looked at.
+    root. So may one that a group may write to which nobody else is in: root's, or its owner's own, as many systems make
+    one for each user. Raises `OSError` where a directory cannot be looked at.
     """
     found = os.stat(path)
     if _is_shared(found):
@@ -31,7 +34,7 @@ def refuse_others(path: str) -> None:
 def _check(directory: str, entry: str) -> None:
     """Raise `StorageError` where others may put something in the place of `entry`, which is in `directory`."""
     found = os.stat(directory)
-    if not _is_shared(found):
+    if not _is_shared(found) or _is_of_own_group(found):
         return
     place = printable(entry)
     if not found.st_mode & stat.S_ISVTX:
@@ -56,6 +59,16 @@ def _hint(directory: str, found: os.stat_result) -> str:
 
 def _is_shared(found: os.stat_result) -> bool:
     return bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _is_of_own_group(found: os.stat_result) -> bool:
+    """Return whether only a group may write to a directory, and that is root's or has the name of the owner."""
+    if found.st_mode & stat.S_IWOTH:
+        return False
+    try:
+        return found.st_gid == 0 or grp.getgrgid(found.st_gid).gr_name == pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        return False
 
 
 def _mode(found: os.stat_result) -> str:

@@ -1,6 +1,8 @@
 """A backup directory that others may write to, or replace, is refused: they could replace backups."""
 
+import grp
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,9 @@ def test_a_directory_that_others_may_replace_is_refused(chain: SmallChain, mode:
     place.mkdir()
     (place / "link").symlink_to(chain.directory)
     (place / "backups").mkdir()
+    if not mode & 0o002:
+        conftest.require(os.getuid() == 0, "root")
+        os.chown(place, -1, 65533)  # a group of nobody's own
     place.chmod(mode)
     for name in (place / "link" / "disk", place / "backups" / "disk"):
         result = commands.run("blockdiff", "backup", name, chain.source)
@@ -50,6 +55,17 @@ def test_a_directory_that_others_may_replace_is_refused(chain: SmallChain, mode:
     assert list((place / "backups").iterdir()) == []
     place.chmod(0o755)
     commands.done("blockdiff", "backup", place / "link" / "disk", chain.source)
+
+
+def test_a_group_that_nobody_else_is_in_may_write_to_what_is_above(chain: SmallChain) -> None:
+    """Where each user has a group, homes and what is in them are often of mode 775; so are mount points of root's."""
+    conftest.require(os.getuid() == 0, "root")
+    place = chain.directory.parent / "mine"
+    (place / "backups").mkdir(parents=True)
+    for owner, group in ((0, 0), (pwd.getpwnam("daemon").pw_uid, grp.getgrnam("daemon").gr_gid)):
+        os.chown(place, owner, group)
+        place.chmod(0o775)
+        commands.done("blockdiff", "backup", place / "backups" / "disk", chain.source)
 
 
 def test_a_directory_of_ones_own_in_a_sticky_one_is_taken(chain: SmallChain) -> None:
