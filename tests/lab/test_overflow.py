@@ -121,7 +121,8 @@ def test_all_snapshots_of_a_run_are_watched_from_their_making(
     path = volume_group.volume("second", "64M")
     overwrite(chain.guest, path, 64)
     digest = device_digest(chain.guest, path)
-    also = ("--also", f"{tmp_path}/backup/second={path}")
+    # nothing writes while the snapshots are made, and --before says so
+    also = ("--also", f"{tmp_path}/backup/second={path}", "--before", "true")
     with chain.slowly(MIB, "--full", "--snapshot-size", "16M", *also) as (_hold, end):
         origins = f"lvs --noheadings -o lv_name -S origin=second {volume_group.name}"
         snapshot = chain.guest.output(origins).strip()
