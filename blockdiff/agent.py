@@ -307,12 +307,13 @@ def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> D
     paths = [os.fsdecode(path) for path in _paths(request)]
     located = [grant.place(*locate(directory, paths)) for directory in wire.texts(request, "directories")]
     notes = [note for source in sources for note in source.notes]
+    groups = sorted({source.group for source in sources if source.group})
     found: Dict[str, object] = {
         "sources": prepared,
         "directories": located,
         "volumes": datadir.volumes(located),
         "notes": notes,
-        "left": grant.snapshots([left for source in sources for left in source.left]),
+        "left": grant.snapshots([left for group in groups for left in leftovers.found(group)]),
     }
     if request.get("datadir") is not None:
         found.update(datadir.outside(wire.text(request, "datadir"), paths, grant.place))

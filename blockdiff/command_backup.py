@@ -124,7 +124,7 @@ def _run(command: Sequence[str], new: NewGeneration, base: Generation | None) ->
 def _refuse_writers(command: Sequence[str], new: NewGeneration) -> None:
     """Raise `ProcessError` where what the command left running could still change what it wrote."""
     deadline = time.monotonic() + process.LINGER_S
-    while writers := [*inuse.writers_of_file(new.delta.path), *inuse.writers_of_file(new.table.path)]:
+    while writers := inuse.writers_of_files([new.delta.path, new.table.path]):
         if time.monotonic() > deadline:
             raise ProcessError(
                 f"{printable(command[0])} ended, but what it wrote is not at its end: {writers[0]}; "

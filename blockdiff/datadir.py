@@ -10,11 +10,11 @@ import os
 import re
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from blockdiff.devices import volume_beneath
+from blockdiff import wire
+from blockdiff.devices import mount_points, volume_beneath
 from blockdiff.errors import SourceError, printable
 from blockdiff.sources import locate
 
-_MOUNTS = "/proc/self/mountinfo"
 #: Tables of engines that do not undo what was not committed: MyISAM, Aria, CSV, Archive.
 _UNLOGGED = (".MYI", ".MAI", ".CSV", ".ARZ")
 #: Databases whose such tables belong to the server itself.
@@ -23,9 +23,6 @@ _SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
 _FILES = re.compile(r"#?(ib|undo|aria_log|mysql\.ibd).*|.*\.(ibd|isl|ibu)")
 #: Longest content of a file that says where InnoDB keeps a table.
 _PATH_LIMIT = 4096
-#: Most places that are told.
-LIMIT = 1000
-
 #: The number of a device, and which source of the run is beneath it: see `sources.locate`.
 Place = Tuple[str, Optional[int]]
 
@@ -58,12 +55,15 @@ def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int
     looked = look(directory)
     located = [(path, *locate(target, paths)) for path, target in looked.places]
     found = [(path, *shown(number, source)) for path, number, source in located if number not in ("", device)]
-    return {"outside": [(*each, volume_beneath(each[1])) for each in found[:LIMIT]], "unlogged": looked.unlogged}
+    return {
+        "outside": [(*each, volume_beneath(each[1])) for each in found[: wire.MAX_OUTSIDE]],
+        "unlogged": looked.unlogged,
+    }
 
 
 def look(directory: str) -> Look:
     """Look at a data directory and the directories of its databases; raises `SourceError` where that is not allowed."""
-    places = [(path, path) for path in _mounts() if path.startswith(os.path.realpath(directory) + "/")]
+    places = [(path, path) for path in mount_points() if path.startswith(os.path.realpath(directory) + "/")]
     unlogged = False
     try:
         for entry in _entries(directory):
@@ -104,18 +104,3 @@ def _leads_to(entry: "os.DirEntry[str]", directory: str) -> "List[Tuple[str, str
     except FileNotFoundError:
         return []
     return [(entry.path, os.path.join(directory, target))] if target else []
-
-
-def _mounts() -> List[str]:
-    """Return where something is mounted, as the kernel tells it."""
-    try:
-        with open(_MOUNTS, "rb") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    return [os.fsdecode(_unescaped(line.split(b" ")[4])) for line in lines if line.count(b" ") > 4]
-
-
-def _unescaped(path: bytes) -> bytes:
-    """Return a path of the kernel's list, in which blanks, line ends and backslashes are octal numbers."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match.group(1), 8)]), path)

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import stat
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 #: Where the kernel shows what it knows.
 SYS = "/sys"
@@ -46,12 +46,19 @@ def number(device: int) -> str:
 def name(device: str) -> str:
     """Return what people call a device: ``sda1``, or the name that device-mapper has for it."""
     place = _place(device)
-    return _text(os.path.join(place, "dm", "name")) or os.path.basename(os.path.realpath(place))
+    return content(os.path.join(place, "dm", "name")) or os.path.basename(os.path.realpath(place))
 
 
 def beneath(device: str) -> List[str]:
     """Return a device and all that it is made of."""
     return _closure([device], lambda each: _numbers(os.path.join(_place(each), "slaves", "*")))
+
+
+def disk_of(device: str) -> List[str]:
+    """Return a device with its partitions, or the disk that it is a partition of: what is one piece of hardware."""
+    place = os.path.realpath(_place(device))
+    disk = _numbers(os.path.dirname(place)) if os.path.exists(os.path.join(place, "partition")) else []
+    return [device, *_partitions(device), *disk]
 
 
 def above(device: str) -> List[str]:
@@ -62,11 +69,11 @@ def above(device: str) -> List[str]:
 def volume_beneath(device: str) -> str:
     """Return the path of the logical volume beneath a device, or else that of the device; ``""``: unknown."""
     for each in beneath(device):
-        mapped, uuid = (_text(os.path.join(_place(each), "dm", field)) for field in ("name", "uuid"))
+        mapped, uuid = (content(os.path.join(_place(each), "dm", field)) for field in ("name", "uuid"))
         match = _VOLUME.fullmatch(mapped)
         if uuid.startswith("LVM-") and match is not None:
             return "/dev/{}/{}".format(*(part.replace("--", "-") for part in match.groups()))
-    found = re.search(r"^DEVNAME=(.+)$", _text(os.path.join(_place(device), "uevent")), re.MULTILINE)
+    found = re.search(r"^DEVNAME=(.+)$", content(os.path.join(_place(device), "uevent")), re.MULTILINE)
     return "/dev/" + found.group(1) if found is not None else ""
 
 
@@ -93,18 +100,28 @@ def mounts() -> List[Mount]:
     """Return what is mounted, each of its devices by itself, in the order in which it was mounted."""
     pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
     found = []
-    for line in _text(os.path.join(PROC, "self", "mountinfo")).split("\n"):
-        mount, _, file_system = line.partition(" - ")
-        fields, about = mount.split(" "), file_system.split(" ")
-        if len(fields) < 5 or len(about) < 3:
-            continue
-        devices = [fields[2]]
-        if fields[2].startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
+    for device, place, about in _mounted():
+        devices = [device]
+        if device.startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
             devices = _at(about[1])
             devices += [each for pool in pools if set(pool) & set(devices) for each in pool if each not in devices]
         writable = about[2].split(",")[0] == "rw"
-        found += [Mount(each, _unescaped(fields[4]), writable) for each in devices]
+        found += [Mount(each, place, writable) for each in devices]
     return found
+
+
+def mount_points() -> List[str]:
+    """Return where something is mounted, be it a device or not."""
+    return [place for _device, place, _about in _mounted()]
+
+
+def _mounted() -> Iterator[Tuple[str, str, List[str]]]:
+    """Yield the number, the place, and type, source and options of each file system that is mounted."""
+    for line in content(os.path.join(PROC, "self", "mountinfo")).split("\n"):
+        mount, _, file_system = line.partition(" - ")
+        fields, about = mount.split(" "), file_system.split(" ")
+        if len(fields) >= 5 and len(about) >= 3:
+            yield fields[2], _unescaped(fields[4]), about
 
 
 def loops() -> "List[Tuple[str, os.stat_result]]":
@@ -112,7 +129,7 @@ def loops() -> "List[Tuple[str, os.stat_result]]":
     found = []
     for path in sorted(glob.glob(os.path.join(SYS, "block", "loop*", "loop", "backing_file"))):
         try:
-            found.append((path.split(os.sep)[-3], os.stat(_text(path))))
+            found.append((path.split(os.sep)[-3], os.stat(content(path))))
         except (OSError, ValueError):
             continue  # it was removed, or cannot be seen from here
     return found
@@ -124,7 +141,7 @@ def sectors(device: str) -> Optional[Sectors]:
     It also shows what it does not count, as for memory disks, or where that was switched off: that stands still.
     """
     try:
-        counts = [int(word) for word in _text(os.path.join(_place(device), "stat")).split()]
+        counts = [int(word) for word in content(os.path.join(_place(device), "stat")).split()]
         return Sectors(counts[_READ], counts[_WRITTEN] + sum(counts[_DISCARDED : _DISCARDED + 1]))
     except (ValueError, IndexError):
         return None
@@ -146,14 +163,16 @@ def _place(device: str) -> str:
 
 
 def _on(device: str) -> List[str]:
-    place = _place(device)
-    partitions = [os.path.dirname(path) for path in sorted(glob.glob(os.path.join(place, "*", "partition")))]
-    direct = [each for path in partitions for each in _numbers(path)]
-    return direct + _numbers(os.path.join(place, "holders", "*")) + _loops(device)
+    return _partitions(device) + _numbers(os.path.join(_place(device), "holders", "*")) + _loops(device)
+
+
+def _partitions(device: str) -> List[str]:
+    found = sorted(glob.glob(os.path.join(_place(device), "*", "partition")))
+    return [each for path in found for each in _numbers(os.path.dirname(path))]
 
 
 def _numbers(pattern: str) -> List[str]:
-    words = [_text(os.path.join(path, "dev")) for path in sorted(glob.glob(pattern))]
+    words = [content(os.path.join(path, "dev")) for path in sorted(glob.glob(pattern))]
     return [word for word in words if word]
 
 
@@ -168,7 +187,7 @@ def _loops(backing: Union[str, Tuple[int, int]]) -> List[str]:
 
 
 def _swaps() -> List[str]:
-    return [each for line in _text(os.path.join(PROC, "swaps")).split("\n")[1:] for each in _at(line.split(" ")[0])]
+    return [each for line in content(os.path.join(PROC, "swaps")).split("\n")[1:] for each in _at(line.split(" ")[0])]
 
 
 def _at(path: str) -> List[str]:
@@ -184,7 +203,7 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), path)
 
 
-def _text(path: str) -> str:
+def content(path: str) -> str:
     """Return what a file of the kernel's holds, without the end of its last line; "" where it cannot be read."""
     try:
         with open(path, "rb") as file:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from blockdiff import devices, process
 from blockdiff.errors import ProcessError, printable
@@ -23,14 +23,14 @@ def users_of_device(number: int) -> list[str]:
 
     Each is a phrase that goes on after "in use:". Empty where nobody does, or nobody that this user can see.
     """
-    numbers = {number, *_related(number)}
+    numbers = devices.disk_of(devices.number(number))
 
     def is_it(status: os.stat_result) -> bool:
-        return stat.S_ISBLK(status.st_mode) and status.st_rdev in numbers
+        return stat.S_ISBLK(status.st_mode) and devices.number(status.st_rdev) in numbers
 
     found = [
-        *_mounts(numbers),
-        *(f"{_name(holder)} lies on it" for each in sorted(numbers) for holder in _listed(_device(each) + "/holders")),
+        *(f"it is mounted on {printable(mount.place)}" for mount in devices.mounts() if mount.device in numbers),
+        *(f"{_name(holder)} lies on it" for each in numbers for holder in _listed(_device(each) + "/holders")),
         *(f"the loop device /dev/{name} lies on it" for name in _loop_devices(is_it)),
         *_processes(is_it),
     ]
@@ -39,61 +39,37 @@ def users_of_device(number: int) -> list[str]:
 
 def users_of_file(path: str) -> list[str]:
     """Return which processes have the file open, as phrases like those of `users_of_device`; empty where it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    return list(_processes(lambda found: os.path.samestat(found, status)))
+    return list(_processes(_is_one_of([path])))
 
 
-def writers_of_file(path: str) -> list[str]:
-    """Return which processes have the file open and may write to it; otherwise like `users_of_file`."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return []
-    return list(_processes(lambda found: os.path.samestat(found, status), only_writers=True))
+def writers_of_files(paths: Iterable[str]) -> list[str]:
+    """Return which processes have one of the files open and may write to it; otherwise like `users_of_file`."""
+    return list(_processes(_is_one_of(paths), only_writers=True))
 
 
 def loop_device_of(path: str) -> str | None:
     """Return the path of a loop device on the file, None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return next((f"/dev/{name}" for name in _loop_devices(lambda found: os.path.samestat(found, status))), None)
+    return next((f"/dev/{name}" for name in _loop_devices(_is_one_of([path]))), None)
 
 
-def _device(number: int) -> str:
-    return f"{devices.SYS}/dev/block/{devices.number(number)}"
+def _is_one_of(paths: Iterable[str]) -> _IsIt:
+    """Return what knows the files at `paths`; those that are gone are nobody's."""
+    statuses = []
+    for path in paths:
+        try:
+            statuses.append(os.stat(path))
+        except OSError:
+            continue
+    return lambda found: any(os.path.samestat(found, status) for status in statuses)
 
 
-def _related(number: int) -> Iterator[int]:
-    """Yield the numbers of the partitions of a disk, or of the disk that a partition is a part of."""
-    place = os.path.realpath(_device(number))
-    for each in _listed(place):
-        if os.path.exists(f"{place}/{each}/partition"):
-            yield from _number(f"{place}/{each}")
-    if os.path.exists(f"{place}/partition"):
-        yield from _number(os.path.dirname(place))
-
-
-def _number(place: str) -> Iterator[int]:
-    major, _, minor = _content(f"{place}/dev").partition(":")
-    if major.isdecimal() and minor.isdecimal():
-        yield os.makedev(int(major), int(minor))
-
-
-def _mounts(numbers: set[int]) -> Iterator[str]:
-    wanted = {devices.number(number) for number in numbers}
-    for mount in devices.mounts():
-        if mount.device in wanted:
-            yield f"it is mounted on {printable(mount.place)}"
+def _device(number: str) -> str:
+    return f"{devices.SYS}/dev/block/{number}"
 
 
 def _name(device: str) -> str:
     """Return the path of a device of the system, with the name that LVM or its like gave it."""
-    name = _content(f"{devices.SYS}/block/{device}/dm/name")
+    name = devices.content(f"{devices.SYS}/block/{device}/dm/name")
     return f"/dev/mapper/{printable(name)}" if name else f"/dev/{device}"
 
 
@@ -106,7 +82,8 @@ def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
     """Yield the processes, but for this one, that have open what `is_it` knows, for writing where that is asked for."""
     for pid in sorted(int(name) for name in _listed(devices.PROC) if name.isdecimal()):
         if pid != os.getpid() and any(map(is_it, _opened(f"{devices.PROC}/{pid}", only_writers))):
-            yield f"{printable(_content(f'{devices.PROC}/{pid}/comm') or 'a process')} (process {pid}) has it open"
+            name = devices.content(f"{devices.PROC}/{pid}/comm") or "a process"
+            yield f"{printable(name)} (process {pid}) has it open"
 
 
 def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_result]:
@@ -121,14 +98,14 @@ def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_resu
 
 
 def _only_reads(process_directory: str, name: str) -> bool:
-    flags = re.search(r"^flags:\s*([0-7]+)$", _content(f"{process_directory}/fdinfo/{name}"), re.MULTILINE)
+    flags = re.search(r"^flags:\s*([0-7]+)$", devices.content(f"{process_directory}/fdinfo/{name}"), re.MULTILINE)
     return flags is not None and int(flags[1], 8) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _others(number: int) -> list[str]:
     """Return what device-mapper says of a volume: it counts those who have it open, even within the system itself."""
     program = shutil.which("dmsetup", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if program is None or not os.path.exists(_device(number) + "/dm"):
+    if program is None or not os.path.exists(_device(devices.number(number)) + "/dm"):
         return []
     place = ["-j", str(os.major(number)), "-m", str(os.minor(number))]
     try:
@@ -146,12 +123,3 @@ def _listed(path: str) -> list[str]:
         return os.listdir(path)
     except OSError:
         return []  # it is gone, or not for us to see
-
-
-def _content(path: str) -> str:
-    """Return what a small file of the system says, without its line end; nothing where it is gone."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
-    except OSError:
-        return ""

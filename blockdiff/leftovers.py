@@ -9,14 +9,10 @@ from typing import Dict, List, Sequence, Tuple
 from blockdiff import lvm, lvs
 from blockdiff.errors import ProcessError, SourceError, printable
 from blockdiff.lvs import Volume
+from blockdiff.wire import DEAD, KEPT, RUNNING
 
 #: Begins the tag that says for whom a snapshot was made: the server, a colon, and the path of the chain.
 CHAIN_TAG = lvs.TAG + "_chain_"
-
-# Why a snapshot is there: a run is at work; the next run goes on from it; its run died, and the next one removes it.
-RUNNING = "running"
-KEPT = "kept"
-DEAD = "dead"
 
 _TAG_LIMIT = 120
 _UNFIT = re.compile(r"[^A-Za-z0-9_+.\-/=!:#&]")

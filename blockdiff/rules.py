@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockdiff import clock, datadir, dump, leftovers, wire
+from blockdiff import clock, dump, wire
 from blockdiff.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.errors import ProtocolError, printable
 
@@ -40,7 +40,7 @@ class Left:
     """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made (UTC).
 
     `volume` is the name of its volume, None where that is gone, `chain` for which chain it was made (``SERVER:/path``,
-    None where nothing tells), and `state` one of `leftovers`.
+    None where nothing tells), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
     """
 
     name: str
@@ -214,7 +214,7 @@ def _devices(found: object) -> dict[str, str]:
 
 
 def _outside(found: object, sources: int) -> tuple[Outside, ...]:
-    if not isinstance(found, list) or len(found) > datadir.LIMIT:
+    if not isinstance(found, list) or len(found) > wire.MAX_OUTSIDE:
         raise ProtocolError("says nothing of what the database keeps elsewhere")
     places = []
     for each in found:
@@ -241,7 +241,7 @@ def _left(fields: object) -> Left:
         raise ProtocolError("says nothing of a snapshot")
     words = ("name", "origin", "chain", "state", "made")
     name, origin, chain, state, made = (printable(wire.text(fields, word), 300) for word in words)
-    if state not in (leftovers.RUNNING, leftovers.KEPT, leftovers.DEAD):
+    if state not in (wire.RUNNING, wire.KEPT, wire.DEAD):
         raise ProtocolError("has a snapshot in an unknown state")
     (size,) = wire.integers(fields, "size")
     seconds = clock.seconds(made)

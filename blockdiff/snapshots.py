@@ -6,14 +6,14 @@ import re
 import socket
 from collections.abc import Sequence
 
-from blockdiff import leftovers
+from blockdiff import wire
 from blockdiff.address import Address
 from blockdiff.rules import Left
 
 _WHY = {
-    leftovers.RUNNING: "a run is at work on it",
-    leftovers.KEPT: "kept for the next run",
-    leftovers.DEAD: "its run died; the next one removes it",
+    wire.RUNNING: "a run is at work on it",
+    wire.KEPT: "kept for the next run",
+    wire.DEAD: "its run died; the next one removes it",
 }
 
 
@@ -30,7 +30,7 @@ def owner(name: str, period: str) -> tuple[str, str]:
 
 def is_useless(left: Left) -> bool:
     """Return whether no run will go on from a snapshot, nor remove it."""
-    return left.state != leftovers.RUNNING and (left.volume is None or chain_is_gone(left))
+    return left.state != wire.RUNNING and (left.volume is None or chain_is_gone(left))
 
 
 def chain_is_gone(left: Left) -> bool:
@@ -67,4 +67,4 @@ def why(left: Left) -> str:
         shown = "its volume is gone" if left.volume is None else "its chain is gone"
     else:
         shown = _WHY[left.state]
-    return shown + ("; somebody has it open" if left.open and left.state != leftovers.RUNNING else "")
+    return shown + ("; somebody has it open" if left.open and left.state != wire.RUNNING else "")

@@ -34,8 +34,8 @@ class Source(ABC):
 
     def __init__(self) -> None:
         self.notes: List[str] = []
-        #: The snapshots of ours that are near it (see `leftovers`), from `prepare` on.
-        self.left: List[Dict[str, object]] = []
+        #: The volume group that it is in, from `prepare` on; "" for none.
+        self.group = ""
         self._stack = ExitStack()
 
     def __enter__(self) -> "Source":
@@ -154,7 +154,7 @@ class VolumeSource(Source):
             self._origin = lvcheck.find(self._path)  # what was removed made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
         self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
-        self.left = leftovers.found(self._origin.group)
+        self.group = self._origin.group
         return {"uuid": self._origin.uuid, "segtype": self._origin.segtype}
 
     def _sweep(self) -> None:

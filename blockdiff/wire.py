@@ -67,6 +67,14 @@ TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
 # In place of a run:
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
 
+#: Most places outside of a database's directory that READY names.
+MAX_OUTSIDE = 1000
+# Why a snapshot of ours is there: a run is at work; the next run goes on from it; its run died, and the next one
+# removes it.
+RUNNING = "running"
+KEPT = "kept"
+DEAD = "dead"
+
 # Bytes that are read at once where less is asked for: many small frames come with one call, and little of a large one's
 # payload is copied twice.
 _AHEAD = 16 << 10

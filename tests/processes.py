@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from blockdiff.errors import Interrupted
 
 
@@ -42,6 +44,19 @@ def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
     while left := marked(mark):
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.01)
+
+
+@contextmanager
+def leaving_none(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Mark whatever the test starts, and see to it that none of it outlives the test; yields the mark."""
+    mark = new_mark()
+    for name, value in environment(mark).items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield mark
+        wait_until_gone(mark)
+    finally:
+        end(mark)
 
 
 @contextmanager

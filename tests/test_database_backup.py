@@ -47,15 +47,8 @@ main()
 @pytest.fixture(autouse=True)
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """No process and no descriptor outlives the test; yields the mark by which processes are known."""
-    mark = processes.new_mark()
-    for name, value in processes.environment(mark).items():
-        monkeypatch.setenv(name, value)
-    with all_closed():
-        try:
-            yield mark
-            processes.wait_until_gone(mark)
-        finally:
-            processes.end(mark)
+    with all_closed(), processes.leaving_none(monkeypatch) as mark:
+        yield mark
 
 
 @pytest.fixture(autouse=True)

@@ -35,15 +35,8 @@ with Freeze(sys.argv[2], sys.argv[3]):
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """No process and no descriptor outlives the test; yields the mark by which the processes are known."""
-    mark = processes.new_mark()
-    for name, value in processes.environment(mark).items():
-        monkeypatch.setenv(name, value)
-    with all_closed():
-        try:
-            yield mark
-            processes.wait_until_gone(mark)
-        finally:
-            processes.end(mark)
+    with all_closed(), processes.leaving_none(monkeypatch) as mark:
+        yield mark
 
 
 class Log:

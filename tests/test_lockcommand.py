@@ -35,18 +35,11 @@ lockcommand.around(sys.argv[2], take)
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """No process, no descriptor and no temporary file outlives the test; yields the mark of the processes."""
-    mark = processes.new_mark()
-    for name, value in processes.environment(mark).items():
-        monkeypatch.setenv(name, value)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    with all_closed():
-        try:
-            yield mark
-            processes.wait_until_gone(mark)
-        finally:
-            processes.end(mark)
+    with all_closed(), processes.leaving_none(monkeypatch) as mark:
+        yield mark
     assert list(temporary.iterdir()) == []
 
 

@@ -30,14 +30,8 @@ PATIENCE_S = 60.0
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """No process outlives the test; yields the mark by which they are known."""
-    mark = processes.new_mark()
-    for name, value in processes.environment(mark).items():
-        monkeypatch.setenv(name, value)
-    try:
+    with processes.leaving_none(monkeypatch) as mark:
         yield mark
-        processes.wait_until_gone(mark)
-    finally:
-        processes.end(mark)
 
 
 @pytest.fixture

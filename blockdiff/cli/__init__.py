@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
@@ -90,6 +90,16 @@ def print_ranges(ranges: list[tuple[int, int]]) -> int:
     for offset, length in ranges:
         click.echo(f"{offset} {length}")
     return sum(length for _offset, length in ranges)
+
+
+def print_rows(rows: Sequence[tuple[str, ...]], right: Collection[int]) -> None:
+    """Print a table; the columns in `right` are aligned to the right, and the last one is as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        click.echo("  ".join([*cells, row[-1]]).rstrip())
 
 
 def check_printed() -> None:

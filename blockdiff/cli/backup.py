@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockdiff import address, codec, pipeline, transport
+from blockdiff.address import Address
 from blockdiff.blocks import DIGEST_SIZES, shown_size
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, say, watched
 from blockdiff.errors import EXIT_WARNING, UsageError, printable
@@ -19,7 +20,7 @@ from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
-    from blockdiff.backup import Result
+    from blockdiff.backup import Options, Result
     from blockdiff.manifest import Source
     from blockdiff.plan import Plan
 
@@ -182,14 +183,7 @@ def command(
             prefix=prefix,
         )
         if dry_run:
-            from blockdiff.manifest import Source
-
-            plans = backup.rehearse(targets, where, options, begun[0])
-            found = [(each, Source(where.machine, path, ""), plan) for (each, path), plan in zip(targets, plans)]
-            if as_json:
-                _print_json([_plan_summary(*each) for each in found], bool(also))
-            for each in () if as_json else found:
-                _report_plan(*each)
+            _rehearse(targets, where, options, begun[0], as_json)
             return
         with watched(os.path.basename(name + suffix)) as progress:
             results = backup.backup_together(targets, where, options, progress, begun)
@@ -198,7 +192,7 @@ def command(
     for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
         say(f"warning: {warning}")
     if as_json:
-        _print_json([_summary(result) for result in results], bool(also))
+        _print_json([_summary(result) for result in results])
     if any(result.warnings for result in results):
         sys.exit(EXIT_WARNING)
 
@@ -219,8 +213,24 @@ def _split_also(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _print_json(summaries: list[dict[str, object]], is_list: bool) -> None:
-    click.echo(json.dumps(summaries if is_list else summaries[0], indent=1))
+def _print_json(summaries: list[dict[str, object]]) -> None:
+    """Print what there is to say of each chain of the run: with --also a list."""
+    click.echo(json.dumps(summaries if len(summaries) > 1 else summaries[0], indent=1))
+
+
+def _rehearse(
+    targets: list[tuple[str, str]], where: Address, options: "Options", begun: Connection, as_json: bool
+) -> None:
+    """Print what the run would do with each of its chains."""
+    from blockdiff import backup
+    from blockdiff.manifest import Source
+
+    plans = backup.rehearse(targets, where, options, begun)
+    found = [(name, Source(where.machine, path, ""), plan) for (name, path), plan in zip(targets, plans)]
+    if as_json:
+        _print_json([_plan_summary(*each) for each in found])
+    for each in () if as_json else found:
+        _report_plan(*each)
 
 
 def _summary(result: "Result") -> dict[str, object]:

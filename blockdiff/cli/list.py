@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
 import click
@@ -12,7 +11,7 @@ import click
 from blockdiff import coordinates, listing, overview
 from blockdiff.blocks import shown_size
 from blockdiff.chain import Chain, Generation
-from blockdiff.cli import check_printed, say, shown_time, split_name
+from blockdiff.cli import check_printed, print_rows, say, shown_time, split_name
 from blockdiff.cli.newest import meant_by
 from blockdiff.clock import shown_age
 from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
@@ -92,7 +91,7 @@ def _print_chains(found: list[overview.ChainEntry]) -> None:
         )
         for entry in found
     ]
-    _print_rows(rows, right=(2, 4, 5, 6))
+    print_rows(rows, right=(2, 4, 5, 6))
 
 
 def _replica_statement(generation: Generation) -> str:
@@ -127,14 +126,4 @@ def _print_table(found: list[listing.Entry]) -> None:
         )
         for entry in found
     ]
-    _print_rows(rows, right=(0, 3, 4, 5))
-
-
-def _print_rows(rows: Sequence[tuple[str, ...]], right: Collection[int]) -> None:
-    """Print a table; the columns in `right` are aligned to the right, and the last one is as long as it is."""
-    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        click.echo("  ".join([*cells, row[-1]]).rstrip())
+    print_rows(rows, right=(0, 3, 4, 5))

@@ -10,7 +10,7 @@ import click
 from blockdiff import address, snapshots, transport
 from blockdiff.address import Address
 from blockdiff.blocks import shown_size
-from blockdiff.cli import agent_prefix, check_printed, say, shown_time
+from blockdiff.cli import agent_prefix, check_printed, print_rows, say, shown_time
 from blockdiff.errors import EXIT_FAILED
 from blockdiff.rules import Left
 from blockdiff.session import Session
@@ -79,7 +79,4 @@ def _print_table(found: Sequence[Left]) -> None:
         )
         for left in found
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for row in rows:
-        cells = [cell.rjust(width) if i == 2 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-        click.echo("  ".join([*cells, row[5]]))
+    print_rows(rows, right=(2,))
