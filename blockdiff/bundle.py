@@ -117,7 +117,8 @@ def _archive() -> bytes:
 
 
 def _modules() -> bytes:
-    return json.dumps([(name, _source(name)) for name in SHIPPED]).encode("utf-8")
+    sources = {f"blockdiff.{name}": _source(name) for name in SHIPPED}
+    return json.dumps({"blockdiff": "", **sources}).encode("utf-8")
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Shipped to the host ahead of everything else; it must run on any Python 3. Standard input goes on with a line of JSON
 (`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, and the `prefix`, a command to run the agent
-under), and the archive: a zlib'd JSON list of module names and sources in the order in which they import each other.
+under), and the archive: zlib'd JSON with the source of each module by its full name.
 """
 
 import os
@@ -29,10 +29,13 @@ _MAX_AGENT = 16 << 20
 _MAX_LOADER = 1 << 20
 _MAX_HEADER = 256 << 10
 
+#: The module that the loader gives over to.
+AGENT = "blockdiff.agent"
+
 START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
 
 
-def lacking(error: ImportError) -> None:
+def lacking(error: ImportError) -> "NoReturn":
     """End: this Python is not the whole one, as that of Debian's python3-minimal."""
     sys.stderr.write("{}\n".format(error))
     sys.exit(NO_MODULE)
@@ -44,6 +47,9 @@ try:
     import linecache
     import types
     import zlib
+    from importlib import import_module
+    from importlib.machinery import ModuleSpec
+    from typing import NoReturn, Optional
 except ImportError as error:
     lacking(error)
 
@@ -73,22 +79,38 @@ def read_header() -> dict:  # type: ignore[type-arg]  # dict[str, object] needs 
     sys.exit(DAMAGED)
 
 
-def load(modules: bytes) -> None:
-    """Make the modules in the list `modules` importable; their sources stay at hand for tracebacks."""
-    package = types.ModuleType("blockdiff")
-    package.__path__ = []
-    sys.modules["blockdiff"] = package
-    for name, source in json.loads(modules.decode("utf-8")):
-        full_name = "blockdiff." + name
-        module = types.ModuleType(full_name)
-        module.__file__ = "<" + full_name + ">"
-        sys.modules[full_name] = module
-        setattr(package, name, module)
+class Importer:
+    """Imports the modules that were sent, each when it is asked for; their sources stay at hand for tracebacks."""
+
+    def __init__(self, sources: dict) -> None:  # type: ignore[type-arg]  # dict[str, str] needs Python 3.9
+        """`sources` has the source of each module by its full name; a package has an entry of its own."""
+        self._sources = sources
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "Optional[ModuleSpec]":
+        """Return what Python needs to import a module of ours, None for others: part of the import protocol."""
+        if name not in self._sources:
+            return None
+        package = any(other.startswith(name + ".") for other in self._sources)
+        return ModuleSpec(name, self, origin="<{}>".format(name), is_package=package)  # type: ignore[arg-type]
+
+    def create_module(self, spec: object) -> None:
+        """Leave that to Python: part of the import protocol."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Run a module's source: part of the import protocol."""
+        name, source = module.__name__, self._sources[module.__name__]
+        module.__file__ = "<{}>".format(name)
         linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
-        try:
-            exec(compile(source, module.__file__, "exec"), module.__dict__)
-        except ImportError as error:
-            lacking(error)
+        exec(compile(source, module.__file__, "exec"), module.__dict__)
+
+
+def agent(modules: bytes) -> types.ModuleType:
+    """Return the agent's module of the archive `modules`, all of which can be imported then."""
+    sys.meta_path.insert(0, Importer(json.loads(modules.decode("utf-8"))))
+    try:
+        return import_module(AGENT)
+    except ImportError as error:
+        lacking(error)
 
 
 def run_under(prefix: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
@@ -110,8 +132,7 @@ def start() -> None:
     archive = read_exactly(header["size"])
     if hashlib.sha256(archive).hexdigest() != header["sha256"]:
         sys.exit(DAMAGED)
-    load(zlib.decompress(archive))
-    sys.modules["blockdiff.agent"].main(bytes.fromhex(header["nonce"]))
+    agent(zlib.decompress(archive)).main(bytes.fromhex(header["nonce"]))
 
 
 def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
@@ -136,8 +157,7 @@ def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg] 
         sys.exit(DAMAGED)
     if hashlib.sha256(modules).hexdigest() != pinned:
         sys.exit(OTHER_AGENT)
-    load(modules)
-    sys.modules["blockdiff.agent"].main(bytes.fromhex(header["nonce"]), granted)
+    agent(modules).main(bytes.fromhex(header["nonce"]), granted)
 
 
 if __name__ == "__main__":
