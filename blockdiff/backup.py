@@ -9,23 +9,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from blockdiff import __version__, clock, codec, consistency, periods, quiesce, signals, snapshots, streams
-from blockdiff.address import Address
-from blockdiff.blocks import Hasher, digest_named
-from blockdiff.chain import Chain
-from blockdiff.clock import now
-from blockdiff.commit import LockedChain, NewGeneration, WritableChain
-from blockdiff.deltawriter import DeltaWriter, Written
-from blockdiff.errors import UsageError, printable
-from blockdiff.manifest import Manifest, Snapshot, Source
-from blockdiff.mysqlaccount import Account
+from blockdiff import __version__, quiesce
+from blockdiff.chain import clock, periods
+from blockdiff.chain.clock import now
+from blockdiff.chain.commit import LockedChain, NewGeneration, WritableChain
+from blockdiff.chain.generations import Chain
+from blockdiff.database.accounts import Account
+from blockdiff.format import codec
+from blockdiff.format.deltawriter import DeltaWriter, Written
+from blockdiff.format.manifest import Manifest, Snapshot, Source
 from blockdiff.mysqllock import Limits
 from blockdiff.plan import Choices, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
 from blockdiff.quiesce import Moment, Quiesce
 from blockdiff.replicapause import Way
-from blockdiff.rules import Opened, Totals, Volume
-from blockdiff.session import Request, Scan, Session, Wanted
+from blockdiff.session import consistency, snapshots, streams
+from blockdiff.session.rules import Opened, Totals, Volume
+from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.shared import signals
+from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared.errors import UsageError, printable
+from blockdiff.transport.address import Address
 from blockdiff.transport.connection import Connection
 
 Value = TypeVar("Value")

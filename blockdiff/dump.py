@@ -15,10 +15,11 @@ import stat
 from abc import ABC, abstractmethod
 from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
-from blockdiff import extents, lease, pipeline
-from blockdiff.blocks import Hasher
-from blockdiff.errors import SourceError
-from blockdiff.extents import Extent
+from blockdiff.host import lease
+from blockdiff.shared import extents, pipeline
+from blockdiff.shared.blocks import Hasher
+from blockdiff.shared.errors import SourceError
+from blockdiff.shared.extents import Extent
 
 #: Bytes of a batch. Large enough that what Python does for each batch does not count, small enough that a handful of
 #: them fit in the agent's 64 MiB.

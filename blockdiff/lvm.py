@@ -15,15 +15,16 @@ import threading
 import time
 from typing import List, Optional, Sequence
 
-from blockdiff import lvs, process
-from blockdiff.blocks import shown_size
-from blockdiff.errors import BlockdiffError, ProcessError, SourceError
-from blockdiff.lvcheck import check as check
-from blockdiff.lvcheck import find as find
-from blockdiff.lvcheck import full_size, resume_hint, size_in_bytes
-from blockdiff.lvs import ORIGIN_TAG, PREFIX, LateError
-from blockdiff.lvs import TAG as TAG
-from blockdiff.lvs import Volume as Volume
+from blockdiff.host import lvs
+from blockdiff.host.lvcheck import check as check
+from blockdiff.host.lvcheck import find as find
+from blockdiff.host.lvcheck import full_size, resume_hint, size_in_bytes
+from blockdiff.host.lvs import ORIGIN_TAG, PREFIX, LateError
+from blockdiff.host.lvs import TAG as TAG
+from blockdiff.host.lvs import Volume as Volume
+from blockdiff.shared import process
+from blockdiff.shared.blocks import shown_size
+from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError
 
 #: Instead of the process's tag on a snapshot that stays on the host.
 KEPT_TAG = TAG + "_kept"

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
-from blockdiff import codec, deltafile, pipeline
-from blockdiff.blocks import Hasher, block_count, digest_named, shown_size
-from blockdiff.chain import Generation
-from blockdiff.deltafile import DeltaReader
-from blockdiff.digesttable import TableReader
+from blockdiff.chain.generations import Generation
 from blockdiff.dump import Run
-from blockdiff.errors import DamagedError, printable
+from blockdiff.format import codec, deltafile
+from blockdiff.format.deltafile import DeltaReader
+from blockdiff.format.digesttable import TableReader
+from blockdiff.shared import pipeline
+from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
+from blockdiff.shared.errors import DamagedError, printable
 
 #: Blocks that are looked at in one step.
 _PART_BLOCKS = 65536

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from blockdiff import coordinates, mysqlfiles, process, redolog
-from blockdiff.coordinates import Applier, Coordinates, Row, Version
-from blockdiff.errors import DatabaseError, ProcessError, printable
-from blockdiff.mysqlaccount import Account
-from blockdiff.mysqlfiles import Files
-from blockdiff.mysqlsession import Lacking, Session
-from blockdiff.mysqlsocket import TimedOut
+from blockdiff.database import coordinates, datafiles, redolog
+from blockdiff.database.accounts import Account
+from blockdiff.database.bounds import TimedOut
+from blockdiff.database.coordinates import Applier, Coordinates, Row, Version
+from blockdiff.database.datafiles import Files
+from blockdiff.database.sqlsession import Lacking, Session
+from blockdiff.shared import process
+from blockdiff.shared.errors import DatabaseError, ProcessError, printable
 
 #: The exit status for a command that died of a signal, as with the original.
 SIGNALLED = 255
@@ -220,7 +221,7 @@ class Database:
             raise self._session.lacking(missing)
         redolog.check(rows, self._limits.max_hold_s)
         (row,) = rows("SELECT @@GLOBAL.hostname AS hostname")
-        return Server(self.version, str(row["hostname"]), mysqlfiles.read(rows))
+        return Server(self.version, str(row["hostname"]), datafiles.read(rows))
 
     def _questions(self, with_coordinates: bool, with_pause: bool) -> Iterator[Callable[[], object]]:
         """Yield what fails for an account that lacks a privilege for what is to come, and does nothing else."""
@@ -264,7 +265,7 @@ class Database:
 
     def unlogged(self) -> bool | None:
         """See `mysqlfiles.unlogged`."""
-        return mysqlfiles.unlogged(self._session.rows)
+        return datafiles.unlogged(self._session.rows)
 
     @contextmanager
     def locked(self) -> Iterator[Held]:

@@ -4,13 +4,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from blockdiff import merge
-from blockdiff.address import Address
-from blockdiff.blocks import check_block_size
-from blockdiff.chain import Chain, Generation
-from blockdiff.digesttable import TableReader
-from blockdiff.errors import ChainError, DamagedError, printable
-from blockdiff.inventory import MANIFEST_SUFFIX
-from blockdiff.manifest import Parent, Snapshot, Source
+from blockdiff.chain.generations import Chain, Generation
+from blockdiff.chain.inventory import MANIFEST_SUFFIX
+from blockdiff.format.digesttable import TableReader
+from blockdiff.format.manifest import Parent, Snapshot, Source
+from blockdiff.shared.blocks import check_block_size
+from blockdiff.shared.errors import ChainError, DamagedError, printable
+from blockdiff.transport.address import Address
 
 DEFAULT_BLOCK_SIZE = 64 << 10
 DEFAULT_DIGEST = "sha256"

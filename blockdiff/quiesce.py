@@ -5,14 +5,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from blockdiff import lockcommand, mysqllock, replicapause
-from blockdiff.coordinates import Coordinates
-from blockdiff.errors import SourceError, printable
-from blockdiff.grant import ELSEWHERE
-from blockdiff.manifest import Quiesced
-from blockdiff.mysqlaccount import SOCKETS, Account
-from blockdiff.rules import Outside, Ready
-from blockdiff.session import Session
+from blockdiff import mysqllock, replicapause
+from blockdiff.database.accounts import SOCKETS, Account
+from blockdiff.database.coordinates import Coordinates
+from blockdiff.format.manifest import Quiesced
+from blockdiff.original import lockcommand
+from blockdiff.session.rules import Outside, Ready
+from blockdiff.session.session import Session
+from blockdiff.shared.errors import SourceError, printable
+from blockdiff.shared.grant import ELSEWHERE
 
 #: How many places an error names.
 _SHOWN = 20

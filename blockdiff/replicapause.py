@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
-from blockdiff import mysqllock, process
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, DatabaseError, printable
-from blockdiff.mysqlaccount import SOCKETS, Account, Tls
+from blockdiff import mysqllock
+from blockdiff.database.accounts import SOCKETS, Account, Tls
 from blockdiff.mysqllock import Limits
-from blockdiff.session import Session
+from blockdiff.session.session import Session
+from blockdiff.shared import process
+from blockdiff.shared.errors import BlockdiffError, DatabaseError, printable
+from blockdiff.transport.address import Address
 
 #: How long the guard may take to log in, and to start what was stopped, in seconds.
 READY_S = 90.0
@@ -30,7 +31,7 @@ LIFE_S = 3600
 _READY = b"ready\n"
 _STARTED = b"started\n"
 # isolated (-I): neither the environment nor the current directory changes what it imports
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from blockdiff.replicapause import guard; guard()"
+_PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import guard; guard()"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blockdiff import bundle, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, from_wire
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, from_wire
+from blockdiff.transport import bundle
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import push_agent

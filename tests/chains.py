@@ -6,11 +6,12 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blockdiff import backup, merge, verify
-from blockdiff.address import Address
-from blockdiff.chain import Chain
-from blockdiff.errors import BlockdiffError
+from blockdiff import backup, merge
+from blockdiff.chain.generations import Chain
+from blockdiff.check import verify
 from blockdiff.progress import Progress
+from blockdiff.shared.errors import BlockdiffError
+from blockdiff.transport.address import Address
 
 #: Bytes of a block in small chains.
 BLOCK = 64

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
 from tests.mariadb import MariaDB
 from tests.sshd import Sshd
 

@@ -7,8 +7,9 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 
-from blockdiff import bundle, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport import bundle
 from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Connection, Exit
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from blockdiff import durable
+from blockdiff.chain import durable
 
 #: What changes a directory or makes a change durable.
 STEPS = ("open", "write", "fsync", "link", "rename", "unlink")

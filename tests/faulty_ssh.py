@@ -35,11 +35,11 @@ CLOSE_HOST_SIDE = "close host side"
 
 DELAY_S = 0.3
 
-#: The same as `blockdiff.wire.HEADER`, which is not to be found under ``python -S``; a test compares them.
+#: The same as `blockdiff.shared.wire.HEADER`, which is not to be found under ``python -S``; a test compares them.
 HEADER = struct.Struct("<B3xIIQI")
 ALIVE = 1
 NONCE_SIZE = 16
-#: The same as `blockdiff.loader.BEGUN`.
+#: The same as `blockdiff.host.loader.BEGUN`.
 BEGUN = b"blockdiff begins\n"
 
 

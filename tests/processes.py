@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.errors import Interrupted
+from blockdiff.shared.errors import Interrupted
 
 
 def new_mark() -> str:
@@ -61,7 +61,7 @@ def leaving_none(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @contextmanager
 def interrupting(number: int) -> Iterator[None]:
-    """Let a signal raise `Interrupted` in the main thread, once, as `blockdiff.signals` does."""
+    """Let a signal raise `Interrupted` in the main thread, once, as `blockdiff.shared.signals` does."""
 
     def handler(_number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
@@ -75,7 +75,7 @@ def interrupting(number: int) -> Iterator[None]:
 
 
 def interrupt_main_thread(number: int, timeout_s: float = 20.0) -> None:
-    """Send the signal to this process until its handler has run and ignores it, as `blockdiff.signals` does.
+    """Send the signal to this process until its handler has run and ignores it, as `blockdiff.shared.signals` does.
 
     One that comes just before a system call does not end it.
     """

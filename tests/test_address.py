@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.address import Address, check_name, parse, parse_login
-from blockdiff.errors import UsageError
+from blockdiff.shared.errors import UsageError
+from blockdiff.transport.address import Address, check_name, parse, parse_login
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import restraint, wire
-from blockdiff.errors import SourceError
+from blockdiff.host import restraint
+from blockdiff.shared import wire
+from blockdiff.shared.errors import SourceError
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from tests import agents, loop
@@ -234,5 +235,5 @@ def test_a_failure_that_nobody_thought_of_arrives_as_a_sentence() -> None:
         assert error.message.startswith("host: the agent failed: ValueError: ")
         assert talk.child.wait(agents.PROMPTLY_S) == (1,)
         said = talk.child.stderr()
-        assert "<blockdiff.agent>" in said  # the traceback shows the shipped source
+        assert "<blockdiff.host.agent>" in said  # the traceback shows the shipped source
         assert "os.open(path" in said

@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 import pytest
 
-from blockdiff import address, bundle, loader
-from blockdiff.session import Request, Session, Wanted
+from blockdiff.host import loader
+from blockdiff.session.session import Request, Session, Wanted
+from blockdiff.transport import address, bundle
 from tests import chains, commands, loop
 from tests.chains import DAYS, SmallChain
 from tests.conftest import require, require_program

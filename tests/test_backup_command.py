@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from blockdiff import lvs
+from blockdiff.host import lvs
 from tests import chains, commands
 from tests.chains import DAYS, SmallChain
 from tests.fake_lvm import FakeLvm

@@ -10,9 +10,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import blocks
-from blockdiff.blocks import Hasher, block_count, digest_named, shown_size
-from blockdiff.errors import UsageError
+from blockdiff.shared import blocks
+from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
+from blockdiff.shared.errors import UsageError
 
 DIRECT: dict[str, Callable[[bytes], bytes]] = {
     "sha256": lambda data: hashlib.sha256(data).digest(),

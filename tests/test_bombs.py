@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from isal import igzip_lib, isal_zlib
 
-from blockdiff.errors import EXIT_DAMAGED, EXIT_DONE
+from blockdiff.shared.errors import EXIT_DAMAGED, EXIT_DONE
 from tests.conftest import require_program
 from tests.test_memory import SERVER_LIMIT
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.durable import Directory
-from blockdiff.errors import DamagedError
+from blockdiff.chain.durable import Directory
+from blockdiff.chain.generations import Chain
+from blockdiff.shared.errors import DamagedError
 from tests import chains
 from tests.chains import BLOCK, DAYS, SmallChain
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from blockdiff import process
-from blockdiff.errors import ConnectionLost
+from blockdiff.shared import process
+from blockdiff.shared.errors import ConnectionLost
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import PIPE_SIZE, ChildConnection
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
-from blockdiff.errors import ChainError, SourceError
 from blockdiff.progress import Progress
+from blockdiff.shared.errors import ChainError, SourceError
 from tests import chains, commands, loop, mounts, processes, terminal
 from tests.chains import BLOCK, DAYS, SmallChain
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 
-from blockdiff import codec, lzop
-from blockdiff.errors import DamagedError, ProcessError, StorageError, UsageError
+from blockdiff.format import codec, lzop
+from blockdiff.shared.errors import DamagedError, ProcessError, StorageError, UsageError
 from tests import conftest
 
 NOISE = random.Random(1)

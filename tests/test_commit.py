@@ -15,10 +15,10 @@ import pytest
 
 from blockdiff import backup
 from blockdiff.backup import Options
-from blockdiff.command_backup import backup_with_command
-from blockdiff.commit import LockedChain, NewGeneration
-from blockdiff.durable import Directory
-from blockdiff.errors import BusyError, ChainError, Interrupted, StorageError, UsageError
+from blockdiff.chain.commit import LockedChain, NewGeneration
+from blockdiff.chain.durable import Directory
+from blockdiff.original.command_backup import backup_with_command
+from blockdiff.shared.errors import BusyError, ChainError, Interrupted, StorageError, UsageError
 from tests import chains, commands, faults, processes
 from tests.chains import DAYS, SmallChain
 from tests.mariadb import wait_for

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.errors import EXIT_BUSY, BlockdiffError, StorageError
+from blockdiff.shared.errors import EXIT_BUSY, BlockdiffError, StorageError
 from tests import chains, commands, conftest, faults
 from tests.chains import DAYS, SmallChain
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import coordinates, mysqllock
-from blockdiff.coordinates import Channel, Coordinates, Row, Version, replica_statement
-from blockdiff.errors import DatabaseError, UsageError
-from blockdiff.mysqlaccount import Account
+from blockdiff import mysqllock
+from blockdiff.database import coordinates
+from blockdiff.database.accounts import Account
+from blockdiff.database.coordinates import Channel, Coordinates, Row, Version, replica_statement
+from blockdiff.shared.errors import DatabaseError, UsageError
 from tests.conftest import require
 from tests.mariadb import MariaDB, execute, wait_for
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import cronlog as module
-from blockdiff.errors import BlockdiffError
+from blockdiff.original import cronlog as module
+from blockdiff.shared.errors import BlockdiffError
 from tests import commands, mounts
 from tests.mariadb import wait_for
 from tests.mounts import without_places

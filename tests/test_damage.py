@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdiff import merge, verify
+from blockdiff import merge
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.errors import BlockdiffError, DamagedError
+from blockdiff.chain.generations import Chain
+from blockdiff.check import verify
+from blockdiff.shared.errors import BlockdiffError, DamagedError
 from tests import chains, commands
 from tests.chains import BLOCK, DAYS, MemoryTarget, SmallChain
 
@@ -237,7 +238,9 @@ def _flipped(content: bytes, bit: int) -> bytes:
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do in turn what threads do ahead: to start them takes most of the time of thousands of tiny cases."""
-    monkeypatch.setattr("blockdiff.pipeline.in_order", lambda work, items, workers=None, ahead=None: map(work, items))
+    monkeypatch.setattr(
+        "blockdiff.shared.pipeline.in_order", lambda work, items, workers=None, ahead=None: map(work, items)
+    )
 
 
 class Damaged:

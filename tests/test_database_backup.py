@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, mysqlaccount, mysqllock, mysqlsession
-from blockdiff.address import Address
+from blockdiff import backup, mysqllock
 from blockdiff.backup import Options, Volumes
-from blockdiff.coordinates import Coordinates
-from blockdiff.errors import BlockdiffError, DatabaseError, SourceError
+from blockdiff.database import accounts, sqlsession
+from blockdiff.database.coordinates import Coordinates
 from blockdiff.mysqllock import Limits
 from blockdiff.progress import Progress
 from blockdiff.quiesce import DatabaseQuiesce
+from blockdiff.shared.errors import BlockdiffError, DatabaseError, SourceError
+from blockdiff.transport.address import Address
 from tests import chains, commands, processes
 from tests.chains import SmallChain
 from tests.descriptors import all_closed
@@ -90,7 +91,7 @@ def network_user(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def options(url: str, limits: Limits | None = None, before: str | None = None) -> Options:
-    account = mysqlaccount.from_url(url, ssh_user="")
+    account = accounts.from_url(url, ssh_user="")
     return Options(volumes=Volumes(database=account, limits=limits or Limits()), before=before)
 
 
@@ -275,7 +276,7 @@ def test_a_login_over_a_network_without_tls_is_noted(
     """This machine's own address is none, so it is taken for another one here."""
     url = f"mysql://{network_user}@127.0.0.1:{mariadb.port}/"
     assert chain.add(None, options(url)).manifest.notes == []
-    monkeypatch.setattr(mysqlsession, "_is_loopback", lambda sock: False)
+    monkeypatch.setattr(sqlsession, "_is_loopback", lambda sock: False)
     result = chain.add(None, options(url))
     (note,) = result.manifest.notes
     assert note.startswith(f"the login to the database on 127.0.0.1:{mariadb.port} went over the network without encry")

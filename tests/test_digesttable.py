@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import digesttable
 from blockdiff.backup import Options
-from blockdiff.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
-from blockdiff.digesttable import GROUP, TableReader, TableWriter, sparse_count
-from blockdiff.errors import DamagedError, StorageError
+from blockdiff.format import digesttable
+from blockdiff.format.digesttable import GROUP, TableReader, TableWriter, sparse_count
+from blockdiff.shared.blocks import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Hasher, digest_named
+from blockdiff.shared.errors import DamagedError, StorageError
 from tests import chains
 from tests.protocol import GOLDEN
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockdiff import dump
-from blockdiff.blocks import Hasher, digest_named
 from blockdiff.dump import Batch, FileSource, StreamSource
-from blockdiff.errors import SourceError
+from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared.errors import SourceError
 from tests.descriptors import all_closed
 
 PAGE = 4096

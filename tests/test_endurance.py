@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from blockdiff import merge
-from blockdiff.chain import Chain
+from blockdiff.chain.generations import Chain
 from blockdiff.cli import modern
-from blockdiff.filetarget import FileTarget
+from blockdiff.restore.filetarget import FileTarget
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
-from blockdiff.errors import BlockdiffError, DamagedError
+from blockdiff.shared.errors import BlockdiffError, DamagedError
 from tests import chains, commands
 from tests.chains import BLOCK, DAYS, SmallChain
 

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff.extents import DATA, HOLE, SAME, Audit, Extent, aligned
+from blockdiff.shared.extents import DATA, HOLE, SAME, Audit, Extent, aligned
 
 Extents = list[Extent]
 

@@ -15,17 +15,17 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import codec, manifest
-from blockdiff.apply import apply
-from blockdiff.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
-from blockdiff.coordinates import Channel, Coordinates
-from blockdiff.deltafile import MAX_RECORD, DeltaReader
-from blockdiff.deltawriter import DeltaWriter
-from blockdiff.digesttable import TableReader
+from blockdiff.chain.inventory import DELTA_SUFFIXES, TABLE_SUFFIXES
+from blockdiff.database.coordinates import Channel, Coordinates
 from blockdiff.dump import Run
-from blockdiff.errors import DamagedError, ProtocolError, StorageError
-from blockdiff.inventory import DELTA_SUFFIXES, TABLE_SUFFIXES
-from blockdiff.manifest import Manifest, Parent, Quiesced, Snapshot, Source, StoredFile
+from blockdiff.format import codec, manifest
+from blockdiff.format.deltafile import MAX_RECORD, DeltaReader
+from blockdiff.format.deltawriter import DeltaWriter
+from blockdiff.format.digesttable import TableReader
+from blockdiff.format.manifest import Manifest, Parent, Quiesced, Snapshot, Source, StoredFile
+from blockdiff.original.apply import apply
+from blockdiff.shared.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
+from blockdiff.shared.errors import DamagedError, ProtocolError, StorageError
 from tests import recipe
 from tests.protocol import FORMAT as TEXT
 from tests.protocol import example

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import freeze, process, wire
-from blockdiff.errors import Interrupted, SourceError
-from blockdiff.freeze import Freeze
+from blockdiff.host import freeze
+from blockdiff.host.freeze import Freeze
+from blockdiff.shared import process, wire
+from blockdiff.shared.errors import Interrupted, SourceError
 from tests import agents, processes
 from tests.descriptors import all_closed
 from tests.interpreters import INTERPRETERS

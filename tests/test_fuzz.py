@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdiff.errors import ConnectionLost
+from blockdiff.shared.errors import ConnectionLost
 from tests.conftest import require_program
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS
@@ -17,21 +17,21 @@ SLOW = {"lzop": 15, "generation": 40, "version": 100}
 EXAMPLES = 200
 #: Where each target's parser is at its deepest with a valid input.
 DEEPEST = {
-    "delta": "blockdiff.deltafile.DeltaReader._read_end",
-    "salvager": "blockdiff.deltafile.Salvager._record_2",
-    "gzip": "blockdiff.codec._sized_gzip",
-    "zstd": "blockdiff.codec._zstd_stream",
-    "lzop": "blockdiff.lzop.pieces",
-    "table": "blockdiff.digesttable._Sparse.stored_digests",
-    "manifest": "blockdiff.coordinates._is_count",
-    "version": "blockdiff.chain.Chain.spans",
-    "generation": "blockdiff.digesttable.TableReader.digests",
-    "frames": "blockdiff.rules.printable",
-    "lvs": "blockdiff.lvcheck.size_in_bytes",
-    "thin_delta": "blockdiff.extents.aligned",
-    "options": "blockdiff.mysqloptions._without_comment",
-    "source": "blockdiff.address._split_port",
-    "publickey": "blockdiff.publickey._is_key",
+    "delta": "blockdiff.format.deltafile.DeltaReader._read_end",
+    "salvager": "blockdiff.format.deltafile.Salvager._record_2",
+    "gzip": "blockdiff.format.codec._sized_gzip",
+    "zstd": "blockdiff.format.codec._zstd_stream",
+    "lzop": "blockdiff.format.lzop.pieces",
+    "table": "blockdiff.format.digesttable._Sparse.stored_digests",
+    "manifest": "blockdiff.database.coordinates._is_count",
+    "version": "blockdiff.chain.generations.Chain.spans",
+    "generation": "blockdiff.format.digesttable.TableReader.digests",
+    "frames": "blockdiff.session.rules.printable",
+    "lvs": "blockdiff.host.lvcheck.size_in_bytes",
+    "thin_delta": "blockdiff.shared.extents.aligned",
+    "options": "blockdiff.database.optionfiles._without_comment",
+    "source": "blockdiff.transport.address._split_port",
+    "publickey": "blockdiff.transport.publickey._is_key",
     "known_hosts": "blockdiff.transport.knownhosts._entries",
 }
 

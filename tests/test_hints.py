@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockdiff import dump
-from blockdiff.blocks import Hasher, digest_named
 from blockdiff.dump import FileSource
-from blockdiff.extents import DATA, HOLE, SAME, Extent
+from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
 
 BLOCK = 4096
 SHA256 = digest_named("sha256")

@@ -15,11 +15,16 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdiff import apply, backup, codec, listing, merge, target, verify
-from blockdiff.address import Address
-from blockdiff.blocks import DIGEST_SIZES
-from blockdiff.chain import Chain
-from blockdiff.errors import DamagedError
+from blockdiff import backup, merge
+from blockdiff.chain import listing
+from blockdiff.chain.generations import Chain
+from blockdiff.check import verify
+from blockdiff.format import codec
+from blockdiff.original import apply
+from blockdiff.restore import target
+from blockdiff.shared.blocks import DIGEST_SIZES
+from blockdiff.shared.errors import DamagedError
+from blockdiff.transport.address import Address
 from tests import commands, conftest, recipe
 from tests.images import BLOCK_SIZES, histories, write_sparse
 from tests.mariadb import wait_for

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, transport, wire
-from blockdiff.address import Address
+from blockdiff import backup, transport
 from blockdiff.backup import Options
 from blockdiff.cli import say_error
-from blockdiff.errors import (
+from blockdiff.shared import wire
+from blockdiff.shared.errors import (
     EXIT_FAILED,
     BlockdiffError,
     ConnectionLost,
@@ -23,6 +23,7 @@ from blockdiff.errors import (
     UsageError,
 )
 from blockdiff.transport import connection
+from blockdiff.transport.address import Address
 from blockdiff.transport.connection import NOISE_LIMIT
 from tests import processes
 from tests.descriptors import all_closed

@@ -11,10 +11,11 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from blockdiff import mysqllock, mysqlsession, mysqlsocket
-from blockdiff.errors import DatabaseError
-from blockdiff.mysqlaccount import Account, Tls
+from blockdiff import mysqllock
+from blockdiff.database import bounds, sqlsession
+from blockdiff.database.accounts import Account, Tls
 from blockdiff.mysqllock import Limits
+from blockdiff.shared.errors import DatabaseError
 from tests import commands
 from tests.conftest import require, require_program
 from tests.fake_mysql import OK, SALT, FakeServer, Wire, columns, table, usual
@@ -328,7 +329,7 @@ def test_an_answer_that_never_comes_to_its_end_ends_the_run(monkeypatch: pytest.
             wire.raw(b"x")
 
     with FakeServer(answering("VERSION()", answer)) as server:
-        monkeypatch.setattr(mysqlsocket, "ANSWER_LIMIT", 1 << 40)
+        monkeypatch.setattr(bounds, "ANSWER_LIMIT", 1 << 40)
         assert "no whole answer came within 0.2 s" in refused(server, Limits(lock_wait_s=0.1)).message
 
 
@@ -373,7 +374,7 @@ def test_a_login_over_a_network_is_open_and_one_to_this_machine_is_not(
         wire.send(OK)
         wire.serve(usual)
 
-    monkeypatch.setattr(mysqlsession, "_is_loopback", lambda sock: is_loopback)
+    monkeypatch.setattr(sqlsession, "_is_loopback", lambda sock: is_loopback)
     with FakeServer(script) as server, login(server) as database:
         assert ("without encryption" in database.note) != is_loopback
 
@@ -385,4 +386,4 @@ def test_this_machine_is_known_by_its_address(address: str, is_loopback: bool) -
             return address, 3306
 
     with Connected() as sock:
-        assert mysqlsession._is_loopback(sock) == is_loopback
+        assert sqlsession._is_loopback(sock) == is_loopback

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import lease
 from blockdiff.dump import FileSource
-from blockdiff.errors import SourceError
+from blockdiff.host import lease
+from blockdiff.shared.errors import SourceError
 from tests import chains, commands, conftest
 
 #: Takes a lease to write on a file, and lets go of it when it is told that somebody wants the file, or never.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import periods
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.commit import LockedChain
-from blockdiff.errors import StorageError
+from blockdiff.chain import periods
+from blockdiff.chain.commit import LockedChain
+from blockdiff.chain.generations import Chain
+from blockdiff.shared.errors import StorageError
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 

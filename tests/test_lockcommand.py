@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import lockcommand, process
-from blockdiff.errors import Interrupted, ProcessError, SourceError
+from blockdiff.original import lockcommand
+from blockdiff.shared import process
+from blockdiff.shared.errors import Interrupted, ProcessError, SourceError
 from tests import processes
 from tests.descriptors import all_closed
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import lvcheck, lvm, lvs, sources
-from blockdiff.errors import ConnectionLost, Interrupted, ProcessError, SourceError
+from blockdiff import lvm
+from blockdiff.host import lvcheck, lvs, sources
+from blockdiff.shared.errors import ConnectionLost, Interrupted, ProcessError, SourceError
 from tests import processes
 from tests.fake_lvm import FakeLvm, Row, new_row
 

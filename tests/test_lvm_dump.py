@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
 from tests import commands
 from tests.fake_lvm import EXTENT, FakeLvm
 from tests.mariadb import MariaDB, Running

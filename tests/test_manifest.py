@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from blockdiff import manifest
-from blockdiff.coordinates import Channel, Coordinates
-from blockdiff.errors import ChainError, DamagedError
+from blockdiff.database.coordinates import Channel, Coordinates
+from blockdiff.format import manifest
+from blockdiff.shared.errors import ChainError, DamagedError
 from tests import chains
 from tests.chains import DAYS
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from blockdiff import repair
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.errors import BlockdiffError
+from blockdiff.chain.generations import Chain
+from blockdiff.check import repair
+from blockdiff.shared.errors import BlockdiffError
 from tests import chains, faults
 from tests.chains import BLOCK, SmallChain
 from tests.conftest import LARGE

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from blockdiff import mysqllock
-from blockdiff.coordinates import Row, Version
-from blockdiff.errors import BlockdiffError, DatabaseError
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
+from blockdiff.database.coordinates import Row, Version
 from blockdiff.mysqllock import Database, Limits, Statements
+from blockdiff.shared.errors import BlockdiffError, DatabaseError
 from tests.mariadb import ENGINES, MariaDB, Running, execute, own_id, wait_for
 
 READ_LOCK = Statements(before=["FLUSH TABLES WITH READ LOCK"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from blockdiff import mysqllock
-from blockdiff.errors import Interrupted, ProcessError
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
+from blockdiff.shared.errors import Interrupted, ProcessError
 from tests import commands
 from tests.mariadb import MariaDB, Running, execute, wait_for
 

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, bundle, loader, wire
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ConnectionLost, ProtocolError, TransportError
-from blockdiff.transport import child, connection, openssh
+from blockdiff import backup
+from blockdiff.host import loader
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, ProtocolError, TransportError
+from blockdiff.transport import bundle, child, connection, openssh
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Exit
 from tests import chains, commands, faulty_ssh, processes

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import codec
-from blockdiff.apply import apply
-from blockdiff.errors import DamagedError
+from blockdiff.format import codec
+from blockdiff.original.apply import apply
+from blockdiff.shared.errors import DamagedError
 from tests import commands, conftest, loop
 from tests.protocol import BLOCK, GOLDEN, IMAGES, dumped, run
 

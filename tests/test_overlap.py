@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, pipeline
-from blockdiff.address import Address
-from blockdiff.blocks import digest_named
-from blockdiff.deltawriter import MAX_MEMBER_BYTES
+from blockdiff import backup
+from blockdiff.format.deltawriter import MAX_MEMBER_BYTES
 from blockdiff.progress import Progress
-from blockdiff.session import Request, Scan, Session, Wanted
+from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.shared import pipeline
+from blockdiff.shared.blocks import digest_named
+from blockdiff.transport.address import Address
 from tests import chains, processes
 
 #: What may be between the agent and the backup's disk, in bytes: members being compressed, those behind and before

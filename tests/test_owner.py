@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.commit import LockedChain
-from blockdiff.errors import StorageError
+from blockdiff.chain.commit import LockedChain
+from blockdiff.shared.errors import StorageError
 from tests import chains, commands, conftest
 from tests.chains import DAYS, SmallChain
 

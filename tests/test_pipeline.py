@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 import pytest
 
-from blockdiff import pipeline
+from blockdiff.shared import pipeline
 
 TIMEOUT_S = 30.0
 

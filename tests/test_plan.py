@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import manifest, plan
-from blockdiff.address import Address
-from blockdiff.commit import LockedChain
-from blockdiff.errors import ChainError
-from blockdiff.manifest import Manifest, Parent, Snapshot
+from blockdiff import plan
+from blockdiff.chain.commit import LockedChain
+from blockdiff.format import manifest
+from blockdiff.format.manifest import Manifest, Parent, Snapshot
 from blockdiff.plan import HINTED_RUNS, Choices, Plan
+from blockdiff.shared.errors import ChainError
+from blockdiff.transport.address import Address
 from tests import chains
 from tests.chains import SmallChain
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, durable, filetarget, merge, offsetwriter, repair
-from blockdiff.address import Address
-from blockdiff.chain import Chain
-from blockdiff.commit import LockedChain
-from blockdiff.errors import BlockdiffError
+from blockdiff import backup, merge
+from blockdiff.chain import durable
+from blockdiff.chain.commit import LockedChain
+from blockdiff.chain.generations import Chain
+from blockdiff.check import repair
+from blockdiff.restore import filetarget, offsetwriter
+from blockdiff.shared.errors import BlockdiffError
+from blockdiff.transport.address import Address
 from tests import chains, powercut
 from tests.chains import DAYS, SmallChain
 from tests.powercut import Found, History, each_state

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import process
-from blockdiff.errors import Interrupted, ProcessError
+from blockdiff.shared import process
+from blockdiff.shared.errors import Interrupted, ProcessError
 from tests import processes
 
 LIMIT_S = 30.0

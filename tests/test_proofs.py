@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import proofs
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.errors import DamagedError
+from blockdiff.chain.generations import Chain
+from blockdiff.check import proofs
+from blockdiff.shared.errors import DamagedError
 from tests import chains, commands
 from tests.chains import BLOCK, DAYS, SmallChain
 from tests.sshd import Sshd

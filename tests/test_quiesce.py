@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import devices, lockcommand, sources
-from blockdiff.address import Address
-from blockdiff.coordinates import Version
-from blockdiff.errors import ProcessError, SourceError
-from blockdiff.manifest import Quiesced
-from blockdiff.mysqlaccount import Account
-from blockdiff.mysqlfiles import Files
+from blockdiff.database.accounts import Account
+from blockdiff.database.coordinates import Version
+from blockdiff.database.datafiles import Files
+from blockdiff.format.manifest import Quiesced
+from blockdiff.host import sources
 from blockdiff.mysqllock import Server, connect
+from blockdiff.original import lockcommand
 from blockdiff.quiesce import CommandQuiesce, DatabaseQuiesce, Moment, Quiesce
-from blockdiff.rules import Outside, Ready
-from blockdiff.session import Session
+from blockdiff.session.rules import Outside, Ready
+from blockdiff.session.session import Session
+from blockdiff.shared import devices
+from blockdiff.shared.errors import ProcessError, SourceError
+from blockdiff.transport.address import Address
 from tests import loop, mounts
 from tests.mariadb import MariaDB
 

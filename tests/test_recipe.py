@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import backup
-from blockdiff.address import Address
+from blockdiff.transport.address import Address
 from tests import conftest, recipe
 
 IMAGES = [b"one" * 40_000 + bytes(300_000) + b"tail", b"two" * 40_000 + bytes(10) + b"x" * 500_000, b"one" * 30_001]

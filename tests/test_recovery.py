@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import listing
-from blockdiff.chain import Chain
-from blockdiff.commit import LockedChain
-from blockdiff.errors import DamagedError
+from blockdiff.chain import listing
+from blockdiff.chain.commit import LockedChain
+from blockdiff.chain.generations import Chain
+from blockdiff.shared.errors import DamagedError
 from tests import chains, faults
 from tests.chains import DAYS, SmallChain
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import mysqllock, redolog
-from blockdiff.coordinates import Row
-from blockdiff.errors import DatabaseError
-from blockdiff.mysqlaccount import Account
+from blockdiff import mysqllock
+from blockdiff.database import redolog
+from blockdiff.database.accounts import Account
+from blockdiff.database.coordinates import Row
+from blockdiff.shared.errors import DatabaseError
 from tests.conftest import require
 from tests.mariadb import MariaDB, execute
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import address, backup
-from blockdiff.chain import Chain
-from blockdiff.transport import NAMES
+from blockdiff import backup
+from blockdiff.chain.generations import Chain
+from blockdiff.transport import NAMES, address
 from tests import chains, commands
 from tests.conftest import LARGE, require
 from tests.sshd import Sshd

@@ -12,11 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import bundle, relay, tunnel, wire
-from blockdiff.address import Address
-from blockdiff.blocks import digest_named
-from blockdiff.errors import BlockdiffError, ConnectionLost, DatabaseError, ProtocolError, SourceError, TransportError
-from blockdiff.session import Request, Scan, Session, Wanted
+from blockdiff.host import relay
+from blockdiff.session import tunnel
+from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.shared import wire
+from blockdiff.shared.blocks import digest_named
+from blockdiff.shared.errors import (
+    BlockdiffError,
+    ConnectionLost,
+    DatabaseError,
+    ProtocolError,
+    SourceError,
+    TransportError,
+)
+from blockdiff.transport import bundle
+from blockdiff.transport.address import Address
 from tests import agents, fake_agent, processes
 from tests.descriptors import all_closed
 from tests.interpreters import INTERPRETERS

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import manifest
 from blockdiff.backup import Options
-from blockdiff.manifest import Manifest
+from blockdiff.format import manifest
+from blockdiff.format.manifest import Manifest
 from tests import chains, commands
 from tests.chains import BLOCK, DAYS, SmallChain
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdiff import digesttable, repair
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.commit import LockedChain
-from blockdiff.durable import Directory
-from blockdiff.errors import BlockdiffError, BusyError, DamagedError, StorageError
+from blockdiff.chain.commit import LockedChain
+from blockdiff.chain.durable import Directory
+from blockdiff.chain.generations import Chain
+from blockdiff.check import repair
+from blockdiff.format import digesttable
+from blockdiff.shared.errors import BlockdiffError, BusyError, DamagedError, StorageError
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 

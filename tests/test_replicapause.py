@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import coordinates, mysqlaccount, mysqllock, replicapause
-from blockdiff.address import Address
+from blockdiff import mysqllock, replicapause
 from blockdiff.backup import Options, Volumes
-from blockdiff.coordinates import Version
-from blockdiff.errors import DatabaseError, SourceError
-from blockdiff.mysqlaccount import Account
+from blockdiff.database import accounts, coordinates
+from blockdiff.database.accounts import Account
+from blockdiff.database.coordinates import Version
 from blockdiff.mysqllock import Limits
 from blockdiff.quiesce import DatabaseQuiesce
 from blockdiff.replicapause import Way
+from blockdiff.shared.errors import DatabaseError, SourceError
+from blockdiff.transport.address import Address
 from tests import chains, processes
 from tests.chains import SmallChain
 from tests.fake_lvm import FakeLvm
@@ -69,7 +70,7 @@ def applier(mariadb: MariaDB) -> object:
 
 
 def options(url: str) -> Options:
-    return Options(volumes=Volumes(database=mysqlaccount.from_url(url, ssh_user=""), pauses=True))
+    return Options(volumes=Volumes(database=accounts.from_url(url, ssh_user=""), pauses=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import filetarget, merge, target
+from blockdiff import merge
 from blockdiff.backup import Options
-from blockdiff.blocks import Hasher, digest_named
-from blockdiff.chain import Chain, Generation
-from blockdiff.digesttable import TableWriter
-from blockdiff.errors import DamagedError, TargetError
+from blockdiff.chain.generations import Chain, Generation
+from blockdiff.format.digesttable import TableWriter
+from blockdiff.restore import filetarget, target
+from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared.errors import DamagedError, TargetError
 from tests import chains, commands, conftest, loop, mounts
 from tests.chains import BLOCK, DAYS, MemoryTarget, SmallChain
 

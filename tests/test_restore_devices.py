@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import contents, devices, devicetarget, inuse
 from blockdiff.backup import Options
-from blockdiff.errors import TargetError
+from blockdiff.restore import contents, devicetarget, inuse
+from blockdiff.shared import devices
+from blockdiff.shared.errors import TargetError
 from tests import chains, commands, conftest, loop
 from tests.chains import DAYS, SmallChain
 

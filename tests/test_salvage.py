@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdiff import codec, salvage
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
-from blockdiff.errors import DamagedError
+from blockdiff.chain.generations import Chain
+from blockdiff.format import codec
+from blockdiff.restore import salvage
+from blockdiff.shared.errors import DamagedError
 from tests import chains, commands
 from tests.chains import BLOCK, DAYS, MemoryTarget, SmallChain
 

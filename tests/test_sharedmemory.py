@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, bundle, sharedbuffers, transport, wire
-from blockdiff.address import Address
+from blockdiff import backup, transport
 from blockdiff.backup import Options
-from blockdiff.errors import ConnectionLost, ProtocolError
-from blockdiff.sharedbuffers import MIN_RUN, SharedBuffers
-from blockdiff.sharedmemory import SharedMemory
+from blockdiff.host import sharedbuffers
+from blockdiff.host.sharedbuffers import MIN_RUN, SharedBuffers
+from blockdiff.shared import wire
+from blockdiff.shared.errors import ConnectionLost, ProtocolError
+from blockdiff.transport import bundle
+from blockdiff.transport.address import Address
+from blockdiff.transport.sharedmemory import SharedMemory
 from tests import agents, chains
 from tests.descriptors import all_closed
 from tests.fake_agent import BLOCK, FakeConnection, Wire

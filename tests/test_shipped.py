@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import wire
-from blockdiff.blocks import digest_named
-from blockdiff.errors import ProtocolError, SourceError, UsageError
+from blockdiff.shared import wire
+from blockdiff.shared.blocks import digest_named
+from blockdiff.shared.errors import ProtocolError, SourceError, UsageError
 from tests import agents
 from tests.interpreters import INTERPRETERS
 

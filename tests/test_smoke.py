@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import mysqllock
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
 from blockdiff.mysqllock import Limits
 from tests import chains, commands, terminal
 from tests.chains import DAYS, SmallChain

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import leftovers, lvm, rules, snapshots
+from blockdiff import lvm
 from blockdiff.cli import shown_time
-from blockdiff.errors import ProtocolError
-from blockdiff.rules import Left
+from blockdiff.host import leftovers
+from blockdiff.session import rules, snapshots
+from blockdiff.session.rules import Left
+from blockdiff.shared.errors import ProtocolError
 from tests import chains, commands
 from tests.chains import SmallChain
 from tests.fake_lvm import FakeLvm, Row, new_uuid

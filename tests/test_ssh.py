@@ -12,8 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from blockdiff import address, bundle
-from blockdiff.transport import NAMES, openssh
+from blockdiff.transport import NAMES, address, bundle, openssh
 from tests import chains, commands, processes
 from tests.conftest import require, require_program
 from tests.sshd import Sshd

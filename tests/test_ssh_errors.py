@@ -13,10 +13,11 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from blockdiff import address, backup, bundle, wire
+from blockdiff import backup
 from blockdiff import transport as transports
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.transport import NAMES, advice, connection
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport import NAMES, address, advice, bundle, connection
 from blockdiff.transport.paramiko_ssh import ParamikoConnection
 from tests import chains, commands, processes
 from tests.relay import CUT, SILENCE, Relay

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import address, backup, wire
-from blockdiff.address import Address
-from blockdiff.errors import TransportError
-from blockdiff.session import Session
-from blockdiff.transport import NAMES, connection
+from blockdiff import backup
+from blockdiff.session.session import Session
+from blockdiff.shared import wire
+from blockdiff.shared.errors import TransportError
+from blockdiff.transport import NAMES, address, connection
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from tests import chains, commands

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import address
 from blockdiff import transport as transports
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, TransportError, UsageError
-from blockdiff.transport import NAMES, connection, sshconfig
+from blockdiff.shared.errors import BlockdiffError, TransportError, UsageError
+from blockdiff.transport import NAMES, address, connection, sshconfig
+from blockdiff.transport.address import Address
 from tests.sshd import Sshd
 
 

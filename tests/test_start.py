@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import bundle, loader, wire
-from blockdiff.errors import BlockdiffError, TransportError
+from blockdiff.host import loader
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, TransportError
+from blockdiff.transport import bundle
 from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import NOISE_LIMIT, push_agent

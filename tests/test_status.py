@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, clock, listing, manifest, status
-from blockdiff.address import Address
+from blockdiff import backup
 from blockdiff.backup import Options
-from blockdiff.chain import Chain
+from blockdiff.chain import clock, listing, status
+from blockdiff.chain.commit import LockedChain
+from blockdiff.chain.durable import Directory
+from blockdiff.chain.generations import Chain
+from blockdiff.chain.status import State
 from blockdiff.cli import status as status_command
-from blockdiff.commit import LockedChain
-from blockdiff.durable import Directory
-from blockdiff.status import State
+from blockdiff.format import manifest
+from blockdiff.transport.address import Address
 from tests import chains, commands, faults
 from tests.chains import BLOCK, DAYS, SmallChain
 

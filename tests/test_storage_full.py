@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.backup import Options
-from blockdiff.errors import StorageError
+from blockdiff.shared.errors import StorageError
 from tests import chains, commands, conftest, mounts
 from tests.chains import SmallChain
 

@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import backup, session, streams
-from blockdiff.address import Address, parse
-from blockdiff.blocks import digest_named
+from blockdiff import backup
 from blockdiff.dump import Run
-from blockdiff.errors import ProtocolError, SourceError
-from blockdiff.extents import DATA, HOLE, SAME, Extent, striped
-from blockdiff.rules import Opened
-from blockdiff.session import Request, Scan, Session, Wanted
+from blockdiff.session import session, streams
+from blockdiff.session.rules import Opened
+from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.shared.blocks import digest_named
+from blockdiff.shared.errors import ProtocolError, SourceError
+from blockdiff.shared.extents import DATA, HOLE, SAME, Extent, striped
 from blockdiff.transport import NAMES
+from blockdiff.transport.address import Address, parse
 from tests import chains, commands, processes
 from tests.conftest import require
 from tests.mariadb import wait_for

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.commit import LockedChain
+from blockdiff.chain.commit import LockedChain
 from tests import chains, commands
 from tests.chains import DAYS, SmallChain
 from tests.conftest import require_strace

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockdiff import tablesender, wire
-from blockdiff.digesttable import TableReader
-from blockdiff.errors import BlockdiffError, ConnectionLost, DamagedError, ProtocolError
-from blockdiff.rules import LENGTH, Rules
-from blockdiff.tablefeed import TableFeed
-from blockdiff.tablesender import TableSender
+from blockdiff.format.digesttable import TableReader
+from blockdiff.host.tablefeed import TableFeed
+from blockdiff.session import tablesender
+from blockdiff.session.rules import LENGTH, Rules
+from blockdiff.session.tablesender import TableSender
+from blockdiff.shared import wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, DamagedError, ProtocolError
 from tests.descriptors import all_closed
 
 LIMIT_S = 30.0

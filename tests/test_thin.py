@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import lvm, lvs, thin
-from blockdiff.errors import Interrupted, ProcessError
-from blockdiff.extents import DATA, HOLE, SAME, Extent
-from blockdiff.thin import HintError
+from blockdiff import lvm
+from blockdiff.host import lvs, thin
+from blockdiff.host.thin import HintError
+from blockdiff.shared.errors import Interrupted, ProcessError
+from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
 from tests import processes
 from tests.fake_lvm import FakeLvm
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import backup, bundle, leftovers, lvm, lvs, sources
-from blockdiff.address import Address
+from blockdiff import backup, lvm
 from blockdiff.backup import Options, Result, Volumes
-from blockdiff.commit import LockedChain
-from blockdiff.errors import BlockdiffError, BusyError, ChainError, ProcessError, SourceError, TransportError
+from blockdiff.chain.commit import LockedChain
+from blockdiff.host import leftovers, lvs, sources
 from blockdiff.progress import Progress
+from blockdiff.shared.errors import BlockdiffError, BusyError, ChainError, ProcessError, SourceError, TransportError
+from blockdiff.transport import bundle
+from blockdiff.transport.address import Address
 from tests import chains, commands, processes
 from tests.chains import SmallChain
 from tests.descriptors import all_closed

@@ -6,9 +6,9 @@ import pytest
 
 from blockdiff.backup import Volumes
 from blockdiff.cli.volumes import volume_options
-from blockdiff.errors import UsageError
-from blockdiff.mysqlaccount import Account
+from blockdiff.database.accounts import Account
 from blockdiff.mysqllock import Limits
+from blockdiff.shared.errors import UsageError
 from tests import commands
 
 #: What click passes where nothing is given.

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff import wire
-from blockdiff.errors import ConnectionLost, ProtocolError
-from blockdiff.wire import Link
+from blockdiff.shared import wire
+from blockdiff.shared.errors import ConnectionLost, ProtocolError
+from blockdiff.shared.wire import Link
 
 Sent = tuple[int, bytes, int]
 KINDS = range(wire.ERROR, wire.SNAPSHOTS + 1)  # ALIVE is never handed on

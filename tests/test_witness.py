@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import devices
-from blockdiff.sources import LiveSource, Wish
-from blockdiff.witness import Witness
+from blockdiff.host.sources import LiveSource, Wish
+from blockdiff.host.witness import Witness
+from blockdiff.shared import devices
 from tests import loop
 from tests.descriptors import all_closed
 

@@ -14,9 +14,10 @@ from datetime import datetime
 
 import click
 
-from blockdiff import pipeline, signals
 from blockdiff.cli import standard
-from blockdiff.errors import (
+from blockdiff.progress import Progress
+from blockdiff.shared import pipeline, signals
+from blockdiff.shared.errors import (
     EXIT_DONE,
     BlockdiffError,
     Interrupted,
@@ -25,7 +26,6 @@ from blockdiff.errors import (
     of_system,
     printable,
 )
-from blockdiff.progress import Progress
 
 #: How long the user lets something take.
 SECONDS = click.FloatRange(min=1, max=86400)

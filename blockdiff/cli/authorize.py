@@ -6,10 +6,10 @@ import shlex
 
 import click
 
-from blockdiff import bundle, publickey
 from blockdiff.cli import check_printed, say
-from blockdiff.errors import UsageError, printable
-from blockdiff.grant import MYSQL
+from blockdiff.shared.errors import UsageError, printable
+from blockdiff.shared.grant import MYSQL
+from blockdiff.transport import bundle, publickey
 
 
 @click.command("authorize")

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from blockdiff import address, codec, pipeline, transport
-from blockdiff.address import Address
-from blockdiff.blocks import DIGEST_SIZES, shown_size
+from blockdiff import transport
 from blockdiff.cli import SECONDS, ByteSize, agent_prefix, say, watched
-from blockdiff.errors import EXIT_WARNING, UsageError, printable
+from blockdiff.format import codec
+from blockdiff.shared import pipeline
+from blockdiff.shared.blocks import DIGEST_SIZES, shown_size
+from blockdiff.shared.errors import EXIT_WARNING, UsageError, printable
+from blockdiff.transport import address
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
     from blockdiff.backup import Options, Result
-    from blockdiff.manifest import Source
+    from blockdiff.format.manifest import Source
     from blockdiff.plan import Plan
 
 
@@ -199,7 +202,7 @@ def command(
 
 def _refuse_root_file_system(names: list[str]) -> None:
     """Raise `StorageError` before anything is written where the disk of one of the chains is not mounted."""
-    from blockdiff.durable import Directory
+    from blockdiff.chain.durable import Directory
 
     for name in names:
         with Directory(os.path.dirname(name) or ".", is_written=True) as directory:
@@ -223,7 +226,7 @@ def _rehearse(
 ) -> None:
     """Print what the run would do with each of its chains."""
     from blockdiff import backup
-    from blockdiff.manifest import Source
+    from blockdiff.format.manifest import Source
 
     plans = backup.rehearse(targets, where, options, begun)
     found = [(name, Source(where.machine, path, ""), plan) for (name, path), plan in zip(targets, plans)]

@@ -8,14 +8,15 @@ from dataclasses import asdict
 
 import click
 
-from blockdiff import coordinates, listing, overview
-from blockdiff.blocks import shown_size
-from blockdiff.chain import Chain, Generation
+from blockdiff.chain import listing, overview
+from blockdiff.chain.clock import shown_age
+from blockdiff.chain.generations import Chain, Generation
+from blockdiff.chain.periods import Place
 from blockdiff.cli import check_printed, print_rows, say, shown_time, split_name
 from blockdiff.cli.newest import meant_by
-from blockdiff.clock import shown_age
-from blockdiff.errors import EXIT_DAMAGED, ChainError, printable
-from blockdiff.periods import Place
+from blockdiff.database import coordinates
+from blockdiff.shared.blocks import shown_size
+from blockdiff.shared.errors import EXIT_DAMAGED, ChainError, printable
 
 
 @click.command("list")

@@ -4,9 +4,10 @@ import sys
 
 import click
 
-from blockdiff import __version__, mysqlaccount, mysqllock
+from blockdiff import __version__, mysqllock
 from blockdiff.cli import SECONDS, run
-from blockdiff.mysqlaccount import Given
+from blockdiff.database import accounts
+from blockdiff.database.accounts import Given
 from blockdiff.mysqllock import Limits, Statements
 
 
@@ -47,7 +48,7 @@ def _mysqllock(
     Exits with the status of COMMAND (255: it died of a signal), and with 1 where the lock was not to be had, or was
     lost before COMMAND had ended.
     """
-    account = mysqlaccount.from_options(Given(user, password, host, port, socket, db, defaults_file))
+    account = accounts.from_options(Given(user, password, host, port, socket, db, defaults_file))
     limits = Limits(lock_wait, long_query, max_hold)
     statements = Statements(before or None, after or None)
     with mysqllock.connect(account, limits, statements, say=_say) as database:

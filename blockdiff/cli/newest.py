@@ -4,8 +4,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from blockdiff.errors import printable
-from blockdiff.periods import Place
+from blockdiff.chain.periods import Place
+from blockdiff.shared.errors import printable
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import sys
 
 import click
 
-from blockdiff import __version__, address, codec
-from blockdiff.apply import apply
+from blockdiff import __version__
 from blockdiff.cli import agent_prefix, run, say, say_error
-from blockdiff.command_backup import backup_with_command
-from blockdiff.cronlog import run_logged
-from blockdiff.descriptors import FdInput, Taken, check_given, dump_local, dump_remote, dump_volume
-from blockdiff.errors import BlockdiffError, UsageError, printable
+from blockdiff.format import codec
+from blockdiff.original.apply import apply
+from blockdiff.original.command_backup import backup_with_command
+from blockdiff.original.cronlog import run_logged
+from blockdiff.original.descriptors import FdInput, Taken, check_given, dump_local, dump_remote, dump_volume
+from blockdiff.shared.errors import BlockdiffError, UsageError, printable
+from blockdiff.transport import address
 
 #: The original's block size for logical volumes, in bytes.
 LVM_BLOCK_SIZE = 1 << 20

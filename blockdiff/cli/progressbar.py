@@ -9,8 +9,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from blockdiff.blocks import shown_size
 from blockdiff.progress import Progress
+from blockdiff.shared.blocks import shown_size
 
 
 class _Done(ProgressColumn):

@@ -6,11 +6,12 @@ from contextlib import ExitStack
 
 import click
 
-from blockdiff import address, renamed, repair
-from blockdiff.address import Address
-from blockdiff.chain import Chain
+from blockdiff.chain.generations import Chain
+from blockdiff.check import renamed, repair
 from blockdiff.cli import say, watched
-from blockdiff.errors import EXIT_DAMAGED, printable
+from blockdiff.shared.errors import EXIT_DAMAGED, printable
+from blockdiff.transport import address
+from blockdiff.transport.address import Address
 
 
 @click.command("repair")

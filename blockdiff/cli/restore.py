@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field
 
 import click
 
-from blockdiff import merge, salvage, target
-from blockdiff.blocks import shown_size
-from blockdiff.chain import Chain, Generation
+from blockdiff import merge
+from blockdiff.chain.generations import Chain, Generation
 from blockdiff.cli import print_ranges, salvage_command, say, shown_time, split_name, watched
 from blockdiff.cli.newest import meant_by
-from blockdiff.devicetarget import DeviceTarget
-from blockdiff.errors import EXIT_DAMAGED, EXIT_WARNING, DamagedError, TargetError, UsageError, printable
-from blockdiff.filetarget import FileTarget
+from blockdiff.restore import salvage, target
+from blockdiff.restore.devicetarget import DeviceTarget
+from blockdiff.restore.filetarget import FileTarget
+from blockdiff.shared.blocks import shown_size
+from blockdiff.shared.errors import EXIT_DAMAGED, EXIT_WARNING, DamagedError, TargetError, UsageError, printable
 
 _ELSEWHERE = re.compile(r"ssh://|([^/]+@)?([^/:@]+|\[[^/\]]+\]):/")
 

@@ -7,13 +7,15 @@ from dataclasses import asdict
 
 import click
 
-from blockdiff import address, snapshots, transport
-from blockdiff.address import Address
-from blockdiff.blocks import shown_size
+from blockdiff import transport
 from blockdiff.cli import agent_prefix, check_printed, print_rows, say, shown_time
-from blockdiff.errors import EXIT_FAILED
-from blockdiff.rules import Left
-from blockdiff.session import Session
+from blockdiff.session import snapshots
+from blockdiff.session.rules import Left
+from blockdiff.session.session import Session
+from blockdiff.shared.blocks import shown_size
+from blockdiff.shared.errors import EXIT_FAILED
+from blockdiff.transport import address
+from blockdiff.transport.address import Address
 
 
 @click.command("snapshots")

@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import click
 
-from blockdiff import clock, status
+from blockdiff.chain import clock, status
 from blockdiff.cli import say_error
-from blockdiff.errors import StorageError, printable
+from blockdiff.shared.errors import StorageError, printable
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _AGE = re.compile(r"([0-9]{1,9})(s|m|min|h|d|w)")

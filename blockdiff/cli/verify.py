@@ -9,12 +9,17 @@ from dataclasses import asdict
 
 import click
 
-from blockdiff import address, listing, proofs, transport, verify
-from blockdiff.chain import Chain, missing
+from blockdiff import transport
+from blockdiff.chain import listing
+from blockdiff.chain.generations import Chain, missing
+from blockdiff.check import proofs, verify
+from blockdiff.check.compare import compare
+from blockdiff.check.verify import Verdict
 from blockdiff.cli import agent_prefix, print_ranges, salvage_command, say, say_error, split_name, watched
 from blockdiff.cli.newest import Meant, meant_by
-from blockdiff.compare import compare
-from blockdiff.errors import (
+from blockdiff.progress import Progress
+from blockdiff.session.session import Session
+from blockdiff.shared.errors import (
     EXIT_DAMAGED,
     EXIT_DONE,
     EXIT_FAILED,
@@ -25,9 +30,7 @@ from blockdiff.errors import (
     UsageError,
     printable,
 )
-from blockdiff.progress import Progress
-from blockdiff.session import Session
-from blockdiff.verify import Verdict
+from blockdiff.transport import address
 
 
 class Subset(click.ParamType[tuple[int, int]]):

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from blockdiff import mysqlaccount
 from blockdiff.backup import Volumes
-from blockdiff.errors import UsageError
+from blockdiff.database import accounts
 from blockdiff.mysqllock import Limits
+from blockdiff.shared.errors import UsageError
 
 
 def volume_options(given: Mapping[str, object]) -> Volumes | None:
@@ -29,7 +29,7 @@ def volume_options(given: Mapping[str, object]) -> Volumes | None:
     url = asked.get("mysql")
     return Volumes(
         snapshot_size=_text(asked.get("snapshot_size")) or "20%",
-        database=mysqlaccount.from_url(str(url), ssh_user="") if url is not None else None,
+        database=accounts.from_url(str(url), ssh_user="") if url is not None else None,
         limits=Limits(**{name + "_s": float(str(value)) for name, value in limits.items()}),
         keep="keep_snapshot" in asked,
         audit="audit" in asked,

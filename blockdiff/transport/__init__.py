@@ -3,9 +3,9 @@
 import shutil
 from collections.abc import Sequence
 
-from blockdiff.address import Address
-from blockdiff.errors import TransportError
+from blockdiff.shared.errors import TransportError
 from blockdiff.transport import child, openssh
+from blockdiff.transport.address import Address
 from blockdiff.transport.connection import Connection, send_agent
 
 NAMES = ("ssh", "paramiko")

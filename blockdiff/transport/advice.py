@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from blockdiff import loader
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
+from blockdiff.host import loader
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError, UsageError, printable
+from blockdiff.transport.address import Address
 
 DEFAULT_KNOWN_HOSTS = "~/.ssh/known_hosts"
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from blockdiff import bundle, process, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.sharedmemory import SharedMemory
-from blockdiff.transport import advice
+from blockdiff.shared import process, wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport import advice, bundle
 from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Connection, Exit, Tail
+from blockdiff.transport.sharedmemory import SharedMemory
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20

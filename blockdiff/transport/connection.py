@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from blockdiff import bundle, loader, process, wire
-from blockdiff.errors import BlockdiffError, ConnectionLost, TransportError
-from blockdiff.sharedmemory import SharedMemory
-from blockdiff.transport import advice
+from blockdiff.host import loader
+from blockdiff.shared import process, wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
+from blockdiff.transport import advice, bundle
 from blockdiff.transport.advice import Cause, Place
+from blockdiff.transport.sharedmemory import SharedMemory
 
 #: Login shells may print this many bytes before the agent begins.
 NOISE_LIMIT = 64 << 10

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Sequence
 
-from blockdiff import bundle, process
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ConnectionLost, UsageError, printable
-from blockdiff.transport import advice
+from blockdiff.shared import process
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost, UsageError, printable
+from blockdiff.transport import advice, bundle
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Cause, Place, UnreachedError
 from blockdiff.transport.child import ChildConnection, chunks
 from blockdiff.transport.connection import Exit, Tail

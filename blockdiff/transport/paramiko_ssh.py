@@ -15,10 +15,10 @@ from typing import cast
 import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
-from blockdiff import bundle, pipeline, process, wire
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, ConnectionLost
-from blockdiff.transport import advice, sshconfig
+from blockdiff.shared import pipeline, process, wire
+from blockdiff.shared.errors import BlockdiffError, ConnectionLost
+from blockdiff.transport import advice, bundle, sshconfig
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Cause, Place
 from blockdiff.transport.connection import START_TIMEOUT_S, Connection, Exit, Tail
 from blockdiff.transport.knownhosts import KnownKeys

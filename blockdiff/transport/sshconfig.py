@@ -13,8 +13,8 @@ from typing import cast
 
 import paramiko
 
-from blockdiff.address import Address
-from blockdiff.errors import BlockdiffError, TransportError, UsageError, printable
+from blockdiff.shared.errors import BlockdiffError, TransportError, UsageError, printable
+from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Place
 
 #: What is understood, as ssh spells it.

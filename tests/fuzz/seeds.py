@@ -6,10 +6,11 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 
-from blockdiff import codec, wire
-from blockdiff.blocks import Hasher, digest_named
-from blockdiff.digesttable import TableWriter
-from blockdiff.wire import Link
+from blockdiff.format import codec
+from blockdiff.format.digesttable import TableWriter
+from blockdiff.shared import wire
+from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared.wire import Link
 from tests.fake_lvm import new_row
 from tests.protocol import GOLDEN, example
 from tests.test_manifest import EXAMPLE, SNAPSHOT

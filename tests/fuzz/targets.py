@@ -15,27 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockdiff import (
-    address,
-    chain,
-    codec,
-    deltafile,
-    digesttable,
-    errors,
-    extents,
-    lvcheck,
-    lvs,
-    manifest,
-    merge,
-    mysqloptions,
-    publickey,
-    rules,
-    salvage,
-    thin,
-    verify,
-    wire,
-)
-from blockdiff.errors import (
+from blockdiff import merge
+from blockdiff.chain import generations
+from blockdiff.check import verify
+from blockdiff.database import optionfiles
+from blockdiff.format import codec, deltafile, digesttable, manifest
+from blockdiff.host import lvcheck, lvs, thin
+from blockdiff.restore import salvage
+from blockdiff.session import rules
+from blockdiff.shared import errors, extents, wire
+from blockdiff.shared.errors import (
     BlockdiffError,
     ConnectionLost,
     DamagedError,
@@ -45,7 +34,7 @@ from blockdiff.errors import (
     StorageError,
     UsageError,
 )
-from blockdiff.transport import knownhosts
+from blockdiff.transport import address, knownhosts, publickey
 from blockdiff.transport.advice import Place
 from tests.fuzz import seeds
 from tests.protocol import GOLDEN
@@ -206,7 +195,7 @@ def _chain_of(kind: str) -> str:
 def _version(data: bytes) -> None:
     name = _chain_of("perl-plain")
     Path(name + ".ver").write_bytes(data)
-    with chain.Chain(name) as found:
+    with generations.Chain(name) as found:
         assert found.version is None or 0 < found.version < 10**18
         assert found.last() == found.version
         list(found.spans(found.last()))
@@ -230,7 +219,7 @@ def _generation(data: bytes) -> None:
     name = _chain_of("own-none")
     suffix, content = seeds.FILES[data[0] % len(seeds.FILES) if data else 0], data[1:]
     Path(name + suffix).write_bytes(sealed(content))
-    with chain.Chain(name) as found, verify.Verifier(found) as verifier:
+    with generations.Chain(name) as found, verify.Verifier(found) as verifier:
         list(verifier.all())
         for number in found.generations:
             try:
@@ -327,7 +316,7 @@ def _options(data: bytes) -> None:
     path = Path(_directory().name) / "my.cnf"
     path.write_bytes(data)
     path.chmod(0o600)
-    found = mysqloptions.read(str(path), ["client", "client-mariadb"])
+    found = optionfiles.read(str(path), ["client", "client-mariadb"])
     assert all(isinstance(value, str | None) for value in found.values())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import blockdiff
-from blockdiff.bundle import SHIPPED
+from blockdiff.transport.bundle import shipped
 from tests.lab.guest import Guest
 from tests.lab.volumes import VolumeGroup
 
@@ -57,8 +57,8 @@ def package(guest: Guest) -> Guest:
     """The guest, with the shipped modules in it."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name in ("__init__", *SHIPPED):
-            tar.add(Path(blockdiff.__file__).with_name(f"{name}.py"), f"blockdiff/{name}.py")
+        for path in ("__init__.py", *shipped()):
+            tar.add(Path(blockdiff.__file__).parent / path, f"blockdiff/{path}")
     guest.run(f"mkdir -p {PLACE}")
     guest.put(f"{PLACE}/package.tar", archive.getvalue())
     guest.run(f"tar -C {PLACE} -xf {PLACE}/package.tar")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import merge
-from blockdiff.chain import Chain
+from blockdiff.chain.generations import Chain
 from tests import commands
 from tests.lab.backups import PATIENCE_S, VolumeChain, device_digest, part, wait_until
 from tests.lab.volumes import VolumeGroup

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 _LEFT_OUT = (".*", "__pycache__", "build", "*.egg-info")
 #: The tests of each module, those first that find most in the shortest time.
 TESTS = {
-    "wire": ("test_wire", "test_hostile_agent", "test_agent"),
-    "digesttable": ("test_digesttable", "test_golden", "test_damage"),
+    "shared/wire": ("test_wire", "test_hostile_agent", "test_agent"),
+    "format/digesttable": ("test_digesttable", "test_golden", "test_damage"),
     "merge": ("test_restore", "test_golden", "test_damage", "test_history"),
-    "commit": ("test_commit", "test_recovery", "test_concurrency", "test_power_cut"),
+    "chain/commit": ("test_commit", "test_recovery", "test_concurrency", "test_power_cut"),
 }
 #: More than there are CPUs, as mutants that hang only wait.
 _WORKERS = 4

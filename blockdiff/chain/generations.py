@@ -1,0 +1,385 @@
+"""A chain as it is found: the files ``NAME.N.*`` and ``NAME.ver`` in one directory, and what they mean.
+
+Nothing here writes; `commit` does.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator
+from functools import cached_property
+from types import TracebackType
+
+from blockdiff.chain.durable import Directory
+from blockdiff.chain.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Inventory
+from blockdiff.format import checksum, codec, manifest
+from blockdiff.format.digesttable import TableReader
+from blockdiff.format.manifest import Manifest
+from blockdiff.shared.blocks import DIGEST_SIZES
+from blockdiff.shared.errors import (
+    BlockdiffError,
+    BusyError,
+    ChainError,
+    DamagedError,
+    StorageError,
+    UsageError,
+    printable,
+)
+
+#: How many chains of `backup --chain` are named at most where one must be chosen: a year of months.
+_SHOWN_PERIODS = 12
+_COMPRESSION = {suffix: name for name, suffix in codec.SUFFIXES.items()}
+_TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
+
+
+class Generation:
+    """The files of one generation, as far as they are there. Its manifest is read when it is asked for, once."""
+
+    def __init__(self, directory: Directory, base: str, number: int, suffixes: set[str]) -> None:
+        self.directory = directory
+        self.base = base
+        self.number = number
+        self.suffixes = suffixes
+
+    @cached_property
+    def _read(self) -> tuple[Manifest | None, str | None, DamagedError | None]:
+        """The manifest, its SHA-256, and what is wrong with it."""
+        if MANIFEST_SUFFIX not in self.suffixes:
+            return None, None, None
+        path = self.path(MANIFEST_SUFFIX)
+        try:
+            content = self.directory.read(self.name(MANIFEST_SUFFIX), manifest.MAX_BYTES) or b""
+            found = manifest.from_bytes(content, path)
+            if found.generation != self.number:
+                raise DamagedError(f"{path} is the manifest of generation {found.generation}", "move it away")
+        except DamagedError as error:
+            return None, None, error
+        except StorageError as error:  # one file that cannot be read must not hide the other generations
+            damaged = DamagedError(error.message, error.hint)
+            damaged.__cause__ = error
+            return None, None, damaged
+        return found, manifest.sha256(content), None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest; None where there is none, as in chains of the original, or where it is damaged."""
+        return self._read[0]
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """The checksum by which the next generation's manifest knows this one's."""
+        return self._read[1]
+
+    @property
+    def manifest_error(self) -> DamagedError | None:
+        """What is wrong with the manifest, where it is damaged."""
+        return self._read[2]
+
+    def forget_manifest(self) -> None:
+        """Be a generation without a manifest from now on."""
+        self._read = None, None, None
+
+    def name(self, suffix: str) -> str:
+        """Return the name of the file with this suffix."""
+        return f"{self.base}.{self.number}{suffix}"
+
+    def path(self, suffix: str = "") -> str:
+        """Return the path of the file with this suffix, fit for a message."""
+        return printable(self.directory.path_of(self.name(suffix)))
+
+    @property
+    def delta_suffix(self) -> str:
+        """The suffix of the delta; raises `DamagedError` where there is none, or more than one and no manifest."""
+        if self.manifest is not None:
+            return self._present(self.manifest.delta.suffix)
+        return self._only(DELTA_SUFFIXES, "delta")
+
+    @property
+    def table_suffix(self) -> str:
+        """The suffix of the digest table; raises `DamagedError` like `delta_suffix`."""
+        if self.manifest is not None:
+            return self._present(self.manifest.table.suffix)
+        return self._only(TABLE_SUFFIXES, "digest table")
+
+    @property
+    def chain_id(self) -> str | None:
+        """What the manifests of one chain share; None where there is no manifest."""
+        return None if self.manifest is None else self.manifest.chain
+
+    @property
+    def digest(self) -> str:
+        """The name of the digest algorithm."""
+        return self.table_suffix[1:]
+
+    @property
+    def compression(self) -> str:
+        """The name of the delta's compression."""
+        return _COMPRESSION[self.delta_suffix]
+
+    def _present(self, suffix: str) -> str:
+        if suffix not in self.suffixes:
+            hint = _TABLE_HINT if suffix in TABLE_SUFFIXES else "restore it from a copy"
+            raise DamagedError(f"{self.path(suffix)} is missing", hint)
+        return suffix
+
+    def _only(self, candidates: tuple[str, ...], what: str) -> str:
+        found = [suffix for suffix in candidates if suffix in self.suffixes]
+        if len(found) != 1:
+            how = "is missing" if not found else "is there more than once: " + ", ".join(map(self.path, found))
+            raise DamagedError(
+                f"the {what} of {self.path()} {how}", "restore it from a copy, or move the wrong one away"
+            )
+        return found[0]
+
+    def check_files(self) -> None:
+        """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has.
+
+        Raises `StorageError` where that cannot be told.
+        """
+        if self.manifest_error is not None:
+            raise self.manifest_error
+        for suffix in (self.delta_suffix, self.table_suffix):
+            size = self.directory.size_of(self.name(suffix))
+            stored = self.manifest and (self.manifest.delta if suffix == self.delta_suffix else self.manifest.table)
+            if stored and size != stored.size:
+                raise DamagedError(f"{self.path(suffix)} has {size} bytes instead of {stored.size}")
+
+    def open_table(self) -> TableReader:
+        """Return the digest table; raises `DamagedError` where it cannot be the one that was written.
+
+        A manifest knows its checksum, which covers every byte; without one only its form can be checked.
+        """
+        suffix = self.table_suffix
+        table = TableReader(self.directory.open(self.name(suffix)), self.path(suffix), DIGEST_SIZES[self.digest])
+        if self.manifest is not None and checksum.of_sha256(table.sha256()) != self.manifest.table.checksum:
+            table.__exit__()
+            raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
+        return table
+
+    def size_of(self, suffix: str) -> int:
+        """Return the size of the file with this suffix in bytes, 0 where it is not a file that can be looked at."""
+        try:
+            return self.directory.size_of(self.name(suffix)) or 0
+        except (DamagedError, StorageError):
+            return 0
+
+    def stored_bytes(self) -> int:
+        """Return the size of the generation's files in bytes."""
+        return sum(map(self.size_of, self.suffixes))
+
+
+class Chain:
+    """The generations that share a NAME, for reading. A context manager.
+
+    `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, where there is one already. Raises
+    `StorageError` where that directory is missing. `generations` are by number, committed or not; `version` is what
+    ``NAME.ver`` says, None where it says nothing useful.
+    """
+
+    #: Whether its directory may be made where it is missing.
+    is_written = False
+
+    def __init__(self, name: str, inventory: Inventory | None = None) -> None:
+        self.name = name
+        parent, self.base = os.path.split(name)
+        if self.base in ("", ".", "..") or "\0" in name:
+            raise UsageError(
+                f"{printable(name)!r} is no NAME for a chain", "a NAME is a path like /var/backup/web1-disk"
+            )
+        self.directory = Directory(parent or ".", self.is_written)
+        try:
+            self._begin()
+            self._take(inventory or Inventory(self.directory, [self.base]))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        """Do what must be done before the directory is looked at: nothing, for who only reads."""
+
+    def __enter__(self) -> "Chain":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the directory."""
+        self.directory.__exit__(None, None, None)
+
+    def path_of(self, suffix: str) -> str:
+        """Return the path of a file of the chain, fit for a message."""
+        return printable(self.directory.path_of(self.base + suffix))
+
+    def reload(self) -> None:
+        """Look at the directory again."""
+        self._take(Inventory(self.directory, [self.base]))
+
+    def _take(self, inventory: Inventory) -> None:
+        self.has_version_file = inventory.has_version(self.base)
+        self.version = inventory.version(self.base)
+        self._periods = inventory.periods(self.base)
+        self._begun = inventory.begun(self.base)
+        self.generations = {
+            number: Generation(self.directory, self.base, number, suffixes)
+            for number, suffixes in inventory.generations(self.base).items()
+        }
+
+    def last(self) -> int:
+        """Return the number of the last complete generation, 0 for a chain that has none yet.
+
+        Manifests count where ``NAME.ver`` is missing, damaged, or behind them: a manifest is what completes a
+        generation. Those of another chain do not. Raises `DamagedError` where nothing tells.
+        """
+        complete = {
+            n: generation.manifest.chain
+            for n, generation in self.generations.items()
+            if generation.manifest is not None and self._is_complete(generation)
+        }
+        if self.version is not None:
+            last = self.version
+            while last + 1 in complete:
+                last += 1
+            ours = {g.manifest.chain for n, g in self.generations.items() if n <= last and g.manifest is not None}
+            return max([last, *(n for n, chain in complete.items() if chain in ours)])
+        if complete:
+            return max(n for n, chain in complete.items() if chain == complete[min(complete)])
+        if not self.generations and not self.has_version_file:
+            return 0
+        raise DamagedError(
+            f"{self.path_of('.ver')} {'says nothing' if self.has_version_file else 'is missing'}, "
+            "and there are no manifests that tell which generation is the last",
+            self._version_hint(),
+        )
+
+    def last_pair(self) -> int:
+        """Return the number of the last generation that has a delta and a digest table, 0 where there is none."""
+        deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
+        return max((n for n, g in self.generations.items() if g.suffixes & deltas and g.suffixes & tables), default=0)
+
+    def _version_hint(self) -> str:
+        last = self.last_pair()
+        if not last:
+            return "move the files of this NAME away, or use another NAME"
+        path = shlex.quote(self.path_of(".ver"))
+        return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {path}"
+
+    def spans(self, last: int) -> Iterator[tuple[int, int]]:
+        """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap.
+
+        What is not there before the oldest one is a gap as well, unless that one needs none before it. A stray file of
+        a huge number is one gap, not a million missing generations.
+        """
+        oldest = next(iter(self.generations.values()), None)
+        expected = 1 if oldest is None or self.needs_older(oldest) else oldest.number
+        for number in self.generations:
+            if number > last:
+                break
+            if expected < number:
+                yield expected, number - 1
+            yield number, number
+            expected = number + 1
+        if expected <= last:
+            yield expected, last
+
+    @staticmethod
+    def needs_older(generation: Generation) -> bool:
+        """Return whether a generation needs the one before it, as far as is known.
+
+        Without a manifest nothing but generation 1 is known to stand alone; one that is damaged tells nothing of it.
+        """
+        if generation.number == 1 or generation.manifest_error is not None:
+            return False
+        return generation.manifest is None or not generation.manifest.full
+
+    def _is_complete(self, generation: Generation) -> bool:
+        try:
+            generation.check_files()
+            self.check_parent(generation)
+        except (DamagedError, StorageError):
+            return False
+        return True
+
+    def check_parent(self, generation: Generation) -> None:
+        """Raise `DamagedError` unless the generation was built on the one before it, as far as manifests tell."""
+        known = generation.manifest
+        parent = self.generations.get(generation.number - 1)
+        if known is None or parent is None or parent.manifest is None:
+            return
+        # a parent whose manifest was damaged when this one was made had no checksum to remember
+        expected = (manifest.Parent(parent.number, parent.manifest_sha256), manifest.Parent(parent.number, None))
+        if known.chain != parent.manifest.chain or known.parent not in expected:
+            raise DamagedError(
+                f"{generation.path(MANIFEST_SUFFIX)} was not built on the generation {parent.number} that is there",
+                "were files of another chain copied in? move them away and restore the right ones from a copy",
+            )
+
+    def check_manifest(self, generation: Generation) -> None:
+        """Raise `DamagedError` where there is no manifest although the next generation was built on one."""
+        child = self.generations.get(generation.number + 1)
+        parent = child.manifest.parent if child is not None and child.manifest is not None else None
+        if MANIFEST_SUFFIX not in generation.suffixes and parent is not None and parent.manifest_sha256 is not None:
+            raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
+
+    def generation(self, number: int | None) -> Generation:
+        """Return a generation, the last complete one for None; raises `DamagedError` where it is not there."""
+        wanted = self.last() if number is None else number
+        if wanted in self.generations:
+            return self.generations[wanted]
+        if not self.generations and not self.has_version_file:
+            raise self._nothing_here()
+        if number is None or number <= self.last():
+            raise DamagedError(
+                f"generation {wanted} of {printable(self.name)} is missing",
+                "restore its files from a copy; "
+                f"blockdiff list {shlex.quote(printable(self.name))} shows what is there",
+            )
+        raise ChainError(f"{printable(self.name)} has no generation {wanted}, the last one is {self.last()}")
+
+    def is_busy(self) -> bool:
+        """Return whether a run is at work with the chain, as far as the system tells."""
+        return self.directory.is_locked(f".{self.base}.lock")
+
+    def _nothing_here(self) -> BlockdiffError:
+        """Return the error for a chain without generations: why that may be."""
+        name = printable(self.name)
+        if self._periods:
+            shown = [printable(os.path.join(self.directory.path, each)) for each in self._periods[-_SHOWN_PERIODS:]]
+            more = "" if len(shown) == len(self._periods) else f" (and {len(self._periods) - len(shown)} older ones)"
+            return ChainError(
+                f"there is no chain {name}, but those that `backup --chain` began: {', '.join(shown)}{more}",
+                "name one of them",
+            )
+        for each in self._begun:
+            if self.directory.is_locked(f".{each}.lock"):
+                path = printable(self.directory.path_of(each))
+                return BusyError(f"the first run of {path} is at work: no generation is complete yet", "let it finish")
+        if os.path.isdir(self.name):
+            return ChainError(f"{name} is a directory", f"`blockdiff list {name}` shows the chains in it")
+        if self._begun:
+            return ChainError(
+                f"no generation of {name} is complete: its first run failed or was cut off", "run the backup again"
+            )
+        return ChainError(
+            f"there is no chain {name}", "is the NAME right? it has no .N and no suffix. Is the disk mounted?"
+        )
+
+    def needed(self, number: int) -> list[Generation]:
+        """Return the generations that generation `number` may be made of, newest first, down to the last full one.
+
+        It ends early where a generation is missing: whether that one is needed shows only while restoring.
+        """
+        found = []
+        for n in range(number, 0, -1):
+            if n not in self.generations:
+                break
+            found.append(self.generations[n])
+            known = self.generations[n].manifest
+            if known is not None and known.full:
+                break
+        return found
+
+
+def missing(first: int, last: int) -> DamagedError:
+    """Return the error for generations that are not there: what is wrong with generation `first`."""
+    what = "none of its files is" if first == last else f"none of the files of generations {first} to {last} is"
+    return DamagedError(f"{what} there", "restore them from a copy")

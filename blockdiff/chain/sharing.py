@@ -1,0 +1,99 @@
+"""Who else may replace what is in a directory: whoever may write to it, or to a directory on the way to it."""
+
+import errno
+import grp
+import os
+import pwd
+import shlex
+import stat
+from collections.abc import Iterator
+
+from blockdiff.shared.errors import StorageError, printable
+
+#: Symbolic links that are followed on the way to a directory; the kernel follows as many.
+_MAX_LINKS = 40
+
+
+def refuse_others(path: str) -> None:
+    """Raise `StorageError` where others than its owner may write to the directory `path`, or put another in its place.
+
+    A directory with the sticky bit, such as /tmp, may be on the way: what is in it is safe if it belongs to us or to
+    root. So may one that a group may write to which nobody else is in: root's, or its owner's own, as many systems make
+    one for each user. Raises `OSError` where a directory cannot be looked at.
+    """
+    found = os.stat(path)
+    if _is_shared(found):
+        raise StorageError(
+            f"others may write to the backup directory {printable(path)} (mode {_mode(found)}), and so replace backups",
+            _hint(os.path.abspath(path), found),
+        )
+    for directory, name in _steps(path):
+        _check(directory, os.path.join(directory, name))
+
+
+def _check(directory: str, entry: str) -> None:
+    """Raise `StorageError` where others may put something in the place of `entry`, which is in `directory`."""
+    found = os.stat(directory)
+    if not _is_shared(found) or _is_of_own_group(found):
+        return
+    place = printable(entry)
+    if not found.st_mode & stat.S_ISVTX:
+        raise StorageError(
+            f"others may write to {printable(directory)} (mode {_mode(found)}), and so replace {place} and its backups",
+            _hint(directory, found),
+        )
+    owner = os.lstat(entry).st_uid
+    if owner not in (0, os.geteuid()):
+        raise StorageError(
+            f"{place} belongs to another user (UID {owner}), who may replace it and its backups",
+            "keep backups in a directory of your own",
+        )
+
+
+def _hint(directory: str, found: os.stat_result) -> str:
+    """Return what to do; what is shared on purpose, as sticky and setgid bits tell, is left as it is."""
+    if found.st_mode & (stat.S_ISVTX | stat.S_ISGID) or found.st_uid != os.geteuid():
+        return "it is there to be shared: use a directory of your own, such as /var/backup (mkdir -m 700 /var/backup)"
+    return f"chmod go-w {shlex.quote(printable(directory))}"
+
+
+def _is_shared(found: os.stat_result) -> bool:
+    return bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _is_of_own_group(found: os.stat_result) -> bool:
+    """Return whether only a group may write to a directory, and that is root's or has the name of the owner."""
+    if found.st_mode & stat.S_IWOTH:
+        return False
+    try:
+        return found.st_gid == 0 or grp.getgrgid(found.st_gid).gr_name == pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        return False
+
+
+def _mode(found: os.stat_result) -> str:
+    return f"{stat.S_IMODE(found.st_mode):04o}"
+
+
+def _steps(path: str) -> Iterator[tuple[str, str]]:
+    """Yield each directory that is gone through on the way to `path`, and the name that is looked up in it."""
+    current, links = "/", 0
+    left = os.path.join(os.getcwd(), path).split("/")[::-1]
+    while left:
+        name = left.pop()
+        if name == "..":
+            current = os.path.dirname(current)
+        if name in ("", ".", ".."):
+            continue
+        yield current, name
+        entry = os.path.join(current, name)
+        if not os.path.islink(entry):
+            current = entry
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), entry)
+        target = os.readlink(entry)
+        left += target.split("/")[::-1]
+        if target.startswith("/"):
+            current = "/"

@@ -1,0 +1,258 @@
+"""Who logs in to a database, and where: from a URL, the word ``ssh``, or the options of the original's mysqllock."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from blockdiff.database import optionfiles
+from blockdiff.shared.errors import UsageError, printable
+
+DEFAULT_PORT = 3306
+
+#: Where distributions put the socket of the server.
+SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock", "/tmp/mysql.sock")
+
+_KEY_LIMIT = 1 << 16
+_HOME_FILE = "~/.my.cnf"
+_GROUPS = ("client", "client-server", "client-mariadb", "mysqllock")
+_ENCODE = "in a URL the characters / ? # @ : % of a user or path are written %2F %3F %23 %40 %3A %25"
+
+#: What a URL can say of a network, by the names of option files.
+_IN_URLS = ("ssl-ca", "ssl-capath", "ssl-cert", "ssl-key", "ssl-mode", "server-public-key-path")
+_ENCRYPTED = ("REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
+_MODES = ("", "PREFERRED", "DISABLED", *_ENCRYPTED)
+#: What would weaken or narrow the check of the server, and is not passed over in silence.
+_REFUSED = (
+    *("skip_ssl_verify_server_cert", "disable_ssl_verify_server_cert"),
+    *("ssl_crl", "ssl_crlpath", "ssl_fp", "ssl_fplist"),
+)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How a connection over a network is encrypted: always with a server that proves who it is.
+
+    `ca` and `capath` are file and directory of the authorities that are believed, both None for those of this machine;
+    `cert` and `key` are files of our own certificate. With `checks_name` the certificate must be of the host's name.
+    """
+
+    ca: str | None = None
+    capath: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    checks_name: bool = True
+
+
+@dataclass(frozen=True)
+class Account:
+    """A login. `socket` is the path of a Unix socket, used in place of `host` and `port` where it is not None.
+
+    With `through_ssh` the session goes through the SSH connection to the host that is backed up: to `socket` there, or,
+    where that is None, to whichever of `SOCKETS` exists there. `tls` and `public_key` (a file with the server's key for
+    caching_sha2_password) are for networks; None without.
+    """
+
+    user: str
+    password: str = field(repr=False)
+    host: str = "localhost"
+    port: int = DEFAULT_PORT
+    socket: str | None = None
+    database: str | None = None
+    through_ssh: bool = False
+    tls: Tls | None = None
+    public_key: str | None = None
+
+    @property
+    def is_of_network(self) -> bool:
+        """Whether the server is reached by TCP, from here."""
+        return self.socket is None and not self.through_ssh
+
+    def server_key(self) -> bytes | None:
+        """Return the server's public key, None where none is given; raises `UsageError` where it cannot be read."""
+        if self.public_key is None:
+            return None
+        try:
+            with open(self.public_key, "rb") as file:
+                content = file.read(_KEY_LIMIT)
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the server's public key {printable(self.public_key, 200)}: {error.strerror}"
+            ) from error
+        if b"-----BEGIN PUBLIC KEY-----" not in content:
+            raise UsageError(
+                f"{printable(self.public_key, 200)} is not a public key", "the server has it as public_key.pem"
+            )
+        return content
+
+    @property
+    def place(self) -> str:
+        """The server in words, for messages."""
+        if self.through_ssh:
+            return "the host's own database"
+        if self.socket is not None:
+            return f"the database at {printable(self.socket, 200)}"
+        return f"the database on {printable(self.host, 200)}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line says of a login; None and an empty host where it says nothing.
+
+    `network` has options about TLS and the server's key, by their names in an option file.
+    """
+
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    host: str | None = None
+    port: int | None = None
+    socket: str | None = None
+    database: str | None = None
+    defaults_file: str | None = None
+    network: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def from_options(given: Given) -> Account:
+    """Return the account for the options of the command ``mysqllock``.
+
+    What is not given comes from the option file, if one is named, then from ``MYSQL_PWD`` and ``USER``, then it is root
+    at localhost. Raises `UsageError` for an option file that cannot be used, or a socket of another host.
+    """
+    return _complete(given, {} if given.defaults_file is None else _read(given.defaults_file))
+
+
+def from_url(text: str, ssh_user: str = "root") -> Account:
+    """Return the account for ``mysql://[USER@]HOST[:PORT]/[DATABASE][?socket=PATH&defaults-file=PATH]``.
+
+    Other parameters are ``ssl-ca``, ``ssl-capath``, ``ssl-cert``, ``ssl-key``, ``ssl-mode`` and
+    ``server-public-key-path``. A password is not taken: others see it in the list of processes. ``USER:@`` stands for
+    an empty one. A URL without that has the rest from the option file that it names, or else from ``~/.my.cnf``, where
+    there is one. ``mysql+ssh://`` goes through the SSH connection to the host's own socket, and the word ``ssh`` does
+    so as `ssh_user` (the name of the SSH login) without a password. Raises `UsageError`; no message quotes the URL.
+    """
+    if text == "ssh":
+        return Account(ssh_user, "", through_ssh=True)
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        raise UsageError("the URL of the database is not valid", _ENCODE) from None  # its cause quotes the URL
+    if url.scheme not in ("mysql", "mysql+ssh") or not text.startswith(f"{url.scheme}://"):
+        raise UsageError("the database is neither mysql://USER@HOST/ nor mysql+ssh://USER@/ nor the word ssh")
+    given = _given(url, port)
+    if url.scheme == "mysql":
+        return _complete(given, _options_for(given))
+    if given.host is not None or given.port is not None or given.network:
+        raise UsageError(
+            "mysql+ssh:// goes to the socket of the host that is backed up, and takes no host, port or TLS",
+            "write mysql+ssh://USER@/ for it",
+        )
+    options = _options_for(given) if given.defaults_file is not None else {}
+    user = given.user if given.user is not None else options.get("user")
+    return Account(user or ssh_user, _password(given, options), socket=given.socket, through_ssh=True)
+
+
+def _given(url: SplitResult, port: int | None) -> Given:
+    """Return what a URL says."""
+    try:
+        query = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=True)) if url.query else {}
+    except ValueError:
+        query = {"": ""}
+    network = {name.replace("-", "_"): query.pop(name) for name in _IN_URLS if name in query}
+    if url.fragment or set(query) - {"socket", "defaults-file"} or "/" in url.path[1:]:
+        known = ", ".join(f"{name}=" for name in ("socket", "defaults-file", *_IN_URLS))
+        raise UsageError(f"the URL of the database has more than a database name and {known}", _ENCODE)
+    if url.password:
+        raise UsageError(
+            "the URL of the database has a password in it, which others see in the list of processes",
+            "leave it out, and give it in MYSQL_PWD or in an option file of mode 0600 (?defaults-file=PATH)",
+        )
+    return Given(
+        user=None if url.username is None else unquote(url.username),
+        password=None if url.password is None else unquote(url.password),
+        host=unquote(url.hostname) if url.hostname else None,
+        port=port,
+        socket=query.get("socket"),
+        database=unquote(url.path[1:]) or None,
+        defaults_file=query.get("defaults-file"),
+        network=network,
+    )
+
+
+def _options_for(given: Given) -> Mapping[str, str | None]:
+    """Return the options for a URL: from the file that it names, or else, where it has no password, from the user's."""
+    if given.defaults_file is not None:
+        return _read(given.defaults_file)
+    home = os.path.expanduser(_HOME_FILE)
+    return _read(home) if given.password is None and os.path.exists(home) else {}
+
+
+def _read(path: str) -> Mapping[str, str | None]:
+    return optionfiles.read(os.path.expanduser(path), _GROUPS)
+
+
+def _complete(given: Given, options: Mapping[str, str | None]) -> Account:
+    """Return the account where the option file and the environment fill the gaps."""
+    host = given.host or options.get("host") or "localhost"
+    socket = given.socket
+    if host == "localhost" and given.port is None and socket is None:
+        socket = options.get("socket") or next((path for path in SOCKETS if os.path.exists(path)), None)
+    elif host != "localhost" and socket is not None:
+        raise UsageError(f"a socket is of this machine, and not of {printable(host, 200)}", "leave one of the two out")
+    network = {**options, **given.network}
+    return Account(
+        user=given.user or options.get("user") or os.environ.get("USER") or "root",
+        password=_password(given, options),
+        host=host,
+        port=given.port if given.port is not None else _port(options.get("port")),
+        socket=socket,
+        database=given.database or options.get("database"),
+        tls=_tls(network) if socket is None else None,
+        public_key=_path(network.get("server_public_key_path")) if socket is None else None,
+    )
+
+
+def _tls(options: Mapping[str, str | None]) -> Tls | None:
+    """Return how to encrypt, by options of the clients; None where they ask for nothing, or forbid it."""
+    for name in options:
+        if name in _REFUSED or (name == "ssl_verify_server_cert" and _is_off(options[name])):
+            raise UsageError(
+                f"{name.replace('_', '-')} is not supported: the server's certificate is always checked",
+                "ssl-ca=FILE names the authority of a certificate that this machine does not trust",
+            )
+    mode = (options.get("ssl_mode") or "").upper()
+    if mode not in _MODES:
+        raise UsageError(f"ssl-mode={printable(mode, 40)} is unknown", "it is VERIFY_IDENTITY, VERIFY_CA or DISABLED")
+    files = {name: _path(options.get(f"ssl_{name}")) for name in ("ca", "capath", "cert", "key")}
+    off = mode == "DISABLED" or "skip_ssl" in options or "disable_ssl" in options or _is_off(options.get("ssl", "1"))
+    wanted = any(files.values()) or mode in _ENCRYPTED or "ssl" in options or "ssl_verify_server_cert" in options
+    if off or not wanted:
+        return None
+    if mode == "VERIFY_CA" and not (files["ca"] or files["capath"]):
+        raise UsageError("ssl-mode=VERIFY_CA needs an authority of your own", "name its certificate: ssl-ca=FILE")
+    return Tls(**files, checks_name=mode != "VERIFY_CA")
+
+
+def _path(text: str | None) -> str | None:
+    return os.path.expanduser(text) if text else None
+
+
+def _is_off(value: str | None) -> bool:
+    """Whether an option that is named is off: without a value it is on."""
+    return value is not None and value.lower() in ("0", "off", "false")
+
+
+def _password(given: Given, options: Mapping[str, str | None]) -> str:
+    """Return the password: given, or of the option file, or of the environment, as with the clients; or none."""
+    if given.password is not None:
+        return given.password
+    value = options.get("password")
+    return value if value is not None else os.environ.get("MYSQL_PWD", "")
+
+
+def _port(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_PORT
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise UsageError(f"the option file says port={printable(text, 20)!r}, which is no port")
+    return int(text)

@@ -1,0 +1,126 @@
+"""The connection to a database, in the clear or by TLS, and how much may come through it, and for how long.
+
+Whoever answers is not believed: what it sends for one statement is bounded in bytes and in seconds.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blockdiff.database.accounts import Account, Tls
+from blockdiff.shared.errors import DatabaseError, UsageError, printable
+
+if TYPE_CHECKING:
+    import ssl
+
+CONNECT_TIMEOUT_S = 10.0
+#: Most bytes of an answer: tens of thousands of sessions fit.
+ANSWER_LIMIT = 4 << 20
+
+
+class TimedOut(DatabaseError):  # noqa: N818
+    """A statement was not done within its time; nothing waits for it any more."""
+
+
+class Bounds:
+    """What may still come: `ANSWER_LIMIT` bytes within `seconds` of the last `begin`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another answer."""
+        self._left = ANSWER_LIMIT
+        self._deadline = time.monotonic() + self._seconds
+
+    def received(self, receive: Callable[[], int]) -> int:
+        """Receive some bytes, and return how many; raises `TimedOut`, and `DatabaseError` where they are too many."""
+        try:
+            count = receive()
+        except TimeoutError as error:
+            raise self._late() from error
+        self._left -= count
+        if self._left < 0:
+            raise DatabaseError(
+                f"more than {ANSWER_LIMIT >> 20} MiB came for one answer", "is it a database that answers?"
+            )
+        if time.monotonic() > self._deadline:
+            raise self._late()
+        return count
+
+    def _late(self) -> TimedOut:
+        return TimedOut(f"no whole answer came within {self._seconds:g} s")
+
+
+class _Socket(socket.socket):
+    """A socket that keeps to `bounds`."""
+
+    bounds: Bounds
+
+    def recv_into(self, buffer: "bytearray | memoryview", nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+        return self.bounds.received(lambda: super(_Socket, self).recv_into(buffer, nbytes, flags))
+
+
+def bounded(sock: socket.socket, bounds: Bounds) -> socket.socket:
+    """Return a socket that keeps to `bounds` in the place of `sock`, which is closed."""
+    timeout = sock.gettimeout()
+    ours = _Socket(fileno=sock.detach())
+    ours.bounds = bounds
+    ours.settimeout(timeout)
+    return ours
+
+
+def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
+    """Return what makes an encrypted connection to a server that proves who it is, and keeps it to `bounds`.
+
+    Raises `UsageError` where a file for it cannot be used.
+    """
+    import ssl  # here: most runs lock no database
+
+    class Socket(ssl.SSLSocket):
+        def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+            return bounds.received(lambda: super(Socket, self).recv_into(buffer, nbytes, flags))
+
+    file = tls.ca
+    try:
+        made = ssl.create_default_context(cafile=tls.ca, capath=tls.capath)
+        made.verify_flags &= ~ssl.VERIFY_X509_STRICT  # what MySQL makes for itself lacks what that demands
+        made.check_hostname = tls.checks_name
+        if tls.cert is not None:
+            file = tls.cert
+            made.load_cert_chain(tls.cert, tls.key)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use {printable(str(file), 200)} for TLS with the database: {error.strerror or error}",
+            "ssl-ca, ssl-cert and ssl-key name files in the format PEM",
+        ) from error
+    made.sslsocket_class = Socket
+    return made
+
+
+def connected(account: Account) -> socket.socket:
+    """Return a connection to the server. PyMySQL's own way leaves a socket open where it fails."""
+    try:
+        if account.socket is None:
+            sock = socket.create_connection((account.host, account.port), CONNECT_TIMEOUT_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return sock
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(account.socket)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    except (OSError, UnicodeError) as error:  # the latter for host names that cannot be
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DatabaseError(
+            f"cannot reach {account.place}: {printable(str(reason), 200)}",
+            "is the server running, and does it listen to the network? The word ssh for the URL needs no network"
+            if account.socket is None
+            else "is the server running, and is this its socket?",
+        ) from error

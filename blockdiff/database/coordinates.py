@@ -1,0 +1,313 @@
+"""Where a database stood in its binary log, and in those that it replicates, at the moment of a snapshot."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from blockdiff.shared.errors import DatabaseError, UsageError, printable
+
+Row = Mapping[str, object]
+#: Executes a statement and returns its rows, by the names of their columns.
+Rows = Callable[[str], list[Row]]
+
+#: Most characters of what a database says of its version, and of all else.
+_VERSION_LENGTH = 200
+_LENGTH = 1000
+#: Of sets of GTIDs, which may have line ends in them, and where these stand.
+_GTID_LENGTH = 1 << 20
+_GTIDS = ("gtid", "Value", "Gtid_Slave_Pos", "Executed_Gtid_Set")
+#: Most digits of a number: of 64 bits.
+_DIGITS = 19
+#: Most sources of a replica.
+_CHANNELS = 1000
+_ODD = "is it a MySQL or MariaDB server that answers?"
+
+MARIADB = "mariadb"
+MYSQL = "mysql"
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a server says of itself: the whole text, the flavour (`MARIADB` or `MYSQL`), and three numbers."""
+
+    text: str
+    flavour: str
+    numbers: tuple[int, int, int]
+
+    @classmethod
+    def parse(cls, text: str) -> "Version":
+        """Return the version in what ``SELECT VERSION()`` gives; raises `DatabaseError`."""
+        if len(text) > _VERSION_LENGTH or not text.isprintable():
+            raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not a version")
+        flavour = MARIADB if "mariadb" in text.lower() else MYSQL
+        # some proxies put before MariaDB's version what its protocol tells old clients
+        numbers = text.removeprefix("5.5.5-").partition("-")[0].split(".")
+        if len(numbers) < 3 or not all(_is_number(number, 3) for number in numbers[:3]):
+            raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which says nothing")
+        return cls(text, flavour, (int(numbers[0]), int(numbers[1]), int(numbers[2])))
+
+    def is_mysql(self, *since: int) -> bool:
+        """Whether this is MySQL of this version or newer."""
+        return self.flavour == MYSQL and self.numbers >= since
+
+    def is_mariadb(self, *since: int) -> bool:
+        """Whether this is MariaDB of this version or newer."""
+        return self.flavour == MARIADB and self.numbers >= since
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How far a replica had come with one of its sources: executed up to `position` (bytes) of the source's `file`."""
+
+    name: str
+    source_host: str
+    source_port: int
+    file: str
+    position: int
+    gtid: str | None
+
+
+@dataclass(frozen=True)
+class Applier:
+    """What applies the changes of one source, by the name of its channel: whether it runs, and whether they arrive."""
+
+    channel: str
+    is_running: bool
+    is_receiving: bool
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where the server stood: `binlog_position` in bytes, and None, as the file, where it writes no binary log.
+
+    `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None where it uses no GTIDs.
+    `dataclasses.asdict` makes JSON of it, and `from_fields` reads that back.
+    """
+
+    server_version: str
+    flavour: str
+    binlog_file: str | None
+    binlog_position: int | None
+    gtid: str | None
+    replica_channels: tuple[Channel, ...]
+
+
+def read(rows: Rows) -> Coordinates:
+    """Ask the server where it stands. Raises `DatabaseError`: the privileges it names are needed for this."""
+    version = Version.parse(_text(rows("SELECT VERSION() AS version")[0], "version"))
+    file, place = position(rows, version)
+    channels = rows(_replica_status(version))
+    if len(channels) > _CHANNELS:
+        raise DatabaseError(f"the database says that it replicates {len(channels)} sources", _ODD)
+    return Coordinates(
+        server_version=version.text,
+        flavour=version.flavour,
+        binlog_file=file,
+        binlog_position=place,
+        gtid=_gtid(rows, version) if file is not None else None,
+        replica_channels=tuple(_channel(row) for row in channels),
+    )
+
+
+def position(rows: Rows, version: Version) -> tuple[str | None, int | None]:
+    """Ask for file and position of the binary log alone, None for both where there is none; raises as `read`."""
+    log = _log(rows, version)
+    return (_text(log[0], "File"), _number(log[0], "Position")) if log else (None, None)
+
+
+def appliers(rows: Rows, version: Version) -> list[Applier]:
+    """Return what applies the changes of each source that the server replicates; raises as `read`."""
+    return [
+        Applier(
+            _text(row, "Connection_name", "Channel_Name", default=""),
+            _text(row, "Replica_SQL_Running", "Slave_SQL_Running") == "Yes",
+            _text(row, "Replica_IO_Running", "Slave_IO_Running") != "No",
+        )
+        for row in rows(_replica_status(version))
+    ]
+
+
+def applier_statement(verb: str, version: Version, channel: str) -> str:
+    """Return what does START or STOP (`verb`) to the applier of a channel, in the dialect of the server."""
+    if version.flavour == MARIADB:
+        return f"{verb} SLAVE {_quoted(channel)} SQL_THREAD"
+    noun = "REPLICA" if version.is_mysql(8, 0, 22) else "SLAVE"
+    return f"{verb} {noun} SQL_THREAD FOR CHANNEL {_quoted(channel)}"
+
+
+def _log(rows: Rows, version: Version) -> list[Row]:
+    return rows("SHOW BINARY LOG STATUS" if version.is_mysql(8, 2) else "SHOW MASTER STATUS")
+
+
+def _replica_status(version: Version) -> str:
+    if version.flavour == MARIADB:
+        return "SHOW ALL SLAVES STATUS"
+    return "SHOW REPLICA STATUS" if version.is_mysql(8, 0, 22) else "SHOW SLAVE STATUS"
+
+
+def _gtid(rows: Rows, version: Version) -> str | None:
+    if version.flavour == MARIADB:
+        return _text(rows("SELECT @@GLOBAL.gtid_binlog_pos AS gtid")[0], "gtid") or None
+    variables = {
+        _text(row, "Variable_name"): _text(row, "Value")
+        for row in rows("SHOW GLOBAL VARIABLES WHERE Variable_name IN ('gtid_mode', 'gtid_executed')")
+    }
+    return _joined(variables.get("gtid_executed", "")) if variables.get("gtid_mode") == "ON" else None
+
+
+def _channel(row: Row) -> Channel:
+    gtid = _text(row, "Gtid_Slave_Pos", "Executed_Gtid_Set", default="")
+    return Channel(
+        name=_text(row, "Connection_name", "Channel_Name", default=""),
+        source_host=_text(row, "Source_Host", "Master_Host"),
+        source_port=_number(row, "Source_Port", "Master_Port"),
+        file=_text(row, "Relay_Source_Log_File", "Relay_Master_Log_File"),
+        position=_number(row, "Exec_Source_Log_Pos", "Exec_Master_Log_Pos"),
+        gtid=_joined(gtid),
+    )
+
+
+def _joined(gtid: str) -> str | None:
+    """Return a set of GTIDs on one line: MySQL breaks long ones."""
+    return "".join(gtid.split()) or None
+
+
+def _text(row: Row, *names: str, default: str | None = None) -> str:
+    """Return a column by the first of its names that is there: they changed from version to version.
+
+    What is too long, or would not be fit for a terminal, is refused: a manifest must be readable, and be shown.
+    """
+    for name in names:
+        if name in row:
+            value = row[name]
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
+            shown, limit = (text.replace("\n", ""), _GTID_LENGTH) if name in _GTIDS else (text, _LENGTH)
+            if len(text) > limit or not shown.isprintable():
+                raise DatabaseError(f"the database says {name}={printable(text, 100)!r} ({len(text)} characters)", _ODD)
+            return text
+    if default is not None:
+        return default
+    raise DatabaseError(f"the database says nothing of {names[0]}", "is its version supported?")
+
+
+def _number(row: Row, *names: str) -> int:
+    text = _text(row, *names)
+    if not _is_number(text, _DIGITS) or int(text) >= 1 << 63:
+        raise DatabaseError(f"the database says {names[0]}={printable(text, 100)!r}, which is not a number")
+    return int(text)
+
+
+def _is_number(text: str, digits: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= digits
+
+
+def from_fields(given: object) -> Coordinates:
+    """Return the coordinates from a JSON object. Raises `ValueError` with the name of the field that is wrong."""
+    values = _exactly(given, Coordinates, "coordinates")
+    channels = values["replica_channels"]
+    if not isinstance(channels, list | tuple):
+        raise ValueError("replica_channels")
+    flavour = _is_text(values, "flavour")
+    if flavour not in (MARIADB, MYSQL):
+        raise ValueError("flavour")
+    if (values["binlog_file"] is None) != (values["binlog_position"] is None):
+        raise ValueError("binlog_position")
+    return Coordinates(
+        server_version=_is_text(values, "server_version"),
+        flavour=flavour,
+        binlog_file=None if values["binlog_file"] is None else _is_text(values, "binlog_file"),
+        binlog_position=None if values["binlog_position"] is None else _is_count(values, "binlog_position"),
+        gtid=None if values["gtid"] is None else _is_text(values, "gtid"),
+        replica_channels=tuple(_channel_from_fields(channel) for channel in channels),
+    )
+
+
+def _channel_from_fields(given: object) -> Channel:
+    values = _exactly(given, Channel, "replica_channels")
+    return Channel(
+        name=_is_text(values, "name"),
+        source_host=_is_text(values, "source_host"),
+        source_port=_is_count(values, "source_port"),
+        file=_is_text(values, "file"),
+        position=_is_count(values, "position"),
+        gtid=None if values["gtid"] is None else _is_text(values, "gtid"),
+    )
+
+
+def _exactly(given: object, kind: type[Coordinates] | type[Channel], name: str) -> dict[str, object]:
+    """Return a JSON object that has just the fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(given, dict) or set(given) != names:
+        raise ValueError(name)
+    return given
+
+
+def _is_text(values: Mapping[str, object], name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise ValueError(name)
+    return value
+
+
+def _is_count(values: Mapping[str, object], name: str) -> int:
+    value = values[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(name)
+    return value
+
+
+def replica_statement(coordinates: Coordinates, host: str | None = None, port: int | None = None) -> str:
+    """Return the SQL that makes a server restored from this generation a replica of the server that was backed up.
+
+    It ends with a line end, begins with comments, can be executed as it is, and is in the dialect of the server. With
+    `host` (and `port`) it names the source; without, this has to be done before. Users and passwords are never in it.
+    Raises `UsageError` where the server wrote no binary log.
+    """
+    if coordinates.binlog_file is None or coordinates.binlog_position is None:
+        raise UsageError(
+            "the server that was backed up wrote no binary log, so nothing can be its replica",
+            "set log_bin and server_id there; the next generation then has coordinates",
+        )
+    version = Version.parse(coordinates.server_version)
+    # one of an older version of this program may have them, and no escape in SQL stands for most of them
+    if not (coordinates.binlog_file + (coordinates.gtid or "")).isprintable():
+        raise DatabaseError("the coordinates of this generation have control characters in them", _ODD)
+    new_words = version.is_mysql(8, 0, 23)
+    change, prefix = ("CHANGE REPLICATION SOURCE TO", "SOURCE") if new_words else ("CHANGE MASTER TO", "MASTER")
+    login = [f"{prefix}_USER=...", f"{prefix}_PASSWORD=..."] + ([] if host else [f"{prefix}_HOST=..."])
+    settings = [f"{prefix}_HOST={_quoted(host)}"] if host else []
+    settings += [f"{prefix}_PORT={port}"] if host and port is not None else []
+    lines = [
+        f"-- {_name(version)}: a restored copy becomes a replica of the server that was backed up.",
+        f"-- Give the copy a server_id of its own{_new_uuid(version)}, and execute first",
+        f"--   {change} {', '.join(login)};",
+    ]
+    if coordinates.gtid and version.flavour == MARIADB:
+        lines.append(f"SET GLOBAL gtid_slave_pos={_quoted(coordinates.gtid)};")
+        settings.append("MASTER_USE_GTID=slave_pos")
+    elif coordinates.gtid:  # gtid_executed came with the data: the copy knows what it has
+        lines.append(f"-- its gtid_executed is to be {printable(coordinates.gtid, 100_000)}")
+        settings.append(f"{prefix}_AUTO_POSITION=1")
+    else:
+        settings.append(f"{prefix}_LOG_FILE={_quoted(coordinates.binlog_file)}")
+        settings.append(f"{prefix}_LOG_POS={coordinates.binlog_position}")
+        if version.is_mariadb(10, 0):
+            settings.append("MASTER_USE_GTID=no")
+    lines.append(f"{change} {', '.join(settings)};")
+    lines.append(f"-- and then {'START REPLICA' if new_words else 'START SLAVE'};")
+    return "\n".join(lines) + "\n"
+
+
+def _name(version: Version) -> str:
+    return f"{'MariaDB' if version.flavour == MARIADB else 'MySQL'} {'.'.join(map(str, version.numbers))}"
+
+
+def _new_uuid(version: Version) -> str:
+    return " and delete its auto.cnf (it holds the server_uuid)" if version.flavour == MYSQL else ""
+
+
+def _quoted(text: str) -> str:
+    """Return a string literal of SQL, on one line."""
+    escaped = (
+        text.replace("\\", "\\\\").replace("'", "''").replace("\n", "\\n").replace("\r", "\\r").replace("\0", "\\0")
+    )
+    return f"'{escaped}'"

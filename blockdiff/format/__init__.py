@@ -1,0 +1,1 @@
+"""The bytes of a generation's files (`docs/format.md`): nothing here knows of chains."""

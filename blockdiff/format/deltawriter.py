@@ -1,0 +1,183 @@
+"""Turn the runs of a scan into a delta and a digest table, on several threads.
+
+The digests in the new table are computed here, from the bytes that go into the delta: the table proves the data,
+whoever sent it. Blocks that did not change keep the digests of the previous table.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from blockdiff.dump import Run
+from blockdiff.format import deltafile, digesttable
+from blockdiff.format.deltafile import Sink
+from blockdiff.format.digesttable import TableReader, TableWriter
+from blockdiff.shared import pipeline
+from blockdiff.shared.blocks import Hasher, block_count
+from blockdiff.shared.errors import ProtocolError
+
+#: Bytes that a member of a delta holds before compression, at least (but for the last) and at most, records' heads
+#: aside.
+MEMBER_BYTES = 1 << 20
+MAX_MEMBER_BYTES = 4 << 20
+#: Blocks of a member at most, and of a piece of a long run of zeros.
+MEMBER_BLOCKS = 8192
+ZERO_BLOCKS = 65536
+
+
+@dataclass
+class _Member:
+    """Runs that will be compressed together, and the buffer that holds their bytes.
+
+    For version 2 the buffer becomes the member as it is: `used` counts the room for the records' heads as well.
+    """
+
+    buffer: memoryview
+    used: int = 0
+    weight: int = 0
+    blocks: int = 0
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A member as it is written, and the digests of each of its runs: (offset, length, joined digests)."""
+
+    data: bytes
+    digests: list[tuple[int, int, bytes]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a `DeltaWriter` wrote: blocks of the image, blocks that the delta carries, and their bytes."""
+
+    blocks: int
+    changed_blocks: int
+    changed_bytes: int
+
+
+class DeltaWriter:
+    """Writes one delta and its digest table.
+
+    `old` is the previous generation's table, None for a full one. `allocate` gives the room that a run's data is to be
+    received in; the run must then be the next one that `write` is given. `image_size` in bytes may be None at first for
+    a version 1 delta, and must be set when the runs are at their end.
+    """
+
+    def __init__(
+        self,
+        delta: Sink,
+        table: Sink,
+        delta_format: int,
+        hasher: Hasher,
+        image_size: int | None,
+        compress: Callable[[bytes | memoryview], bytes],
+        old: TableReader | None,
+    ) -> None:
+        self._delta = delta
+        self._format = delta_format
+        self._hasher = hasher
+        self.image_size = image_size
+        self._compress = compress
+        self._old = old
+        self._table = TableWriter(table, hasher, digesttable.sparse_count(hasher, delta_format, image_size))
+        self._head_size = deltafile.HEAD_SIZE if delta_format == 2 else 0
+        self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES + (MEMBER_BLOCKS + 1) * self._head_size)
+        self._current = _Member(self._pool.take())
+        self._full_members: list[_Member] = []
+        self._changed_blocks = 0
+        self._changed_bytes = 0
+
+    def allocate(self, length: int) -> memoryview:
+        """Return room for `length` bytes, at most `MAX_MEMBER_BYTES`, of the next run."""
+        if self._current.used + self._head_size + length > len(self._current.buffer):
+            self._close_member()
+        start = self._current.used + self._head_size
+        self._current.used = start + length
+        return self._current.buffer[start : start + length]
+
+    def write(self, runs: Iterable[Run]) -> Written:
+        """Write all `runs`, ascending, and what ends the files.
+
+        Raises `ProtocolError` if blocks are missing that the previous table does not have; whatever `runs` or the sinks
+        raise comes through.
+        """
+        self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
+        with pipeline.Follower() as follower:
+            for encoded in pipeline.in_order(self._encode, self._members(runs)):
+                follower.give(partial(self._delta.write, encoded.data))
+                for offset, length, digests in encoded.digests:
+                    self._append_digests(offset, length, digests)
+            follower.finish()
+        assert self.image_size is not None, "the image's size must be known at its end"
+        blocks = block_count(self.image_size, self._hasher.block_size)
+        self._keep_until(blocks)
+        self._table.finish()
+        end = deltafile.end(self._format, blocks, self._changed_blocks, self._table.sha256())
+        if end:
+            self._delta.write(self._compress(end))
+        return Written(blocks, self._changed_blocks, self._changed_bytes)
+
+    def _members(self, runs: Iterable[Run]) -> Iterator[_Member]:
+        for run in runs:
+            for piece in self._pieces(run):
+                member = self._current
+                member.runs.append(piece)
+                member.weight += piece.length if self._takes_room(piece) else 0
+                member.used += self._head_size if piece.data is None else 0
+                member.blocks += block_count(piece.length, self._hasher.block_size)
+                if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
+                    self._close_member()
+                yield from self._full_members  # within this loop: a run of zeros may be of any length
+                self._full_members.clear()
+        self._close_member()
+        yield from self._full_members
+
+    def _takes_room(self, run: Run) -> bool:
+        return run.data is not None or self._format == 1
+
+    def _pieces(self, run: Run) -> Iterator[Run]:
+        """Cut a long run of zeros, whose digests, and in version 1 whose bytes, would otherwise fill the memory."""
+        if run.data is not None:
+            yield run
+            return
+        size = self._hasher.block_size
+        blocks = min(max(MEMBER_BYTES // size, 1), MEMBER_BLOCKS) if self._format == 1 else ZERO_BLOCKS
+        for start in range(0, run.length, blocks * size):
+            yield Run(run.offset + start, min(blocks * size, run.length - start), None)
+
+    def _close_member(self) -> None:
+        if self._current.runs:
+            self._full_members.append(self._current)
+            self._current = _Member(self._pool.take())
+
+    def _encode(self, member: _Member) -> _Encoded:
+        """What the worker threads do: hash, encode and compress."""
+        digests = [(run.offset, run.length, self._hasher.run_digests(run.length, run.data)) for run in member.runs]
+        data = self._compress(self._records(member))
+        self._pool.give_back(member.buffer)
+        return _Encoded(data, digests)
+
+    def _records(self, member: _Member) -> bytes | memoryview:
+        if self._format == 1:
+            return b"".join(part for run in member.runs for part in deltafile.records_1(run, self._hasher.block_size))
+        position = 0
+        for run in member.runs:
+            deltafile.put_head(member.buffer, position, run)
+            position += deltafile.HEAD_SIZE + (0 if run.data is None else run.length)
+        return member.buffer[:position]
+
+    def _append_digests(self, offset: int, length: int, digests: bytes) -> None:
+        self._keep_until(offset // self._hasher.block_size)
+        self._table.append(digests)
+        self._changed_blocks += block_count(length, self._hasher.block_size)
+        self._changed_bytes += length
+
+    def _keep_until(self, block: int) -> None:
+        """Append the previous digests of the blocks from the table's end up to `block`, which did not change."""
+        while self._table.count < block:
+            first = self._table.count
+            kept = self._old.digests(first, min(block - first, ZERO_BLOCKS)) if self._old is not None else b""
+            if not kept:
+                raise ProtocolError(f"blocks {first} to {block - 1} were not sent, and no earlier generation has them")
+            self._table.append(kept)

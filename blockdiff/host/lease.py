@@ -1,0 +1,47 @@
+"""Open files that another process has a lease on, such as a file server for its client.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+"""
+
+import os
+import time
+
+from blockdiff.shared.errors import SourceError, printable
+
+#: How long the other process may take to let go of the file, in seconds: the system itself makes it do so after 45.
+TIMEOUT_S = 60.0
+_POLL_S = 0.05
+
+
+def open_for_reading(path: bytes) -> int:
+    """Return a descriptor of what is at `path`, without waiting for the other end of a pipe.
+
+    A lease is waited for: that we want to open the file is what tells its holder to let go. Raises `SourceError` that
+    names the holder where it does not within `TIMEOUT_S` seconds, and `OSError` where the file cannot be opened.
+    """
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise SourceError(
+                    "cannot open {}: {} has a lease on it and did not let go for {:g} s".format(
+                        path.decode("utf-8", "replace"), _holder(os.stat(path).st_ino), TIMEOUT_S
+                    ),
+                    "run again when that program is done with it",
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _holder(inode: int) -> str:
+    """Return who has a lease on the file, as the kernel's list of locks tells."""
+    try:
+        with open("/proc/locks", encoding="ascii") as file:
+            for words in map(str.split, file):
+                if words[1] in ("LEASE", "DELEG") and words[5].rpartition(":")[2] == str(inode):
+                    with open("/proc/{}/comm".format(words[4]), encoding="utf-8", errors="replace") as name:
+                        return "{} (process {})".format(printable(name.read().strip(), 100), words[4])
+    except (OSError, IndexError):
+        pass  # the list is there for a message only
+    return "another process"

@@ -1,0 +1,259 @@
+"""What changed in a thin volume, and what of it is mapped at all, from its pool's metadata: without reading it.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+`thin_delta` compares two snapshots of one pool through a metadata snapshot, which is reserved for that moment only.
+Thin ids are used again by LVM: a kept snapshot is found by its LV UUID. Whatever does not fit is a `HintError`, and the
+run reads everything.
+"""
+
+import os
+import re
+import threading
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from xml.parsers import expat
+
+from blockdiff.host import lvs
+from blockdiff.host.lvs import Volume
+from blockdiff.lvm import KEPT_TAG
+from blockdiff.shared import process
+from blockdiff.shared.errors import BlockdiffError, ProcessError, printable
+from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
+
+#: How long thin_delta may take, and a message to the device mapper, in seconds.
+DELTA_TIMEOUT_S = 300.0
+MESSAGE_TIMEOUT_S = 30.0
+#: Ranges that are accepted from thin_delta; where there are more, reading everything is no worse.
+RANGE_LIMIT = 200000
+
+_SECTOR = 512
+_UUID = re.compile(r"[0-9A-Za-z]{6}(-[0-9A-Za-z]{4}){5}-[0-9A-Za-z]{6}")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+#: What a range that thin_delta names means; what it does not name is mapped on neither side.
+CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": HOLE}
+MAPPED = {"same": DATA}
+
+
+class HintError(BlockdiffError):
+    """What changed cannot be known without reading everything; the sentence says why."""
+
+
+def kept_snapshots(origin: Volume) -> List[Volume]:
+    """Return the snapshots of `origin` that earlier runs, of whatever chain, left here; raises `ProcessError`."""
+    found = lvs.volumes(origin.group, 'origin="{}"'.format(origin.name), 'lv_tags={{"{}"}}'.format(KEPT_TAG))
+    return [
+        snapshot
+        for snapshot in found
+        if snapshot.is_ours
+        and KEPT_TAG in snapshot.tags
+        and snapshot.origin == origin.name
+        and snapshot.origin_uuid == origin.uuid
+    ]
+
+
+def kept(origin: Volume, uuid: str) -> Optional[Volume]:
+    """Return the kept snapshot of `origin` with this LV UUID; None where there is none that a hint could rest on.
+
+    It must be thin, in the pool of `origin`, and read-only, so that it still is what it was. Raises `ProcessError`.
+    """
+    if not _UUID.fullmatch(uuid):
+        return None
+    for snapshot in kept_snapshots(origin):
+        if snapshot.uuid == uuid and snapshot.is_thin and snapshot.pool == origin.pool and snapshot.is_read_only:
+            return snapshot
+    return None
+
+
+def changed_extents(old: Volume, new: Volume) -> List[Extent]:
+    """Return what changed between two snapshots of one thin volume, as extents that cover the image of `new`.
+
+    A hole is what was unmapped since `old`: it reads as zeros now. What is mapped in neither is the same. Raises
+    `HintError`.
+    """
+    if not (old.is_thin and new.is_thin and (old.group, old.pool) == (new.group, new.pool)):
+        raise HintError("{} and {} are not in one thin pool".format(old.full_name, new.full_name))
+    if old.size != new.size:
+        raise HintError("the volume was resized from {} to {} bytes".format(old.size, new.size))
+    return list(covering(_delta(old, new), CHANGED, SAME, new.size))
+
+
+def mapped_extents(volume: Volume) -> List[Extent]:
+    """Return what of a thin snapshot is mapped, as extents that cover its image; the rest reads as zeros.
+
+    Raises `HintError`.
+    """
+    return list(covering(_delta(volume, volume), MAPPED, HOLE, volume.size))
+
+
+#: The kind that thin_delta gives a range, and its first byte and its end.
+Range = Tuple[str, int, int]
+
+
+def covering(ranges: List[Range], meaning: Dict[str, str], gap: str, size: int) -> Iterator[Extent]:
+    """Yield extents from 0 to `size`; neighbours of one state become one. Raises `HintError` for a muddle."""
+    start, state, position = 0, gap, 0
+    for kind, begin, end in ranges + [("", size, size)]:
+        begin, end = min(begin, size), min(end, size)  # a pool block reaches beyond the end of the volume
+        if begin < position or (kind and kind not in meaning):
+            raise HintError("thin_delta printed a range that cannot be: {} at {}".format(kind, begin))
+        for next_state, first, last in ((gap, position, begin), (meaning.get(kind, gap), begin, end)):
+            if last > first and next_state != state:
+                if first > start:
+                    yield Extent(start, first, state)
+                start, state = first, next_state
+        position = end
+    if size > start:
+        yield Extent(start, size, state)
+
+
+def _delta(old: Volume, new: Volume) -> List[Range]:
+    """Return the ranges that thin_delta names; nothing is left reserved, whatever happens."""
+    cancelled = threading.Event()
+    try:
+        _check_device(new)
+        pool, metadata = _pool_of(new)
+        return process.undisturbed(
+            lambda: _with_metadata_snapshot(pool, lambda: _run_thin_delta(metadata, old, new, cancelled.is_set)),
+            cancelled.set,
+        )
+    except ProcessError as error:
+        raise HintError(error.message, error.hint) from error
+
+
+def _check_device(volume: Volume) -> None:
+    """Hold the kernel's table of an active thin volume against what LVM says of it."""
+    words = _dmsetup("table", volume.dm_path).split()
+    if len(words) == 6 and words[2] == "thin":
+        raise HintError("{} has an external origin, which shows where nothing is mapped".format(volume.full_name))
+    expected = ["0", str(volume.size // _SECTOR), "thin", volume.thin_id]
+    if words[:3] + words[4:] != expected:
+        raise HintError(
+            "the device of {} is not what LVM says: {}".format(volume.full_name, printable(" ".join(words), 200))
+        )
+
+
+def _pool_of(volume: Volume) -> Tuple[str, str]:
+    """Return the device of a volume's pool, and that of the pool's metadata."""
+    pools = lvs.volumes(volume.group, 'lv_name="{}"'.format(volume.pool))
+    metadata = lvs.volumes(volume.group, 'lv_name="{}"'.format(pools[0].metadata)) if len(pools) == 1 else []
+    if len(metadata) != 1:
+        raise HintError("the metadata of the thin pool {}/{} is not to be found".format(volume.group, volume.pool))
+    return pools[0].dm_path + "-tpool", metadata[0].dm_path
+
+
+def _with_metadata_snapshot(pool: str, work: Callable[[], List[Range]]) -> List[Range]:
+    """Do `work` while a metadata snapshot is reserved for us. Somebody else's is neither used nor released."""
+    name = os.path.basename(pool)
+    release = "dmsetup message {} 0 release_metadata_snap".format(name)
+    words = _dmsetup("status", pool).split()
+    if len(words) < 8 or words[2] != "thin-pool":
+        raise HintError("the thin pool {} is not well: {}".format(name, printable(" ".join(words), 200)))
+    if words[6] != "-":
+        raise HintError(
+            "somebody holds the metadata snapshot of {}; if it is a run that was killed: {}".format(name, release)
+        )
+    _message(pool, "reserve_metadata_snap")
+    try:
+        return work()
+    finally:
+        try:
+            _message(pool, "release_metadata_snap")
+        except ProcessError as error:
+            raise HintError("{}; by hand: {}".format(error.message, release)) from error
+
+
+def _message(pool: str, message: str) -> None:
+    command = ["dmsetup", "message", os.path.basename(pool), "0", message]
+    process.run_gently(command, MESSAGE_TIMEOUT_S, env=lvs.environment())
+
+
+def _dmsetup(command: str, path: str) -> str:
+    arguments = ["dmsetup", command, os.path.basename(path)]
+    return process.run(arguments, MESSAGE_TIMEOUT_S, env=lvs.environment()).stdout.decode("utf-8", "replace")
+
+
+def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[], bool]) -> List[Range]:
+    """Return the ranges that thin_delta names in the metadata snapshot."""
+    reader = DeltaReader(old.thin_id, new.thin_id)
+    # newer versions would take an argument that follows -m directly for its block
+    command = ["thin_delta", "-m", "--thin1", old.thin_id, "--thin2", new.thin_id, metadata]
+    try:
+        ended = process.stream(command, DELTA_TIMEOUT_S, reader.feed, stopped, lvs.environment())
+    except process.DeadlineError as error:
+        raise HintError(error.message) from error
+    except ProcessError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise HintError(error.message) from error
+        raise HintError(
+            "thin_delta is not installed there: it is in thin-provisioning-tools or device-mapper-persistent-data"
+        ) from error
+    if ended.returncode != 0:
+        said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # its usage follows
+        raise HintError("thin_delta failed: {}".format(printable(" ".join(said) or "without a word", 300)))
+    return reader.end()
+
+
+class DeltaReader:
+    """Takes the XML of thin_delta in pieces. `old` and `new` are the thin ids that it must be about.
+
+    Raises `HintError` for anything but the elements and numbers it should have.
+    """
+
+    def __init__(self, old: str, new: str) -> None:
+        self._ids = {"left": old, "right": new}
+        self._block_size = 0
+        self._depth: "List[str]" = []
+        self._diffs = 0
+        self._ranges: "List[Range]" = []
+        self._parser = expat.ParserCreate("utf-8")  # whatever it says: with some encodings, expat raises other errors
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.StartDoctypeDeclHandler = self._refuse_doctype
+
+    def feed(self, data: bytes) -> None:
+        """Take the next piece."""
+        self._parse(data, False)
+
+    def end(self) -> List[Range]:
+        """Return the ranges; all of the XML must have been fed."""
+        self._parse(b"", True)
+        if self._diffs != 1:
+            raise HintError("thin_delta printed no differences at all")
+        return self._ranges
+
+    def _parse(self, data: bytes, is_final: bool) -> None:
+        try:
+            self._parser.Parse(data, is_final)
+        except expat.ExpatError as error:
+            raise HintError("thin_delta printed what cannot be understood: {}".format(error)) from error
+
+    def _refuse_doctype(self, *_what: object) -> None:
+        raise HintError("thin_delta printed a document type")
+
+    def _start(self, name: str, attributes: Dict[str, str]) -> None:
+        where = tuple(self._depth)
+        self._depth.append(name)
+        if where == () and name == "superblock":
+            self._block_size = self._number(attributes, "data_block_size") * _SECTOR
+        elif where == ("superblock",) and name == "diff" and self._diffs == 0:
+            self._diffs = 1
+            if {side: attributes.get(side) for side in self._ids} != self._ids:
+                raise HintError("thin_delta compared other volumes than those it was told to")
+        elif where == ("superblock", "diff") and name in CHANGED:
+            if len(self._ranges) >= RANGE_LIMIT:
+                raise HintError("more than {} ranges changed".format(RANGE_LIMIT))
+            begin = self._number(attributes, "begin") * self._block_size
+            self._ranges.append((name, begin, begin + self._number(attributes, "length") * self._block_size))
+        else:
+            raise HintError("thin_delta printed an unknown element: {}".format(printable(name, 100)))
+
+    def _end(self, _name: str) -> None:
+        self._depth.pop()
+
+    @staticmethod
+    def _number(attributes: Dict[str, str], name: str) -> int:
+        text = attributes.get(name, "")
+        if not _NUMBER.fullmatch(text) or (name != "begin" and int(text) == 0):
+            raise HintError("thin_delta printed {} as the {}".format(printable(repr(text), 100), name))
+        return int(text)

@@ -1,0 +1,1 @@
+"""What an image is written to, and what is on it already."""

@@ -1,0 +1,1 @@
+"""Talk to an agent and believe little: the server's half of a conversation."""

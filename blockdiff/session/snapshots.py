@@ -1,0 +1,70 @@
+"""What runs leave on a host: whose its snapshots are, and which of them no run will ever remove by itself."""
+
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Sequence
+
+from blockdiff.session.rules import Left
+from blockdiff.shared import wire
+from blockdiff.transport.address import Address
+
+_WHY = {
+    wire.RUNNING: "a run is at work on it",
+    wire.KEPT: "kept for the next run",
+    wire.DEAD: "its run died; the next one removes it",
+}
+
+
+def owner(name: str, period: str) -> tuple[str, str]:
+    """Return what tells the snapshots that runs of NAME keep from those of others, as a word and for people.
+
+    Both are the same before there is a manifest. They are without the period: the chain of a new month inherits the
+    snapshots of the old one, which has no run any more.
+    """
+    place = os.path.realpath(name).removesuffix(period)
+    word = hashlib.sha256(os.fsencode(f"{socket.gethostname()}\0{place}")).hexdigest()[:32]
+    return word, f"{socket.gethostname()}:{place}"
+
+
+def is_useless(left: Left) -> bool:
+    """Return whether no run will go on from a snapshot, nor remove it."""
+    return left.state != wire.RUNNING and (left.volume is None or chain_is_gone(left))
+
+
+def chain_is_gone(left: Left) -> bool:
+    """Return whether a snapshot was made for a chain of this machine that has no generation any more.
+
+    Where nothing tells, because the directory is not there (a disk that is not mounted), it is not gone.
+    """
+    server, _colon, place = (left.chain or "").partition(":")
+    directory, base = os.path.split(place)
+    if server != socket.gethostname() or not directory.startswith("/"):
+        return False
+    # characters that LVM does not take in a tag have become underscores
+    manifest = re.compile(re.escape(base).replace("_", ".") + r".*\.json", re.DOTALL)
+    try:
+        return not any(manifest.fullmatch(name) for name in os.listdir(directory))
+    except OSError:
+        return False
+
+
+def notes(found: Sequence[Left], address: Address) -> list[str]:
+    """Return what to say of those snapshots on a host that no run will remove."""
+    useless = {left.name: left for left in found if is_useless(left)}
+    host = address.login if address.port is None else f"ssh://{address.login}:{address.port}/"
+    command = "blockdiff snapshots" if address.host is None else f"blockdiff snapshots {host}"
+    return [
+        f"the snapshot {left.name} stays on the host, though {why(left)}: `{command} --remove {left.name}` removes it"
+        for left in useless.values()
+    ]
+
+
+def why(left: Left) -> str:
+    """Return in words why a snapshot is there."""
+    if is_useless(left):
+        shown = "its volume is gone" if left.volume is None else "its chain is gone"
+    else:
+        shown = _WHY[left.state]
+    return shown + ("; somebody has it open" if left.open and left.state != wire.RUNNING else "")

@@ -1,0 +1,354 @@
+"""Frames between server and agent.
+
+Shipped to the host: standard library only, Python 3.6 or newer.
+
+A frame is a header of 24 bytes and at most `MAX_PAYLOAD` bytes::
+
+    u8 kind, 3 zero bytes, u32le length, u32le sequence, u64le offset, u32le crc
+
+`length` counts the payload, `sequence` the frames sent in this direction, from 0. `offset` is a place in the image in
+bytes, where the kind has one. `crc` is the CRC-32 of all else: the header before it, and the payload. Control frames
+carry JSON, bulk frames raw bytes.
+SSH already guards what it carries; CRC and sequence hold for every transport, and cost little.
+"""
+
+import json
+import os
+import select
+import struct
+import threading
+import time
+import zlib
+from abc import ABC, abstractmethod
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from blockdiff.shared.errors import ConnectionLost, ProtocolError
+
+#: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
+#: use: the server pushes its own agent.
+PROTOCOL = 3
+
+HEADER = struct.Struct("<B3xIIQI")
+_HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
+_CRC = struct.Struct("<I")
+MAX_PAYLOAD = 4 << 20
+#: Largest JSON payload.
+MAX_CONTROL = 1 << 20
+#: Largest number in one: more than anything there is to count.
+MAX_INTEGER = (1 << 63) - 1
+
+# Frame kinds. These may come from both sides:
+ALIVE = 1  # nothing: the sender is still there
+ERROR = 2  # JSON: what ended the sender's part of the run
+# One run, in this order; the server need not wait for an answer before it goes on:
+HELLO = 3  # JSON, agent: what it is and what it found
+REQUEST = 4  # JSON, server: which sources, and how to take them
+READY = 5  # JSON, agent: all that can be checked while writers go on was checked
+TAKE = 6  # server: make the snapshots now
+TAKEN = 7  # JSON, agent: they are made, and writers may go on
+# For each source in turn:
+SCAN = 8  # JSON, server: send what changed
+SOURCE = 9  # JSON, agent: what the source is
+TABLE = 10  # server: digests of the previous generation, the first at byte `offset` of them, as far as WANT allows
+DATA = 11  # agent: whole blocks at `offset`; only the image's last may be short
+ZERO = 12  # agent: u64le length: this many zero bytes at `offset`
+PROGRESS = 13  # agent: everything below `offset` was examined
+WANT = 14  # agent: u64le start: digests from byte `start` of the table on may be sent, up to byte `offset`
+TOTALS = 15  # JSON, agent: what the scan came to
+# After the last source:
+END = 16  # JSON, agent: all is put away; nothing follows
+# A socket of the host, carried to the server and back (`blockdiff.host.relay`):
+OPEN = 17  # JSON, server: connect to it
+BYTES = 18  # what came from this side's end; empty: its last
+CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
+# Where both are on one machine and have memory in common (`blockdiff.host.sharedbuffers`):
+LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
+TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
+# In place of a run:
+SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
+
+#: Most places outside of a database's directory that READY names.
+MAX_OUTSIDE = 1000
+# Why a snapshot of ours is there: a run is at work; the next run goes on from it; its run died, and the next one
+# removes it.
+RUNNING = "running"
+KEPT = "kept"
+DEAD = "dead"
+
+# Bytes that are read at once where less is asked for: many small frames come with one call, and little of a large one's
+# payload is copied twice.
+_AHEAD = 16 << 10
+
+#: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
+TABLE_WINDOW = 1 << 20
+
+#: Each side sends something at least this often, in seconds ...
+HEARTBEAT_S = 10.0
+#: ... and takes the other side for lost after this much silence. A host under heavy load may stall for a while.
+SILENCE_S = 120.0
+#: An agent that is there but gets nothing done for this long is given up: a disk that never answers, or ill will.
+STALL_S = 3600.0
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+
+class Stream(ABC):
+    """What a `Link` needs: a two-way byte stream."""
+
+    @abstractmethod
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """Read at least one byte into `view` and return how many; 0 means end of stream.
+
+        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
+        """
+
+    @abstractmethod
+    def write(self, parts: Sequence[Buffer]) -> None:
+        """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
+
+
+class Pipe(Stream):
+    """A stream over a pair of file descriptors."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._readable = select.poll()
+        self._readable.register(read_fd, select.POLLIN)
+
+    def readinto(self, view: memoryview, timeout_s: float) -> int:
+        """See `Stream`."""
+        try:
+            if not self._readable.poll(timeout_s * 1000):
+                raise ConnectionLost("silent for {:g} s".format(timeout_s), silent=True)
+            return os.readv(self._read_fd, [view])
+        except OSError as error:
+            raise ConnectionLost("cannot read: {}".format(error.strerror)) from error
+
+    def write(self, parts: Sequence[Buffer]) -> None:
+        """See `Stream`."""
+        views = [memoryview(part) for part in parts if len(part)]
+        try:
+            while views:
+                written = os.writev(self._write_fd, views)
+                while views and written >= len(views[0]):
+                    written -= len(views.pop(0))
+                if written:
+                    views[0] = views[0][written:]
+        except OSError as error:
+            raise ConnectionLost("cannot write: {}".format(error.strerror)) from error
+
+
+class Frame(NamedTuple):
+    """The header of a frame whose payload is still to be read."""
+
+    kind: int
+    length: int
+    offset: int
+
+
+class Link:
+    """One end of the connection: sends and receives frames.
+
+    Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
+    it may say nothing but ALIVE (None: for ever), and `deadline` a time of `time.monotonic` after which nothing is
+    received any more (None: never). `crc32` is a faster `zlib.crc32`, where there is one.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        silence_s: float = SILENCE_S,
+        stall_s: Optional[float] = None,
+        crc32: "Callable[[Buffer, int], int]" = zlib.crc32,
+    ) -> None:
+        self._stream = stream
+        self._crc32 = crc32
+        self.silence_s = silence_s
+        self.stall_s = stall_s
+        self.deadline = None  # type: Optional[float]
+        self._send_lock = threading.Lock()
+        self._sent = 0
+        self._received = 0
+        self._header = bytearray(HEADER.size)
+        self._ahead = memoryview(bytearray(_AHEAD))
+        self._waiting = self._ahead[:0]  # what was read and not asked for yet
+        self._remaining = 0
+        self._crc = 0
+        self._expected_crc = 0
+        self.bytes_received = 0
+
+    def send(self, kind: int, *parts: Buffer, offset: int = 0) -> None:
+        """Send one frame whose payload is `parts`, one after the other; raises `ConnectionLost`."""
+        with self._send_lock:
+            self._send(kind, parts, offset)
+
+    def send_json(self, kind: int, fields: Dict[str, object]) -> None:
+        """Send one control frame."""
+        self.send(kind, json.dumps(fields).encode("ascii"))
+
+    def send_alive(self) -> None:
+        """Say that this side is there, unless another thread is sending just now, which says the same."""
+        if self._send_lock.acquire(False):
+            try:
+                self._send(ALIVE, (), 0)
+            finally:
+                self._send_lock.release()
+
+    def _send(self, kind: int, parts: Sequence[Buffer], offset: int) -> None:
+        length = sum(len(part) for part in parts)
+        header = _HEADER_BEFORE_CRC.pack(kind, length, self._sent & 0xFFFFFFFF, offset)
+        crc = self._crc32(header, 0)
+        for part in parts:
+            crc = self._crc32(part, crc)
+        self._sent += 1
+        self._stream.write((header + _CRC.pack(crc),) + tuple(parts))
+
+    def receive(self) -> Frame:
+        """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
+
+        Raises `ConnectionLost` at the end of the stream or after `silence_s` seconds of silence, and `ProtocolError`
+        for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
+        """
+        begun = time.monotonic()
+        while True:
+            self._fill(memoryview(self._header))
+            kind, length, sequence, offset, crc = HEADER.unpack(self._header)
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= SNAPSHOTS:
+                raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
+            if sequence != self._received & 0xFFFFFFFF:
+                raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))
+            if length > MAX_PAYLOAD:
+                raise ProtocolError("oversized frame of {} bytes".format(length))
+            self._received += 1
+            self._remaining, self._expected_crc = length, crc
+            self._crc = self._crc32(memoryview(self._header)[: _HEADER_BEFORE_CRC.size], 0)
+            if not length:
+                self._check_crc()
+            if kind != ALIVE:
+                return Frame(kind, length, offset)
+            if length:
+                raise ProtocolError("frame of kind {} with a payload".format(kind))
+            if self.stall_s is not None and time.monotonic() - begun > self.stall_s:
+                raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s), silent=True)
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes of the payload; its end is checked against the frame's CRC."""
+        if len(view) > self._remaining:
+            raise ProtocolError("frame is {} bytes short".format(len(view) - self._remaining))
+        if not len(view):
+            return
+        self._fill(view)
+        self._crc = self._crc32(view, self._crc)
+        self._remaining -= len(view)
+        if not self._remaining:
+            self._check_crc()
+
+    def read_bytes(self, frame: Frame, limit: int) -> bytes:
+        """Return the whole payload of `frame`; raises `ProtocolError` where it has more than `limit` bytes."""
+        if frame.length > limit:
+            raise ProtocolError("oversized frame of kind {}: {} bytes".format(frame.kind, frame.length))
+        payload = bytearray(frame.length)
+        self.read_into(memoryview(payload))
+        return bytes(payload)
+
+    def read_json(self, frame: Frame) -> Dict[str, object]:
+        """Return the JSON object that `frame` carries."""
+        payload = self.read_bytes(frame, MAX_CONTROL)
+        try:
+            fields = json.loads(payload.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError("frame of kind {} is not JSON".format(frame.kind)) from error
+        if not isinstance(fields, dict):
+            raise ProtocolError("frame of kind {} is not a JSON object".format(frame.kind))
+        return fields
+
+    def _check_crc(self) -> None:
+        if self._crc != self._expected_crc:
+            raise ProtocolError("frame {} was damaged on the way".format(self._received - 1))
+
+    def _fill(self, view: memoryview) -> None:
+        """Fill `view` with what comes next; what is short is read together with what follows it, if that is there."""
+        filled, size = 0, len(view)
+        while filled < size:
+            if not self._waiting and size - filled < _AHEAD:
+                self._waiting = self._ahead[: self._read(self._ahead)]
+            if self._waiting:
+                count = min(len(self._waiting), size - filled)
+                view[filled : filled + count] = self._waiting[:count]
+                self._waiting = self._waiting[count:]
+            else:
+                count = self._read(view[filled:])
+            filled += count
+        self.bytes_received += size
+
+    def _read(self, view: memoryview) -> int:
+        if self.deadline is None:
+            count = self._stream.readinto(view, self.silence_s)
+        else:
+            count = self._read_until(view, self.deadline)
+        if count == 0:
+            raise ConnectionLost("the connection ended")
+        return count
+
+    def _read_until(self, view: memoryview, deadline: float) -> int:
+        left_s = deadline - time.monotonic()
+        try:
+            if left_s > 0:
+                return self._stream.readinto(view, min(self.silence_s, left_s))
+        except ConnectionLost as error:
+            if not error.silent or time.monotonic() < deadline:
+                raise
+        raise ConnectionLost("what was to come did not come in time", silent=True)
+
+
+class Heartbeat:
+    """A thread that keeps saying ALIVE over a link, from `start` to `stop` or to the end of the link."""
+
+    def __init__(self, link: Link, interval_s: float = HEARTBEAT_S) -> None:
+        self._link = link
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end; it is not waited for, because it may be stuck in a write until the connection closes."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._link.send_alive()
+            except ConnectionLost:
+                return
+
+
+def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
+    """Return the fields `names`, which must be integers from 0 to `MAX_INTEGER`; raises `ProtocolError`."""
+    found: List[int] = []
+    for name in names:
+        value = fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
+            raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+        found.append(value)
+    return tuple(found)
+
+
+def text(fields: Dict[str, object], name: str) -> str:
+    """Return the field `name`, which must be a string; raises `ProtocolError`."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+    return value
+
+
+def texts(fields: Dict[str, object], name: str) -> List[str]:
+    """Return the field `name`, which must be a list of strings; raises `ProtocolError`."""
+    values = fields.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+    return list(values)
