@@ -82,9 +82,9 @@ def test_what_the_list_explains_is_a_mutant_of_its_module(module: str) -> None:
 def test_a_mutant_is_found_in_a_copy_and_what_is_not_changed_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(runner.TESTS, "address", ("test_address",))
-    source = (runner.ROOT / "blockdiff" / "address.py").read_text()
-    copy = runner.Copy(tmp_path, "address")
+    monkeypatch.setitem(runner.TESTS, "transport/address", ("test_address",))
+    source = (runner.ROOT / "blockdiff" / "transport" / "address.py").read_text()
+    copy = runner.Copy(tmp_path, "transport/address")
     assert copy.passes(source, TIMEOUT_S)
     *_, wrong = (mutant for mutant in mutants(source) if mutant.new == "return None")
     assert not copy.passes(wrong.source, TIMEOUT_S)
