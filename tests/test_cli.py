@@ -429,13 +429,13 @@ def test_a_signal_in_the_middle_leaves_the_chain_as_it_was(chain: SmallChain, nu
 def test_a_signal_while_an_error_is_told_changes_nothing() -> None:
     script = (
         "import os, signal, sys\n"
-        "from blockdiff import cli\n"
+        "from blockdiff.cli import outcome\n"
         "from blockdiff.cli.modern import main\n"
-        "say_error = cli.say_error\n"
+        "say_error = outcome.say_error\n"
         "def say(*arguments):\n"
         "    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGINT: os.kill(os.getpid(), number)\n"
         "    say_error(*arguments)\n"
-        "cli.say_error = say\n"
+        "outcome.say_error = say\n"
         "sys.argv[1:] = ['restore', 'disk@0', 'out']\n"
         "main()\n"
     )

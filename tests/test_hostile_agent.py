@@ -11,7 +11,7 @@ import pytest
 
 from blockdiff import backup, transport
 from blockdiff.backup import Options
-from blockdiff.cli import say_error
+from blockdiff.cli.output import say_error
 from blockdiff.shared import wire
 from blockdiff.shared.errors import (
     EXIT_FAILED,

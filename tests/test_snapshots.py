@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import lvm
-from blockdiff.cli import shown_time
+from blockdiff.cli.output import shown_time
 from blockdiff.host import leftovers
 from blockdiff.session import rules, snapshots
 from blockdiff.session.rules import Left

@@ -6,7 +6,7 @@ import shlex
 
 import click
 
-from blockdiff.cli import check_printed, say
+from blockdiff.cli.output import check_printed, say
 from blockdiff.shared.errors import UsageError, printable
 from blockdiff.shared.grant import MYSQL
 from blockdiff.transport import bundle, publickey

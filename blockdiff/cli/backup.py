@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from blockdiff import transport
-from blockdiff.cli import SECONDS, ByteSize, agent_prefix, say, watched
+from blockdiff.cli.arguments import SECONDS, ByteSize, agent_prefix
+from blockdiff.cli.output import say, watched
 from blockdiff.format import codec
 from blockdiff.shared import pipeline
 from blockdiff.shared.blocks import DIGEST_SIZES, shown_size

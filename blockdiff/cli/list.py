@@ -12,8 +12,9 @@ from blockdiff.chain import listing, overview
 from blockdiff.chain.clock import shown_age
 from blockdiff.chain.generations import Chain, Generation
 from blockdiff.chain.periods import Place
-from blockdiff.cli import check_printed, print_rows, say, shown_time, split_name
+from blockdiff.cli.arguments import split_name
 from blockdiff.cli.newest import meant_by
+from blockdiff.cli.output import check_printed, print_rows, say, shown_time
 from blockdiff.database import coordinates
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import EXIT_DAMAGED, ChainError, printable

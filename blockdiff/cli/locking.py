@@ -5,7 +5,8 @@ import sys
 import click
 
 from blockdiff import __version__, mysqllock
-from blockdiff.cli import SECONDS, run
+from blockdiff.cli.arguments import SECONDS
+from blockdiff.cli.outcome import run
 from blockdiff.database import accounts
 from blockdiff.database.accounts import Given
 from blockdiff.mysqllock import Limits, Statements

@@ -5,7 +5,7 @@ from importlib import import_module
 import click
 
 from blockdiff import __version__
-from blockdiff.cli import run
+from blockdiff.cli.outcome import run
 
 
 class _Commands(click.Group):

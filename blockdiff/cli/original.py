@@ -7,7 +7,9 @@ import sys
 import click
 
 from blockdiff import __version__
-from blockdiff.cli import agent_prefix, run, say, say_error
+from blockdiff.cli.arguments import agent_prefix
+from blockdiff.cli.outcome import run
+from blockdiff.cli.output import say, say_error
 from blockdiff.format import codec
 from blockdiff.original.apply import apply
 from blockdiff.original.command_backup import backup_with_command

@@ -8,7 +8,7 @@ import click
 
 from blockdiff.chain.generations import Chain
 from blockdiff.check import renamed, repair
-from blockdiff.cli import say, watched
+from blockdiff.cli.output import say, watched
 from blockdiff.shared.errors import EXIT_DAMAGED, printable
 from blockdiff.transport import address
 from blockdiff.transport.address import Address

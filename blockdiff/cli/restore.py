@@ -12,8 +12,9 @@ import click
 
 from blockdiff import merge
 from blockdiff.chain.generations import Chain, Generation
-from blockdiff.cli import print_ranges, salvage_command, say, shown_time, split_name, watched
+from blockdiff.cli.arguments import split_name
 from blockdiff.cli.newest import meant_by
+from blockdiff.cli.output import print_ranges, salvage_command, say, shown_time, watched
 from blockdiff.restore import salvage, target
 from blockdiff.restore.devicetarget import DeviceTarget
 from blockdiff.restore.filetarget import FileTarget

@@ -8,7 +8,8 @@ from dataclasses import asdict
 import click
 
 from blockdiff import transport
-from blockdiff.cli import agent_prefix, check_printed, print_rows, say, shown_time
+from blockdiff.cli.arguments import agent_prefix
+from blockdiff.cli.output import check_printed, print_rows, say, shown_time
 from blockdiff.session import snapshots
 from blockdiff.session.rules import Left
 from blockdiff.session.session import Session

@@ -13,7 +13,7 @@ from contextlib import suppress
 import click
 
 from blockdiff.chain import clock, status
-from blockdiff.cli import say_error
+from blockdiff.cli.output import say_error
 from blockdiff.shared.errors import StorageError, printable
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}

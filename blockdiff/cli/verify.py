@@ -15,8 +15,9 @@ from blockdiff.chain.generations import Chain, missing
 from blockdiff.check import proofs, verify
 from blockdiff.check.compare import compare
 from blockdiff.check.verify import Verdict
-from blockdiff.cli import agent_prefix, print_ranges, salvage_command, say, say_error, split_name, watched
+from blockdiff.cli.arguments import agent_prefix, split_name
 from blockdiff.cli.newest import Meant, meant_by
+from blockdiff.cli.output import print_ranges, salvage_command, say, say_error, watched
 from blockdiff.progress import Progress
 from blockdiff.session.session import Session
 from blockdiff.shared.errors import (
