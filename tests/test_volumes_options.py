@@ -1,33 +1,59 @@
 """The options about volumes and databases: what they mean together, and what is refused because it means nothing."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from blockdiff.backup import Volumes
-from blockdiff.cli.volumes import volume_options
+from blockdiff.cli import backup
+from blockdiff.cli.backupoptions import CommandLine, options
 from blockdiff.database.accounts import Account
 from blockdiff.mysqllock import Limits
 from blockdiff.shared.errors import UsageError
 from tests import commands
 
 #: What click passes where nothing is given.
-NOTHING: dict[str, object] = {
+NOTHING: CommandLine = {
+    "block_size": None,
+    "digest": None,
+    "delta_format": None,
+    "compression": "gzip",
+    "level": None,
+    "full": False,
+    "period": None,
+    "via": None,
+    "ssh_options": (),
+    "bwlimit": None,
+    "streams": 1,
     "lvm": False,
     "snapshot_size": None,
     "mysql": None,
     "lock_wait": None,
     "long_query": None,
     "max_hold": None,
+    "replica_pause": False,
+    "before": None,
+    "after": None,
+    "also": (),
     "keep_snapshot": False,
     "audit": False,
-    "replica_pause": False,
+    "mounted": False,
+    "dry_run": False,
+    "verbose": False,
+    "as_json": False,
 }
 MYSQL = ("--mysql", "mysql://u@127.0.0.1/")
 
 
 def parsed(**given: object) -> Volumes | None:
-    return volume_options({**NOTHING, **given})
+    return options(cast(CommandLine, {**NOTHING, **given}), suffix="", prefix=None).volumes
+
+
+def test_click_passes_nothing_else() -> None:
+    context = backup.command.make_context("backup", ["name", "/source"])
+    assert {name: context.params[name] for name in NOTHING} == NOTHING
+    assert set(context.params) - set(NOTHING) == {"name", "source"}
 
 
 def test_without_lvm_there_are_none() -> None:

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -24,7 +25,10 @@ from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from blockdiff.backup import Options, Result
+    from blockdiff.cli.backupoptions import CommandLine
     from blockdiff.format.manifest import Source
     from blockdiff.plan import Plan
 
@@ -95,29 +99,7 @@ class SnapshotSize(click.ParamType[str]):
 @click.option("--dry-run", is_flag=True, help="Check everything, and say what the run would do; nothing is made.")
 @click.option("-v", "--verbose", is_flag=True, help="Print a line when all went well, and notes: for logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON, with --also a list of them.")
-def command(
-    name: str,
-    source: str,
-    block_size: int | None,
-    digest: str | None,
-    compression: str,
-    level: int | None,
-    delta_format: str | None,
-    full: bool,
-    period: str | None,
-    via: str | None,
-    ssh_options: tuple[str, ...],
-    bwlimit: int | None,
-    streams: int,
-    before: str | None,
-    after: str | None,
-    also: tuple[str, ...],
-    mounted: bool,
-    dry_run: bool,
-    verbose: bool,
-    as_json: bool,
-    **volumes: object,
-) -> None:
+def command(name: str, source: str, **given: "Unpack[CommandLine]") -> None:
     """Add a generation of SOURCE to the chain NAME.
 
     NAME is a path such as /var/backup/web1-disk. SOURCE is a path here, [user@]host:/path or
@@ -135,70 +117,66 @@ def command(
       64K, 64KB, 64KiB    64 x 1024 bytes; M, G and T likewise, in either case
       20%                 of the volume: --snapshot-size only
     """
-    where, prefix = address.parse(source), agent_prefix()
-    if also and not volumes["lvm"]:
-        raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
-    if streams > 1 and volumes["keep_snapshot"]:
-        raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
-    if streams > 1 and (before, after) != (None, None) and not volumes["lvm"]:
-        raise UsageError(
-            "--streams does not go with --before and --after without --lvm: only one connection is held still"
-        )
-    if where.host is None and (via is not None or ssh_options):
+    where, prefix, dry_run, as_json = address.parse(source), agent_prefix(), given["dry_run"], given["as_json"]
+    _refuse_together(given)
+    if where.host is None and (given["via"] is not None or given["ssh_options"]):
         say(f"note: {printable(source)} is on this machine: --transport and --ssh-option change nothing")
-    suffix = _period_suffix(period)
-    targets = [(each + suffix, path) for each, path in [(name, where.path), *(_split_also(text) for text in also)]]
+    suffix = _period_suffix(given["period"])
+    sources = [(name, where.path), *(_split_also(text) for text in given["also"])]
+    targets = [(each + suffix, path) for each, path in sources]
     for target, _path in targets:
         address.check_name(target)
-    if mounted:
+    if given["mounted"]:
         _refuse_root_file_system([each for each, _path in targets])
-    with ExitStack() as stack:
-
-        def begin(_number: int) -> Connection | None:
-            try:
-                return stack.enter_context(transport.begin(where, via, ssh_options, prefix or ()))
-            except UnreachedError:
-                if count == 1:
-                    raise
-                return None  # the run tries again
-
-        # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
-        count = 1 if volumes["lvm"] or dry_run else streams
-        opened = pipeline.in_order(begin, range(count), workers=count, ahead=count)
-        begun = [connection for connection in opened if connection is not None]
+    with _begun(where, prefix, given) as begun:
         from blockdiff import backup  # here: these imports take as long as the agent does to begin
-        from blockdiff.cli.volumes import volume_options
+        from blockdiff.cli.backupoptions import options
 
-        options = backup.Options(
-            block_size=block_size,
-            digest=digest,
-            delta_format=int(delta_format) if delta_format else None,
-            full=full,
-            volumes=volume_options(volumes),
-            before=before,
-            after=after,
-            period=suffix,
-            compression=compression,
-            level=level,
-            transport=via,
-            ssh_options=ssh_options,
-            bandwidth=bwlimit,
-            streams=streams,
-            prefix=prefix,
-        )
+        asked = options(given, suffix, prefix)
         if dry_run:
-            _rehearse(targets, where, options, begun[0], as_json)
+            _rehearse(targets, where, asked, begun[0], as_json)
             return
         with watched(os.path.basename(name + suffix)) as progress:
-            results = backup.backup_together(targets, where, options, progress, begun)
+            results = backup.backup_together(targets, where, asked, progress, begun)
     for result in results:
-        _report(result, as_json, verbose)
+        _report(result, as_json, given["verbose"])
     for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
         say(f"warning: {warning}")
     if as_json:
         _print_json([_summary(result) for result in results])
     if any(result.warnings for result in results):
         sys.exit(EXIT_WARNING)
+
+
+def _refuse_together(given: "CommandLine") -> None:
+    """Raise `UsageError` for options that do not go together."""
+    if given["also"] and not given["lvm"]:
+        raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
+    if given["streams"] > 1 and given["keep_snapshot"]:
+        raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
+    if given["streams"] > 1 and (given["before"], given["after"]) != (None, None) and not given["lvm"]:
+        raise UsageError(
+            "--streams does not go with --before and --after without --lvm: only one connection is held still"
+        )
+
+
+@contextmanager
+def _begun(where: Address, prefix: list[str] | None, given: "CommandLine") -> Iterator[list[Connection]]:
+    """Yield the connections of a run that are begun at once; of several, those that the host took."""
+    # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
+    count = 1 if given["lvm"] or given["dry_run"] else given["streams"]
+    with ExitStack() as stack:
+
+        def begin(_number: int) -> Connection | None:
+            try:
+                return stack.enter_context(transport.begin(where, given["via"], given["ssh_options"], prefix or ()))
+            except UnreachedError:
+                if count == 1:
+                    raise
+                return None  # the run tries again
+
+        opened = pipeline.in_order(begin, range(count), workers=count, ahead=count)
+        yield [connection for connection in opened if connection is not None]
 
 
 def _refuse_root_file_system(names: list[str]) -> None:
