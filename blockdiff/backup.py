@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from blockdiff import __version__, quiesce
 from blockdiff.chain import clock, periods
@@ -17,7 +16,7 @@ from blockdiff.chain.generations import Chain
 from blockdiff.database.accounts import Account
 from blockdiff.format import codec
 from blockdiff.format.deltawriter import DeltaWriter, Written
-from blockdiff.format.manifest import Manifest, Snapshot, Source
+from blockdiff.format.manifest import Manifest, Quiesced, Snapshot, Source
 from blockdiff.mysqllock import Limits
 from blockdiff.plan import Choices, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
@@ -31,8 +30,6 @@ from blockdiff.shared.blocks import Hasher, digest_named
 from blockdiff.shared.errors import UsageError, printable
 from blockdiff.transport.address import Address
 from blockdiff.transport.connection import Connection
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -86,22 +83,35 @@ class Result:
     notes: list[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """One chain of the run, and what is known of its new generation so far. A rehearsal has it not `locked`."""
+    """What the run is to do with the chain `name`, for the source at `path` on the host."""
 
-    chain: Chain
-    locked: LockedChain | None
+    name: str
     path: str
     plan: Plan
-    hasher: Hasher
-    volume: Volume = field(default_factory=lambda: Volume(None, None))
-    opened: Opened | None = None
-    written: Written | None = None
-    totals: Totals | None = None
-    new: NewGeneration | None = None
-    received: int = 0
-    held: bool = True
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A source whose moment was taken, and its chain: what the agent says of it, and how that went."""
+
+    chain: LockedChain
+    path: str
+    plan: Plan
+    volume: Volume
+    moment: Moment
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """What came of a source: `new` has its delta and digest table, and is not committed."""
+
+    new: NewGeneration
+    opened: Opened
+    written: Written
+    totals: Totals
+    bytes_received: int
 
 
 def backup(name: str, address: Address, options: Options, progress: Progress | None = None) -> Result:
@@ -131,24 +141,28 @@ def backup_together(
         return _session(address, options, connections.popleft() if connections else None)
 
     with ExitStack() as stack:
-        jobs = _jobs(targets, address, options, stack)
+        _refuse_twice(targets)
+        chains = [stack.enter_context(LockedChain(name)) for name, _path in targets]
+        jobs = _jobs(chains, targets, address, options, stack)
         started = now()
         session = stack.enter_context(connect())
-        with _prepared(session, jobs, options) as quiesced:
-            moment = _together(quiesced.around(session), session, jobs, quiesced)
-        for job in jobs:
-            _dump(session, job, connect, options, compress, watcher, stack)
-        moment = _held(moment, session.finish())
+        with _prepared(session, jobs, options) as (quiesced, volumes):
+            moments = _moments(quiesced.around(session), session, [quiesced.holds(index) for index in range(len(jobs))])
+        sources = [
+            _Taken(chain, job.path, job.plan, volume, moment)
+            for chain, job, volume, moment in zip(chains, jobs, volumes, moments)
+        ]
+        scanned = [_scan(session, source, connect, options, compress, watcher, stack) for source in sources]
+        held_s = session.finish()
         run = secrets.token_hex(8) if len(jobs) > 1 else None
         results = []
-        for job in jobs:
-            manifest = _manifest(session, job, moment, started, run)
-            notes = [note for note in manifest.notes if note not in moment.warnings]
-            told = (_known(job.locked).notes, job.plan.kept, notes)
-            warned = [*_warnings(job, manifest), *moment.warnings]
-            warned += _clock_warnings(job.chain, manifest, options.period)
-            _known(job.new).commit(manifest)  # last: what fails after it would be told of a run that was done
-            results.append(Result(job.chain.name, manifest, warned, *told))
+        for source, found in zip(sources, scanned):
+            manifest = _manifest(session, source, found, held_s, started, run)
+            warnings = [*_warnings(source, found.totals, manifest), *source.moment.warnings]
+            warnings += _clock_warnings(source.chain, manifest, options.period)
+            notes = [note for note in manifest.notes if note not in source.moment.warnings]
+            found.new.commit(manifest)  # last: what fails after it would be told of a run that was done
+            results.append(Result(source.chain.name, manifest, warnings, source.chain.notes, source.plan.kept, notes))
         return results
 
 
@@ -162,7 +176,9 @@ def rehearse(
     """
     codec.compressor(options.compression, options.level)
     with ExitStack() as stack:
-        jobs = _jobs(targets, address, options, stack, rehearsal=True)
+        _refuse_twice(targets)
+        chains = [stack.enter_context(WritableChain(name)) for name, _path in targets]
+        jobs = _jobs(chains, targets, address, options, stack)
         session = stack.enter_context(_session(address, options, begun))
         with _prepared(session, jobs, options, rehearsal=True):
             return [job.plan for job in jobs]
@@ -173,61 +189,61 @@ def _session(address: Address, options: Options, begun: Connection | None) -> Se
     return Session(address, options.transport, options.ssh_options, options.prefix or (), begun, pauses_s)
 
 
-def _jobs(
-    targets: Sequence[tuple[str, str]], address: Address, choices: Options, stack: ExitStack, rehearsal: bool = False
-) -> list[_Job]:
+def _refuse_twice(targets: Sequence[tuple[str, str]]) -> None:
     names = [os.path.realpath(name) for name, _path in targets]
     if len(set(names)) < len(names):
         raise UsageError("two sources of one run cannot go to the same chain", "give each its own NAME")
-    jobs = []
-    for name, path in targets:
-        locked = None if rehearsal else stack.enter_context(LockedChain(name))
-        chain = locked or stack.enter_context(WritableChain(name))
-        plan = make_plan(chain, address, path, choices, stack, by_volume=choices.volumes is not None)
-        jobs.append(_Job(chain, locked, path, plan, Hasher(digest_named(plan.digest), plan.block_size)))
-    return jobs
+
+
+def _jobs(
+    chains: Sequence[Chain], targets: Sequence[tuple[str, str]], address: Address, options: Options, stack: ExitStack
+) -> list[_Job]:
+    by_volume = options.volumes is not None
+    return [
+        _Job(chain.name, path, make_plan(chain, address, path, options, stack, by_volume))
+        for chain, (_name, path) in zip(chains, targets)
+    ]
 
 
 @contextmanager
-def _prepared(session: Session, jobs: list[_Job], options: Options, rehearsal: bool = False) -> Iterator[Quiesce]:
-    """Yield what holds writers still, after the agent has found all sources fit."""
+def _prepared(
+    session: Session, jobs: list[_Job], options: Options, rehearsal: bool = False
+) -> Iterator[tuple[Quiesce, list[Volume]]]:
+    """Yield what holds writers still, after the agent has found all sources fit, and what it says of each."""
     for job in jobs:
-        session.check_digest(job.hasher.digest)
+        session.check_digest(digest_named(job.plan.digest))
     with _quiesce(session, options) as quiesced:
         ready = session.prepare(replace(_request(jobs, quiesced, options), rehearsal=rehearsal))
         for job, volume in zip(jobs, ready.volumes, strict=True):
-            job.volume = volume
-            check_volume(job.plan, job.chain.name, volume.uuid)
+            check_volume(job.plan, job.name, volume.uuid)
         jobs[0].plan.kept += snapshots.notes(ready.left, session.address)
         quiesced.check(ready, session)
-        yield quiesced
+        yield quiesced, ready.volumes
 
 
-def _together(moment: Moment, session: Session, jobs: list[_Job], quiesced: Quiesce) -> Moment:
-    """Return the moment with a warning where it is not one for all sources.
+def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> list[Moment]:
+    """Return the moment of each source, with a warning where it is not one for all of them.
 
-    One of them may be written to: what the others hold then is as it was at the moment of that one.
+    One of them may be written to: what the others hold then is as it was at the moment of that one. `holds` says of
+    each whether what writes to it was held still.
     """
-    for index, job in enumerate(jobs):
-        job.held = quiesced.holds(index) is not False
-    if len(jobs) == 1:
-        return moment
-    moment = replace(moment, apart_s=round(session.apart_s, 3))
-    if sum(quiesced.holds(index) is not True for index in range(len(jobs))) <= 1:
-        return moment
-    found = (
-        f"the snapshots of this run were made one after the other, within {session.apart_s:.2f} s, and nothing held "
-        "all writers still: what was written to one and then to another may be in the second alone; hold them still "
-        "with --before and --after"
-    )
-    return replace(moment, warnings=[*moment.warnings, found])
+    if len(holds) > 1:
+        moment = replace(moment, apart_s=round(session.apart_s, 3))
+    if sum(held is not True for held in holds) > 1:
+        found = (
+            f"the snapshots of this run were made one after the other, within {session.apart_s:.2f} s, and nothing held"
+            " all writers still: what was written to one and then to another may be in the second alone; hold them"
+            " still with --before and --after"
+        )
+        moment = replace(moment, warnings=[*moment.warnings, found])
+    return [moment if held is not False else replace(moment, quiesced=None) for held in holds]
 
 
-def _held(moment: Moment, held_s: float | None) -> Moment:
-    """Return the moment with the time for which writers were held in truth, where that ended after the reading."""
+def _quiesced(moment: Moment, held_s: float | None) -> Quiesced | None:
+    """Return how writers were held still, for `held_s` seconds in truth where that ended after the reading."""
     if moment.quiesced is None or held_s is None:
-        return moment
-    return replace(moment, quiesced=replace(moment.quiesced, held_s=held_s))
+        return moment.quiesced
+    return replace(moment.quiesced, held_s=held_s)
 
 
 @contextmanager
@@ -248,7 +264,7 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
     for job in jobs:
         last = job.plan.snapshot
         kept = last.uuid if volumes is not None and last is not None and last.kept else ""
-        owner, chain = snapshots.owner(job.chain.name, options.period)
+        owner, chain = snapshots.owner(job.name, options.period)
         sources.append(Wanted(os.fsencode(job.path), owner, chain, kept))
     return Request(
         sources,
@@ -262,48 +278,46 @@ def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
     )
 
 
-def _dump(
+def _scan(
     session: Session,
-    job: _Job,
+    source: _Taken,
     connect: Callable[[], Session],
     options: Options,
     compress: Callable[[bytes | memoryview], bytes],
     watcher: Progress,
     stack: ExitStack,
-) -> None:
+) -> _Scanned:
     """Let the agent scan the next source, with others if need be, and write its delta and digest table."""
-    plan, before = job.plan, session.bytes_received
+    plan, before = source.plan, session.bytes_received
+    hasher = Hasher(digest_named(plan.digest), plan.block_size)
     volumes = options.volumes or Volumes()
     trusted = volumes.keep and plan.old is not None and plan.snapshot is not None and plan.snapshot.kept
     audited = trusted and (volumes.audit or plan.audit_due)
     hinted = trusted and not audited
     bandwidth = options.bandwidth if options.bandwidth is None else max(1, options.bandwidth // options.streams)
-    scan = Scan(plan.block_size, job.hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
-    with streams.opened(session, scan, job.path, connect) as found:
-        job.opened = opened = found.opened
-        watcher.begin(opened.size)
+    scan = Scan(plan.block_size, hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
+    with streams.opened(session, scan, source.path, connect) as found:
+        watcher.begin(found.opened.size)
         with signals.held():  # a signal comes when its files are known to what removes them
-            job.new = stack.enter_context(
-                _known(job.locked).begin(codec.SUFFIXES[options.compression], "." + plan.digest)
-            )
-        delta, table = job.new.delta, job.new.table
-        writer = DeltaWriter(delta, table, plan.delta_format, job.hasher, opened.size, compress, plan.old)
+            new = stack.enter_context(source.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
+        writer = DeltaWriter(new.delta, new.table, plan.delta_format, hasher, found.opened.size, compress, plan.old)
 
         def show(offset: int) -> None:
             watcher.update(offset, found.bytes_received)
 
-        job.written = writer.write(found.changes(writer.allocate, show))
-        job.totals = found.totals
-        job.received = found.bytes_received - before
+        written = writer.write(found.changes(writer.allocate, show))
+        return _Scanned(new, found.opened, written, found.totals, found.bytes_received - before)
 
 
-def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: str | None) -> Manifest:
-    new, opened, written, totals = _known(job.new), _known(job.opened), _known(job.written), _known(job.totals)
-    plan, address = job.plan, session.address
-    delta, table = new.stored()
+def _manifest(
+    session: Session, source: _Taken, found: _Scanned, held_s: float | None, started: str, run: str | None
+) -> Manifest:
+    opened, written, totals = found.opened, found.written, found.totals
+    plan, moment, address = source.plan, source.moment, session.address
+    delta, table = found.new.stored()
     snapshot = None
     if opened.snapshot is not None:
-        kind = "thin" if job.volume.segtype == "thin" else "thick"
+        kind = "thin" if source.volume.segtype == "thin" else "thick"
         snapshot = Snapshot(
             opened.snapshot,
             kind,
@@ -313,10 +327,10 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
             opened.extents,
             moment.apart_s,
         )
-    quiesced = moment.quiesced if job.held else None
+    quiesced = _quiesced(moment, held_s)
     return Manifest(
-        chain=_known(job.locked).chain_id(),
-        generation=new.number,
+        chain=source.chain.chain_id(),
+        generation=found.new.number,
         parent=plan.parent,
         full=plan.old is None,
         delta_format=plan.delta_format,
@@ -327,12 +341,12 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
         image_size=opened.size,
         blocks=written.blocks,
         changed_blocks=written.changed_blocks,
-        source=Source(address.machine, job.path, opened.kind, job.volume.uuid),
+        source=Source(address.machine, source.path, opened.kind, source.volume.uuid),
         consistency=consistency.of(totals, snapshot is not None, quiesced is not None),
         started=started,
         finished=now(),
         bytes_read=totals.read,
-        bytes_received=job.received,
+        bytes_received=found.bytes_received,
         run=run,
         snapshot=snapshot,
         quiesced=quiesced,
@@ -342,16 +356,11 @@ def _manifest(session: Session, job: _Job, moment: Moment, started: str, run: st
     )
 
 
-def _known(value: Value | None) -> Value:
-    assert value is not None, "a step of the run was left out"
-    return value
-
-
-def _warnings(job: _Job, made: Manifest) -> list[str]:
-    totals, path = _known(job.totals), printable(job.path)
+def _warnings(source: _Taken, totals: Totals, made: Manifest) -> list[str]:
     if totals.left:
+        path = printable(source.path)
         return [f"the backup is complete, but a snapshot of {path} is left on the host: {totals.notes[-1]}"]
-    found = consistency.warning(job.path, made.source.kind, totals, made.consistency, made.quiesced is not None)
+    found = consistency.warning(source.path, made.source.kind, totals, made.consistency, made.quiesced is not None)
     return [] if found is None else [found]
 
 

@@ -59,7 +59,7 @@ def test_an_agent_whose_server_is_slow_reads_no_further(large_tmp_path: Path, mo
         (agent,) = processes.marked(mark)
         assert _settled(agent) <= UNDER_WAY
         assert sum(run.length for run in runs) + (2 << 20) >= size
-        assert session.totals is not None and session.totals.read == size
+        assert session.totals.read == size
     processes.wait_until_gone(mark)
 
 

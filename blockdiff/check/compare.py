@@ -68,4 +68,4 @@ def compare(
         if size is None and block_count(opened.size, table.block_size) < table.count:
             end = block_count(opened.size, table.block_size) * table.block_size
             ranges.append((end, table.count * table.block_size - end))
-    return Difference(ranges, size, opened.size, session.totals.how if session.totals is not None else "")
+    return Difference(ranges, size, opened.size, session.totals.how)

@@ -186,7 +186,7 @@ def dump_remote(
         Quiesce().around(session)
         _scan(session, ends)
         ends.finish()
-        return session.totals.how if session.totals is not None else ""
+        return session.totals.how
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def dump_volume(
         command = "ssh_blockdiff_dump" + _FLAGS[compression]
         snapshot = _scan(session, ends, lambda device: say(f'running: {command} "{host.login}" "{device}"...'))
         say(f"removing snapshot {snapshot}...")
-        for note in session.totals.notes[len(ready.notes) :] if session.totals is not None else ():
+        for note in session.totals.notes[len(ready.notes) :]:
             say(note)
         ends.finish()
 

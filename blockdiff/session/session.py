@@ -103,7 +103,6 @@ class Session:
         pauses_s: Sequence[float] = (),
     ) -> None:
         self.address = address
-        self.totals: Totals | None = None
         self.apart_s = 0.0
         self._transport_name = transport_name
         self._options = options
@@ -113,6 +112,7 @@ class Session:
         self.refused = 0
         self._digests: list[str] = []
         self._shared_bytes = 0
+        self._totals: Totals | None = None
         self._sender: TableSender | None = None
         self._tunnel: Tunnel | None = None
 
@@ -150,6 +150,12 @@ class Session:
     def bytes_received(self) -> int:
         """Bytes that came from the agent so far, those that it only pointed to included."""
         return self._link.bytes_received + self._shared_bytes
+
+    @property
+    def totals(self) -> Totals:
+        """What the agent said at the end of the last source, once `changes` is at its end."""
+        assert self._totals is not None, "no source was scanned to its end"
+        return self._totals
 
     def _hello(self) -> dict[str, str]:
         hello = self._expect(wire.HELLO)
@@ -299,7 +305,7 @@ class Session:
                     checker.check_want(start, frame.offset)
                     self._sender.want(start, frame.offset)
                 elif frame.kind == wire.TOTALS:
-                    self.totals = checker.check_totals(self._link.read_json(frame))
+                    self._totals = checker.check_totals(self._link.read_json(frame))
                     break
                 else:
                     raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")

@@ -38,18 +38,14 @@ class Streams:
         return sum(session.bytes_received for session in self._sessions)
 
     @property
-    def totals(self) -> Totals | None:
+    def totals(self) -> Totals:
         """What all of them read, once `changes` is at its end; the first knows all else."""
-        first = self._sessions[0].totals
-        others = [session.totals for session in self._sessions[1:]]
-        if first is None or None in others:
-            return None
-        known = [first, *(totals for totals in others if totals is not None)]
+        known = [session.totals for session in self._sessions]
         # the worst that one of them saw; they do not look at the same time
         worst = max(known, key=lambda totals: (totals.touched is True, totals.touched is None, totals.how != ""))
-        notes = (*first.notes, *_refusals(sum(session.refused for session in self._sessions)))
+        notes = (*known[0].notes, *_refusals(sum(session.refused for session in self._sessions)))
         read = sum(totals.read for totals in known)
-        return replace(first, read=read, touched=worst.touched, how=worst.how, notes=notes)
+        return replace(known[0], read=read, touched=worst.touched, how=worst.how, notes=notes)
 
     def changes(
         self, allocate: Callable[[int], memoryview], progress: Callable[[int], object] = lambda offset: None
