@@ -38,9 +38,9 @@ def option_file(path: Path, text: str) -> str:
         ("mysql://u@/?socket=/run/a%20b.sock", Account("u", "", socket="/run/a b.sock")),
         ("mysql://u@localhost/", Account("u", "")),
         ("mysql:///", Account("me", "")),
-        ("ssh", Account("root", "", through_ssh=True)),
+        ("ssh", Account("", "", through_ssh=True)),
         ("mysql+ssh://backup@/", Account("backup", "", through_ssh=True)),
-        ("mysql+ssh:///?socket=/run/db.sock", Account("root", "", socket="/run/db.sock", through_ssh=True)),
+        ("mysql+ssh:///?socket=/run/db.sock", Account("", "", socket="/run/db.sock", through_ssh=True)),
         ("mysql://u@h/?ssl-ca=/ca.pem", Account("u", "", "h", tls=Tls("/ca.pem"))),
         ("mysql://u@h/?ssl-mode=required", Account("u", "", "h", tls=Tls())),
         (
@@ -54,11 +54,6 @@ def option_file(path: Path, text: str) -> str:
 )
 def test_a_url_says_who_and_where(url: str, account: Account) -> None:
     assert from_url(url) == account
-
-
-def test_the_word_ssh_logs_in_as_the_ssh_login_does() -> None:
-    assert from_url("ssh", "admin").user == "admin"
-    assert from_url("mysql+ssh:///", "admin").user == "admin"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +103,7 @@ def test_a_url_without_a_password_has_the_rest_from_the_option_file_at_home(bare
     assert from_url("mysql://backup@db00/") == Account("backup", "p # w", "db00", 3333)
     assert from_url("mysql:///") == Account("file", "p # w", "db01", 3333)
     assert from_url("mysql://backup:@db00/") == Account("backup", "", "db00")
-    assert from_url("ssh") == Account("root", "", through_ssh=True)
+    assert from_url("ssh") == Account("", "", through_ssh=True)
 
 
 def test_a_url_can_name_an_option_file(bare: Path) -> None:

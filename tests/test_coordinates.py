@@ -208,16 +208,9 @@ def test_a_replica_is_seeded_in_the_dialect_of_the_server(given: Coordinates, ex
     assert statements(replica_statement(given)) == expected
 
 
-def test_the_statement_names_the_source_where_it_is_known() -> None:
-    assert statements(replica_statement(MYSQL, "db00")) == [
-        f"CHANGE REPLICATION SOURCE TO SOURCE_HOST='db00', SOURCE_{FILE.format('SOURCE')};"
-    ]
-    text = replica_statement(MARIADB, "db00", 3307)
-    assert "CHANGE MASTER TO MASTER_HOST='db00', MASTER_PORT=3307, MASTER_USE_GTID=slave_pos;" in text
-    assert "MASTER_HOST=..." not in text and "MASTER_HOST=..." in replica_statement(MARIADB)
-
-
 def test_the_statement_tells_what_a_copy_needs_before() -> None:
+    assert "--   CHANGE MASTER TO MASTER_USER=..., MASTER_PASSWORD=..., MASTER_HOST=...;" in replica_statement(MARIADB)
+    assert "SOURCE_PASSWORD=..., SOURCE_HOST=...;" in replica_statement(MYSQL)
     assert "a server_id of its own, and execute" in replica_statement(MARIADB)
     assert "delete its auto.cnf" in replica_statement(MYSQL)
 

@@ -91,7 +91,7 @@ def network_user(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def options(url: str, limits: Limits | None = None, before: str | None = None) -> Options:
-    account = accounts.from_url(url, ssh_user="")
+    account = accounts.from_url(url)
     return Options(volumes=Volumes(database=account, limits=limits or Limits()), before=before)
 
 

@@ -70,7 +70,7 @@ def applier(mariadb: MariaDB) -> object:
 
 
 def options(url: str) -> Options:
-    return Options(volumes=Volumes(database=accounts.from_url(url, ssh_user=""), pauses=True))
+    return Options(volumes=Volumes(database=accounts.from_url(url), pauses=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

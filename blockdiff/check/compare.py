@@ -31,13 +31,11 @@ class Difference:
         return not self.ranges and self.image_size in (None, self.source_size)
 
 
-def compare(
-    generation: Generation, session: Session, address: Address, progress: Progress, bandwidth: int | None = None
-) -> Difference:
+def compare(generation: Generation, session: Session, address: Address, progress: Progress) -> Difference:
     """Return where the source at `address`, reached by `session`, differs from a generation, by their digests.
 
-    The host reads all of it and sends what differs, at most `bandwidth` bytes a second; nothing is kept. Raises
-    `DamagedError` where the digest table cannot be read, and whatever reading the source raises.
+    The host reads all of it and sends what differs; nothing is kept. Raises `DamagedError` where the digest table
+    cannot be read, and whatever reading the source raises.
     """
     ranges: list[tuple[int, int]] = []
     with ExitStack() as stack:
@@ -49,7 +47,7 @@ def compare(
         session.prepare(Request([Wanted(os.fsencode(address.path))], low_priority=True))
         session.begin_take()
         session.end_take()
-        scan = Scan(table.block_size, digest, table, bandwidth)
+        scan = Scan(table.block_size, digest, table)
         opened = session.scan(scan)
         progress.begin(opened.size)
         for run in session.changes(

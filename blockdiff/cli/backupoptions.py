@@ -79,7 +79,7 @@ def options(given: CommandLine, suffix: str, prefix: Sequence[str] | None) -> Op
 def _volumes(given: CommandLine) -> Volumes:
     return Volumes(
         snapshot_size=given["snapshot_size"] or Volumes.snapshot_size,
-        database=None if given["mysql"] is None else accounts.from_url(given["mysql"], ssh_user=""),
+        database=None if given["mysql"] is None else accounts.from_url(given["mysql"]),
         limits=Limits(
             given["lock_wait"] or Limits.lock_wait_s,
             given["long_query"] or Limits.long_query_s,

@@ -121,17 +121,17 @@ def from_options(given: Given) -> Account:
     return _complete(given, {} if given.defaults_file is None else _read(given.defaults_file))
 
 
-def from_url(text: str, ssh_user: str = "root") -> Account:
+def from_url(text: str) -> Account:
     """Return the account for ``mysql://[USER@]HOST[:PORT]/[DATABASE][?socket=PATH&defaults-file=PATH]``.
 
     Other parameters are ``ssl-ca``, ``ssl-capath``, ``ssl-cert``, ``ssl-key``, ``ssl-mode`` and
     ``server-public-key-path``. A password is not taken: others see it in the list of processes. ``USER:@`` stands for
     an empty one. A URL without that has the rest from the option file that it names, or else from ``~/.my.cnf``, where
     there is one. ``mysql+ssh://`` goes through the SSH connection to the host's own socket, and the word ``ssh`` does
-    so as `ssh_user` (the name of the SSH login) without a password. Raises `UsageError`; no message quotes the URL.
+    so without a password; an empty user is the one of the SSH login. Raises `UsageError`; no message quotes the URL.
     """
     if text == "ssh":
-        return Account(ssh_user, "", through_ssh=True)
+        return Account("", "", through_ssh=True)
     try:
         url = urlsplit(text)
         port = url.port
@@ -149,7 +149,7 @@ def from_url(text: str, ssh_user: str = "root") -> Account:
         )
     options = _options_for(given) if given.defaults_file is not None else {}
     user = given.user if given.user is not None else options.get("user")
-    return Account(user or ssh_user, _password(given, options), socket=given.socket, through_ssh=True)
+    return Account(user or "", _password(given, options), socket=given.socket, through_ssh=True)
 
 
 def _given(url: SplitResult, port: int | None) -> Given:

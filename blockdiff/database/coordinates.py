@@ -255,12 +255,12 @@ def _is_count(values: Mapping[str, object], name: str) -> int:
     return value
 
 
-def replica_statement(coordinates: Coordinates, host: str | None = None, port: int | None = None) -> str:
+def replica_statement(coordinates: Coordinates) -> str:
     """Return the SQL that makes a server restored from this generation a replica of the server that was backed up.
 
-    It ends with a line end, begins with comments, can be executed as it is, and is in the dialect of the server. With
-    `host` (and `port`) it names the source; without, this has to be done before. Users and passwords are never in it.
-    Raises `UsageError` where the server wrote no binary log.
+    It ends with a line end, begins with comments, and is in the dialect of the server. Which server is the source, with
+    user and password, has to be said before it is executed: a comment says how. Raises `UsageError` where the server
+    wrote no binary log.
     """
     if coordinates.binlog_file is None or coordinates.binlog_position is None:
         raise UsageError(
@@ -273,13 +273,11 @@ def replica_statement(coordinates: Coordinates, host: str | None = None, port: i
         raise DatabaseError("the coordinates of this generation have control characters in them", _ODD)
     new_words = version.is_mysql(8, 0, 23)
     change, prefix = ("CHANGE REPLICATION SOURCE TO", "SOURCE") if new_words else ("CHANGE MASTER TO", "MASTER")
-    login = [f"{prefix}_USER=...", f"{prefix}_PASSWORD=..."] + ([] if host else [f"{prefix}_HOST=..."])
-    settings = [f"{prefix}_HOST={_quoted(host)}"] if host else []
-    settings += [f"{prefix}_PORT={port}"] if host and port is not None else []
+    settings = []
     lines = [
         f"-- {_name(version)}: a restored copy becomes a replica of the server that was backed up.",
         f"-- Give the copy a server_id of its own{_new_uuid(version)}, and execute first",
-        f"--   {change} {', '.join(login)};",
+        f"--   {change} {prefix}_USER=..., {prefix}_PASSWORD=..., {prefix}_HOST=...;",
     ]
     if coordinates.gtid and version.flavour == MARIADB:
         lines.append(f"SET GLOBAL gtid_slave_pos={_quoted(coordinates.gtid)};")

@@ -27,21 +27,18 @@ _PYTHONS = (
 )
 
 # runs the loader, which comes first on standard input behind a line for shells and its size in 8 digits
-_FIRST_LINES = (
-    b"""\
+_FIRST_LINES = b"""\
 import os,sys
 def take(n):
     data=b""
     while len(data)<n:
         more=os.read(0,n-len(data))
-        if not more: sys.exit(92)
+        if not more: sys.exit(%d)
         data+=more
     return data
-if take(8)!=%r: sys.exit(92)
+if take(8)!=%r: sys.exit(%d)
 exec(take(int(take(8))))
-"""
-    % loader.FOR_SHELLS
-)
+""" % (loader.DAMAGED, loader.FOR_SHELLS, loader.DAMAGED)
 
 # Hexadecimal digits mean the same to every shell. The lines travel as an argument of their own, and the loader finds
 # them at the same place when it starts itself again under a prefix.
