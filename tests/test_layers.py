@@ -1,6 +1,7 @@
 """The rooms and their order, proved from the sources alone (fast: also part of `make check`)."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,30 @@ def imported_of_ours(path: Path) -> set[str]:
 
 def test_every_room_has_its_place() -> None:
     assert {room(name) for name in MODULES} == set(LEVELS)
+
+
+def section(heading: str) -> str:
+    """Return a section of docs/architecture.md."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_rooms_names_every_module() -> None:
+    """Those of `cli/` have the names of the commands: the table says so, and no more."""
+    named = set(re.findall(r"`(\w+)/?`", section("Rooms")))
+    assert {name.rpartition(".")[2] for name in MODULES if not name.startswith("cli.")} <= named
+
+
+def test_what_the_docs_look_for_is_where_they_say() -> None:
+    rows = [line.split("|") for line in section("Where is it?").splitlines() if line.startswith("|")]
+    answers = [row[2] for row in rows if "`" in row[2]]
+    assert len(answers) > 20
+    for answer in answers:
+        names = re.findall(r"`([\w/.-]+)`", answer)
+        files = [PACKAGE / name for name in names if "/" in name or "." in name]
+        assert all(file.exists() for file in files), answer
+        text = "".join(file.read_text("utf-8") for file in files if file.is_file())
+        assert all(name in text for name in names if "/" not in name and "." not in name), answer
 
 
 @pytest.mark.parametrize("name", MODULES)
