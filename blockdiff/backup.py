@@ -18,7 +18,7 @@ from blockdiff.format import codec
 from blockdiff.format.deltawriter import DeltaWriter, Written
 from blockdiff.format.manifest import Manifest, Quiesced, Snapshot, Source
 from blockdiff.mysqllock import Limits
-from blockdiff.plan import Choices, Plan, check_volume, make_plan
+from blockdiff.plan import ChainOptions, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
 from blockdiff.quiesce import Moment, Quiesce
 from blockdiff.replicapause import Way
@@ -33,7 +33,7 @@ from blockdiff.transport.connection import Connection
 
 
 @dataclass(frozen=True)
-class Volumes:
+class VolumeOptions:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
     `keep`, `audit`: see `sources.Wish`. `pauses`: what applies changes on a replica stands still under the lock.
@@ -48,14 +48,14 @@ class Volumes:
 
 
 @dataclass(frozen=True)
-class Options(Choices):
+class Options(ChainOptions):
     """What the command line asks for. `volumes` is None where sources are read as they are.
 
     `before` and `after` are commands for the host: around the making of the snapshots, or else around all the reading.
     `period` is what each NAME ends with where a new chain begins by itself each month, week or day.
     """
 
-    volumes: Volumes | None = None
+    volumes: VolumeOptions | None = None
     before: str | None = None
     after: str | None = None
     period: str = ""
@@ -290,7 +290,7 @@ def _scan(
     """Let the agent scan the next source, with others if need be, and write its delta and digest table."""
     plan, before = source.plan, session.bytes_received
     hasher = Hasher(digest_named(plan.digest), plan.block_size)
-    volumes = options.volumes or Volumes()
+    volumes = options.volumes or VolumeOptions()
     trusted = volumes.keep and plan.old is not None and plan.snapshot is not None and plan.snapshot.kept
     audited = trusted and (volumes.audit or plan.audit_due)
     hinted = trusted and not audited

@@ -21,7 +21,7 @@ HINTED_RUNS = 9
 
 
 @dataclass(frozen=True)
-class Choices:
+class ChainOptions:
     """What the command line asks of a chain; None leaves it to the chain, or to the defaults of a new one."""
 
     block_size: int | None = None
@@ -57,7 +57,7 @@ class Plan:
 
 
 def make_plan(
-    chain: Chain, address: Address, path: str, choices: Choices, stack: ExitStack, by_volume: bool = False
+    chain: Chain, address: Address, path: str, options: ChainOptions, stack: ExitStack, by_volume: bool = False
 ) -> Plan:
     """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
 
@@ -67,8 +67,8 @@ def make_plan(
     last = chain.last()
     base = chain.generations.get(last)
     parent = Parent(last, base.manifest_sha256 if base is not None else None) if last else None
-    if last == 0 or choices.full:
-        return _full_plan(base, parent, choices)
+    if last == 0 or options.full:
+        return _full_plan(base, parent, options)
     if base is None:
         raise DamagedError(
             f"{chain.path_of('.ver')} says {last}, but generation {last} is not there",
@@ -85,15 +85,15 @@ def make_plan(
         plan.snapshot, plan.volume = base.manifest.snapshot, base.manifest.source.volume
         plan.elsewhere = elsewhere
     plan.audit_due = _audit_is_due(chain)
-    plan.kept += _kept(plan, choices)
+    plan.kept += _kept(plan, options)
     return plan
 
 
-def _full_plan(base: Generation | None, parent: Parent | None, choices: Choices) -> Plan:
+def _full_plan(base: Generation | None, parent: Parent | None, options: ChainOptions) -> Plan:
     known = base.manifest if base is not None else None
-    block_size = choices.block_size or (known.block_size if known else DEFAULT_BLOCK_SIZE)
-    digest = choices.digest or (known.digest if known else DEFAULT_DIGEST)
-    delta_format = choices.delta_format or (known.delta_format if known else DEFAULT_FORMAT)
+    block_size = options.block_size or (known.block_size if known else DEFAULT_BLOCK_SIZE)
+    digest = options.digest or (known.digest if known else DEFAULT_DIGEST)
+    delta_format = options.delta_format or (known.delta_format if known else DEFAULT_FORMAT)
     check_block_size(block_size)
     return Plan(block_size, digest, delta_format, None, parent, known.snapshot if known else None)
 
@@ -167,11 +167,11 @@ def _format_of(base: Generation) -> int:
     return found
 
 
-def _kept(plan: Plan, choices: Choices) -> list[str]:
+def _kept(plan: Plan, options: ChainOptions) -> list[str]:
     asked = (
-        ("block size", choices.block_size, plan.block_size),
-        ("digest", choices.digest, plan.digest),
-        ("format", choices.delta_format, plan.delta_format),
+        ("block size", options.block_size, plan.block_size),
+        ("digest", options.digest, plan.digest),
+        ("format", options.delta_format, plan.delta_format),
     )
     return [
         f"the chain keeps its {what} {kept} (asked for: {wanted}; --full would change it)"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.database import accounts
-from blockdiff.database.accounts import Account, Given, Tls, from_options, from_url
+from blockdiff.database.accounts import Account, LoginOptions, Tls, from_options, from_url
 from blockdiff.shared.errors import UsageError
 
 
@@ -89,7 +89,7 @@ def test_a_wrong_url_is_told_without_its_secret(url: str, message: str) -> None:
 
 
 def test_an_account_does_not_show_its_password() -> None:
-    assert "secret" not in repr(from_options(Given(password="secret"))) + repr(Given(password="secret"))
+    assert "secret" not in repr(from_options(LoginOptions(password="secret"))) + repr(LoginOptions(password="secret"))
 
 
 def test_the_hint_says_where_a_password_goes() -> None:
@@ -116,9 +116,9 @@ def test_a_url_can_name_an_option_file(bare: Path) -> None:
 
 def test_the_options_of_the_original_have_its_defaults(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     option_file(bare / ".my.cnf", "[client]\npassword=not read\n")
-    assert from_options(Given()) == Account("me", "", "localhost", 3306)
+    assert from_options(LoginOptions()) == Account("me", "", "localhost", 3306)
     monkeypatch.delenv("USER")
-    assert from_options(Given(host="db00", password="pw")) == Account("root", "pw", "db00", 3306)
+    assert from_options(LoginOptions(host="db00", password="pw")) == Account("root", "pw", "db00", 3306)
 
 
 def test_what_is_given_goes_before_the_file_and_the_file_before_the_environment(
@@ -126,30 +126,30 @@ def test_what_is_given_goes_before_the_file_and_the_file_before_the_environment(
 ) -> None:
     monkeypatch.setenv("MYSQL_PWD", "environment")
     path = option_file(bare / "my.cnf", "[client]\nuser=file\npassword=file\n")
-    assert from_options(Given()).password == "environment"
-    assert from_options(Given(defaults_file=path)) == Account("file", "file")
-    assert from_options(Given(defaults_file=path, user="u", password="")) == Account("u", "")
+    assert from_options(LoginOptions()).password == "environment"
+    assert from_options(LoginOptions(defaults_file=path)) == Account("file", "file")
+    assert from_options(LoginOptions(defaults_file=path, user="u", password="")) == Account("u", "")
     option_file(bare / "my.cnf", "[client]\npassword\n")
-    assert from_options(Given(defaults_file=path)).password == "environment"
+    assert from_options(LoginOptions(defaults_file=path)).password == "environment"
 
 
 def test_localhost_is_the_socket_where_there_is_one_and_no_port_is_given(bare: Path) -> None:
     second = bare / "second.sock"
     second.touch()
-    assert from_options(Given()).socket == str(second)
-    assert from_options(Given(host="localhost")).socket == str(second)
-    assert from_options(Given(port=3306)).socket is None
-    assert from_options(Given(host="127.0.0.1")).socket is None
-    assert from_options(Given(socket="/own.sock")).socket == "/own.sock"
+    assert from_options(LoginOptions()).socket == str(second)
+    assert from_options(LoginOptions(host="localhost")).socket == str(second)
+    assert from_options(LoginOptions(port=3306)).socket is None
+    assert from_options(LoginOptions(host="127.0.0.1")).socket is None
+    assert from_options(LoginOptions(socket="/own.sock")).socket == "/own.sock"
     path = option_file(bare / "my.cnf", "[client]\nport=3306\n")
-    assert from_options(Given(defaults_file=path)).socket == str(second)
+    assert from_options(LoginOptions(defaults_file=path)).socket == str(second)
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "x", "", "²"])
 def test_a_port_in_an_option_file_that_is_none_is_an_error(bare: Path, port: str) -> None:
     path = option_file(bare / "my.cnf", f"[client]\nport={port}\n")
     with pytest.raises(UsageError, match="which is no port"):
-        from_options(Given(defaults_file=path))
+        from_options(LoginOptions(defaults_file=path))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ def test_an_account_says_where_it_is(account: Account, place: str) -> None:
 )
 def test_option_files_say_how_to_encrypt(bare: Path, options: str, tls: Tls | None) -> None:
     path = option_file(bare / "my.cnf", f"[client]\nhost=db00\n{options}\n")
-    assert from_options(Given(defaults_file=path)).tls == tls
+    assert from_options(LoginOptions(defaults_file=path)).tls == tls
     assert from_url(f"mysql://u@db00/?defaults-file={path}").tls == tls
-    assert from_options(Given(defaults_file=path, host="localhost", socket="/s")).tls is None
+    assert from_options(LoginOptions(defaults_file=path, host="localhost", socket="/s")).tls is None
     assert from_url(f"mysql+ssh://u@/?defaults-file={path}").tls is None
 
 
@@ -202,7 +202,7 @@ def test_a_url_goes_before_the_option_file(bare: Path) -> None:
 def test_what_is_not_done_of_the_clients_options_is_refused_by_name(bare: Path, option: str) -> None:
     path = option_file(bare / "my.cnf", f"[client]\nhost=db00\n{option}\n")
     with pytest.raises(UsageError, match=f"{option.partition('=')[0]} is not supported: .* is always checked"):
-        from_options(Given(defaults_file=path))
+        from_options(LoginOptions(defaults_file=path))
 
 
 def test_a_file_that_is_not_the_servers_key_is_refused(bare: Path) -> None:

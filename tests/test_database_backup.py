@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import backup, mysqllock
-from blockdiff.backup import Options, Volumes
+from blockdiff.backup import Options, VolumeOptions
 from blockdiff.database import accounts, sqlsession
 from blockdiff.database.coordinates import Coordinates
 from blockdiff.mysqllock import Limits
@@ -92,7 +92,7 @@ def network_user(mariadb: MariaDB, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def options(url: str, limits: Limits | None = None, before: str | None = None) -> Options:
     account = accounts.from_url(url)
-    return Options(volumes=Volumes(database=account, limits=limits or Limits()), before=before)
+    return Options(volumes=VolumeOptions(database=account, limits=limits or Limits()), before=before)
 
 
 def through_socket(mariadb: MariaDB) -> str:
@@ -225,7 +225,7 @@ def test_an_account_with_a_password_over_the_network(chain: SmallChain, mariadb:
 
 
 def test_a_generation_without_coordinates_seeds_no_replica(chain: SmallChain) -> None:
-    chain.add(None, Options(volumes=Volumes()))
+    chain.add(None, Options(volumes=VolumeOptions()))
     result = commands.run("blockdiff", "list", chain.name, "--replica-statement")
     assert (result.returncode, result.stdout) == (1, b"")
     assert b"generation 1 was made without a database lock, and has no coordinates" in result.stderr

@@ -10,7 +10,7 @@ from blockdiff import plan
 from blockdiff.chain.commit import LockedChain
 from blockdiff.format import manifest
 from blockdiff.format.manifest import Manifest, Parent, Snapshot
-from blockdiff.plan import HINTED_RUNS, Choices, Plan
+from blockdiff.plan import HINTED_RUNS, ChainOptions, Plan
 from blockdiff.shared.errors import ChainError
 from blockdiff.transport.address import Address
 from tests import chains
@@ -45,7 +45,7 @@ def planned(
 ) -> Plan:
     path = path or str(chain.source)
     with LockedChain(chain.name) as locked, ExitStack() as stack:
-        return plan.make_plan(locked, Address(host, path), path, Choices(full=full), stack, by_volume)
+        return plan.make_plan(locked, Address(host, path), path, ChainOptions(full=full), stack, by_volume)
 
 
 def test_a_new_chain_takes_any_volume(chain: SmallChain) -> None:

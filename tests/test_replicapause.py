@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import mysqllock, replicapause
-from blockdiff.backup import Options, Volumes
+from blockdiff.backup import Options, VolumeOptions
 from blockdiff.database import accounts, coordinates
 from blockdiff.database.accounts import Account
 from blockdiff.database.coordinates import Version
@@ -70,7 +70,7 @@ def applier(mariadb: MariaDB) -> object:
 
 
 def options(url: str) -> Options:
-    return Options(volumes=Volumes(database=accounts.from_url(url), pauses=True))
+    return Options(volumes=VolumeOptions(database=accounts.from_url(url), pauses=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

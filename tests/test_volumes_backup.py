@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff import backup, lvm
-from blockdiff.backup import Options, Result, Volumes
+from blockdiff.backup import Options, Result, VolumeOptions
 from blockdiff.chain.commit import LockedChain
 from blockdiff.host import leftovers, lvs, sources
 from blockdiff.progress import Progress
@@ -32,7 +32,7 @@ LIMIT_S = 30.0
 MIB = 1 << 20
 #: More than what fits into the pipes between agent and server: the agent waits while the server does.
 IMAGE = random.Random(1).randbytes(6 * MIB)
-LVM = Options(volumes=Volumes())
+LVM = Options(volumes=VolumeOptions())
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_the_next_run_is_incremental(chain: SmallChain) -> None:
 
 
 def test_the_snapshot_has_the_size_that_was_asked_for(chain: SmallChain, fake: FakeLvm) -> None:
-    chain.add(None, Options(volumes=Volumes(snapshot_size="8M")))
+    chain.add(None, Options(volumes=VolumeOptions(snapshot_size="8M")))
     (call,) = fake.calls("lvcreate")
     assert call[call.index("-L") + 1] == f"{8 * MIB}b"
 
@@ -137,7 +137,7 @@ def test_a_volume_of_the_same_name_is_another(chain: SmallChain, fake: FakeLvm) 
     assert type(error) is ChainError
     assert f"the LV UUID {old}, this one has new" in error.message and "--full" in str(error.hint)
     assert fake.calls("lvcreate")[1:] == []
-    made = chain.add(None, Options(volumes=Volumes(), full=True)).manifest
+    made = chain.add(None, Options(volumes=VolumeOptions(), full=True)).manifest
     assert made.full and made.source.volume == "new"
     chain.assert_sound()
 
@@ -169,7 +169,7 @@ def test_another_volume_at_another_path_is_refused_before_anything_is_made(chain
 
 def test_before_and_after_run_around_the_snapshot(chain: SmallChain, fake: FakeLvm, tmp_path: Path) -> None:
     count = f"grep -c lvcreate '{fake.directory}/calls' >> '{tmp_path}/log'; true"
-    made = chain.add(None, Options(volumes=Volumes(), before=count, after=count)).manifest
+    made = chain.add(None, Options(volumes=VolumeOptions(), before=count, after=count)).manifest
     assert (tmp_path / "log").read_text().split() == ["0", "1"]
     assert made.consistency == "quiesced"
     assert made.quiesced is not None and made.snapshot is not None

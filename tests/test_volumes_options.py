@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from blockdiff.backup import Volumes
+from blockdiff.backup import VolumeOptions
 from blockdiff.cli import backup
 from blockdiff.cli.backupoptions import CommandLine, options
 from blockdiff.database.accounts import Account
@@ -46,7 +46,7 @@ NOTHING: CommandLine = {
 MYSQL = ("--mysql", "mysql://u@127.0.0.1/")
 
 
-def parsed(**given: object) -> Volumes | None:
+def parsed(**given: object) -> VolumeOptions | None:
     return options(cast(CommandLine, {**NOTHING, **given}), suffix="", prefix=None).volumes
 
 
@@ -62,7 +62,7 @@ def test_without_lvm_there_are_none() -> None:
 
 def test_defaults() -> None:
     found = parsed(lvm=True)
-    assert found == Volumes("20%", None, Limits(30, 60, 60), False, False)
+    assert found == VolumeOptions("20%", None, Limits(30, 60, 60), False, False)
 
 
 def test_each_option_arrives() -> None:
@@ -78,7 +78,7 @@ def test_each_option_arrives() -> None:
         replica_pause=True,
     )
     account = Account("u", "", "db00", 33)
-    assert found == Volumes("5G", account, Limits(1.5, 2.0, 3.0), True, True, True)
+    assert found == VolumeOptions("5G", account, Limits(1.5, 2.0, 3.0), True, True, True)
 
 
 def test_the_word_ssh_leaves_the_user_to_the_host() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from blockdiff.backup import Options, Volumes
+from blockdiff.backup import Options, VolumeOptions
 from blockdiff.database import accounts
 from blockdiff.mysqllock import Limits
 from blockdiff.shared.errors import UsageError
@@ -76,9 +76,9 @@ def options(given: CommandLine, suffix: str, prefix: Sequence[str] | None) -> Op
     )
 
 
-def _volumes(given: CommandLine) -> Volumes:
-    return Volumes(
-        snapshot_size=given["snapshot_size"] or Volumes.snapshot_size,
+def _volumes(given: CommandLine) -> VolumeOptions:
+    return VolumeOptions(
+        snapshot_size=given["snapshot_size"] or VolumeOptions.snapshot_size,
         database=None if given["mysql"] is None else accounts.from_url(given["mysql"]),
         limits=Limits(
             given["lock_wait"] or Limits.lock_wait_s,

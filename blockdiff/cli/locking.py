@@ -8,7 +8,7 @@ from blockdiff import __version__, mysqllock
 from blockdiff.cli.arguments import SECONDS
 from blockdiff.cli.outcome import run
 from blockdiff.database import accounts
-from blockdiff.database.accounts import Given
+from blockdiff.database.accounts import LoginOptions
 from blockdiff.mysqllock import Limits, Statements
 
 
@@ -49,7 +49,7 @@ def _mysqllock(
     Exits with the status of COMMAND (255: it died of a signal), and with 1 where the lock was not to be had, or was
     lost before COMMAND had ended.
     """
-    account = accounts.from_options(Given(user, password, host, port, socket, db, defaults_file))
+    account = accounts.from_options(LoginOptions(user, password, host, port, socket, db, defaults_file))
     limits = Limits(lock_wait, long_query, max_hold)
     statements = Statements(before or None, after or None)
     with mysqllock.connect(account, limits, statements, say=_say) as database:

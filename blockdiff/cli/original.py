@@ -14,7 +14,7 @@ from blockdiff.format import codec
 from blockdiff.original.apply import apply
 from blockdiff.original.command_backup import backup_with_command
 from blockdiff.original.cronlog import run_logged
-from blockdiff.original.descriptors import FdInput, Taken, check_given, dump_local, dump_remote, dump_volume
+from blockdiff.original.descriptors import FdInput, SnapshotOptions, check_given, dump_local, dump_remote, dump_volume
 from blockdiff.shared.errors import BlockdiffError, UsageError, printable
 from blockdiff.transport import address
 
@@ -107,9 +107,9 @@ def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
     or what the volume group has; BLOCKSIZE, by default 1048576; and SSH_BLOCKDIFF_PREFIX as for ssh_blockdiff_dump.
     """
     snapshot_size, lock = os.environ.get("SNAPSHOT_SIZE", ""), os.environ.get("LVCREATE_PREFIX")
-    taken = Taken(snapshot_size, lock, lambda line: click.echo(line, err=True))
+    options = SnapshotOptions(snapshot_size, lock, lambda line: click.echo(line, err=True))
     block_size = _block_size() or LVM_BLOCK_SIZE
-    dump_volume(address.parse_login(host), volume, block_size, _compression(gzip, lzop), taken, agent_prefix())
+    dump_volume(address.parse_login(host), volume, block_size, _compression(gzip, lzop), options, agent_prefix())
 
 
 @click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})

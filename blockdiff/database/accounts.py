@@ -96,7 +96,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Given:
+class LoginOptions:
     """What a command line says of a login; None and an empty host where it says nothing.
 
     `network` has options about TLS and the server's key, by their names in an option file.
@@ -112,7 +112,7 @@ class Given:
     network: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def from_options(given: Given) -> Account:
+def from_options(given: LoginOptions) -> Account:
     """Return the account for the options of the command ``mysqllock``.
 
     What is not given comes from the option file, if one is named, then from ``MYSQL_PWD`` and ``USER``, then it is root
@@ -152,7 +152,7 @@ def from_url(text: str) -> Account:
     return Account(user or "", _password(given, options), socket=given.socket, through_ssh=True)
 
 
-def _given(url: SplitResult, port: int | None) -> Given:
+def _given(url: SplitResult, port: int | None) -> LoginOptions:
     """Return what a URL says."""
     try:
         query = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=True)) if url.query else {}
@@ -167,7 +167,7 @@ def _given(url: SplitResult, port: int | None) -> Given:
             "the URL of the database has a password in it, which others see in the list of processes",
             "leave it out, and give it in MYSQL_PWD or in an option file of mode 0600 (?defaults-file=PATH)",
         )
-    return Given(
+    return LoginOptions(
         user=None if url.username is None else unquote(url.username),
         password=None if url.password is None else unquote(url.password),
         host=unquote(url.hostname) if url.hostname else None,
@@ -179,7 +179,7 @@ def _given(url: SplitResult, port: int | None) -> Given:
     )
 
 
-def _options_for(given: Given) -> Mapping[str, str | None]:
+def _options_for(given: LoginOptions) -> Mapping[str, str | None]:
     """Return the options for a URL: from the file that it names, or else, where it has no password, from the user's."""
     if given.defaults_file is not None:
         return _read(given.defaults_file)
@@ -191,7 +191,7 @@ def _read(path: str) -> Mapping[str, str | None]:
     return optionfiles.read(os.path.expanduser(path), _GROUPS)
 
 
-def _complete(given: Given, options: Mapping[str, str | None]) -> Account:
+def _complete(given: LoginOptions, options: Mapping[str, str | None]) -> Account:
     """Return the account where the option file and the environment fill the gaps."""
     host = given.host or options.get("host") or "localhost"
     socket = given.socket
@@ -242,7 +242,7 @@ def _is_off(value: str | None) -> bool:
     return value is not None and value.lower() in ("0", "off", "false")
 
 
-def _password(given: Given, options: Mapping[str, str | None]) -> str:
+def _password(given: LoginOptions, options: Mapping[str, str | None]) -> str:
     """Return the password: given, or of the option file, or of the environment, as with the clients; or none."""
     if given.password is not None:
         return given.password

@@ -190,7 +190,7 @@ def dump_remote(
 
 
 @dataclass(frozen=True)
-class Taken:
+class SnapshotOptions:
     """How a snapshot is taken: its size (``""``: 10G, or what there is), and around which command, if any.
 
     `say` is told what is going on, in the original's words.
@@ -206,21 +206,21 @@ def dump_volume(
     path: str,
     block_size: int | None,
     compression: str,
-    taken: Taken,
+    options: SnapshotOptions,
     prefix: list[str] | None = None,
 ) -> None:
     """Dump the logical volume at `path` on a host through a snapshot; the rest is as for `dump_remote`.
 
     Raises `ProcessError` where the command around it fails.
     """
-    say = taken.say
+    say = options.say
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
         wanted = [Wanted(os.fsencode(path))]
-        ready = session.prepare(Request(wanted, taken.snapshot_size, low_priority=prefix is None))
+        ready = session.prepare(Request(wanted, options.snapshot_size, low_priority=prefix is None))
         for note in ready.notes:
             say(note)
         say("creating snapshot...")
-        (CommandQuiesce(taken.lock) if taken.lock else Quiesce()).around(session)
+        (CommandQuiesce(options.lock) if options.lock else Quiesce()).around(session)
         command = "ssh_blockdiff_dump" + _FLAGS[compression]
         snapshot = _scan(session, ends, lambda device: say(f'running: {command} "{host.login}" "{device}"...'))
         say(f"removing snapshot {snapshot}...")
