@@ -23,8 +23,9 @@ from blockdiff.progress import Progress
 from blockdiff.quiesce import Moment, Quiesce
 from blockdiff.replicapause import Way
 from blockdiff.session import consistency, snapshots, streams
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened, Totals, Volume
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.session import Session
 from blockdiff.shared import signals
 from blockdiff.shared.blocks import Hasher, digest_named
 from blockdiff.shared.errors import UsageError, printable
@@ -258,15 +259,15 @@ def _quiesce(session: Session, options: Options) -> Iterator[Quiesce]:
         yield found
 
 
-def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> Request:
+def _request(jobs: list[_Job], quiesced: Quiesce, options: Options) -> RunRequest:
     volumes = options.volumes
     sources = []
     for job in jobs:
         last = job.plan.snapshot
         kept = last.uuid if volumes is not None and last is not None and last.kept else ""
         owner, chain = snapshots.owner(job.name, options.period)
-        sources.append(Wanted(os.fsencode(job.path), owner, chain, kept))
-    return Request(
+        sources.append(SourceRequest(os.fsencode(job.path), owner, chain, kept))
+    return RunRequest(
         sources,
         volumes.snapshot_size if volumes is not None else None,
         volumes is not None and volumes.keep,
@@ -295,7 +296,7 @@ def _scan(
     audited = trusted and (volumes.audit or plan.audit_due)
     hinted = trusted and not audited
     bandwidth = options.bandwidth if options.bandwidth is None else max(1, options.bandwidth // options.streams)
-    scan = Scan(plan.block_size, hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
+    scan = ScanRequest(plan.block_size, hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
     with streams.opened(session, scan, source.path, connect) as found:
         watcher.begin(found.opened.size)
         with signals.held():  # a signal comes when its files are known to what removes them

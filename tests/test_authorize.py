@@ -12,7 +12,8 @@ from urllib.parse import quote
 import pytest
 
 from blockdiff.host import loader
-from blockdiff.session.session import Request, Session, Wanted
+from blockdiff.session.requests import RunRequest, SourceRequest
+from blockdiff.session.session import Session
 from blockdiff.transport import address, bundle
 from tests import chains, commands, loop
 from tests.chains import DAYS, SmallChain
@@ -152,7 +153,7 @@ def places(sshd: Sshd, identity: Path, source: Path, *directories: str) -> list[
     """Return what the agent tells of directories on the host, by a key."""
     where = address.parse(sshd.url(source))
     with Session(where, "ssh", options(sshd, identity)) as session:
-        return session.prepare(Request([Wanted(os.fsencode(source))], directories=directories)).places
+        return session.prepare(RunRequest([SourceRequest(os.fsencode(source))], directories=directories)).places
 
 
 def test_a_pinned_key_learns_nothing_of_directories_elsewhere(sshd: Sshd, key: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from blockdiff import backup
 from blockdiff.format.deltawriter import MAX_MEMBER_BYTES
 from blockdiff.progress import Progress
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
+from blockdiff.session.session import Session
 from blockdiff.shared import pipeline
 from blockdiff.shared.blocks import digest_named
 from blockdiff.transport.address import Address
@@ -49,10 +50,10 @@ def test_an_agent_whose_server_is_slow_reads_no_further(large_tmp_path: Path, mo
     for name, value in processes.environment(mark).items():
         monkeypatch.setenv(name, value)
     with Session(Address(None, str(image))) as session:
-        session.prepare(Request([Wanted(os.fsencode(image))]))
+        session.prepare(RunRequest([SourceRequest(os.fsencode(image))]))
         session.begin_take()
         session.end_take()
-        scan = Scan(64 << 10, digest_named("sha256"))
+        scan = ScanRequest(64 << 10, digest_named("sha256"))
         assert session.scan(scan).size == size
         runs = session.changes(scan, size, lambda length: memoryview(bytearray(length)))
         next(runs)

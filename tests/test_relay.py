@@ -14,7 +14,8 @@ import pytest
 
 from blockdiff.host import relay
 from blockdiff.session import tunnel
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
+from blockdiff.session.session import Session
 from blockdiff.shared import wire
 from blockdiff.shared.blocks import digest_named
 from blockdiff.shared.errors import (
@@ -122,10 +123,10 @@ def session(path: Path) -> Iterator[Session]:
 def scanned(found: Session, image: Path, prepared: bool = False) -> bytes:
     """Return the image as the session reads it, to its end."""
     if not prepared:
-        found.prepare(Request([Wanted(os.fsencode(image))]))
+        found.prepare(RunRequest([SourceRequest(os.fsencode(image))]))
         found.begin_take()
         found.end_take()
-    scan = Scan(4096, digest_named("sha256"))
+    scan = ScanRequest(4096, digest_named("sha256"))
     opened = found.scan(scan)
     runs = found.changes(scan, opened.size, lambda length: memoryview(bytearray(length)))
     content = b"".join(bytes(run.data or b"") for run in runs)
@@ -170,7 +171,7 @@ def test_much_goes_both_ways_at_once(python: str, image: Path, tmp_path: Path) -
 def test_the_run_is_ordered_and_answered_while_the_socket_is_open(python: str, image: Path, tmp_path: Path) -> None:
     with Server(tmp_path / "db", echo) as server, session(image) as found:
         with found.tunnel([server.path], 0) as sock:
-            ready = found.prepare(Request([Wanted(os.fsencode(image))], directories=["/", "/no/such/place"]))
+            ready = found.prepare(RunRequest([SourceRequest(os.fsencode(image))], directories=["/", "/no/such/place"]))
             assert [index for _device, index in ready.places] == [None, None] and ready.places[1][0] == ""
             found.begin_take()
             sock.sendall(b"meanwhile")
@@ -280,7 +281,7 @@ def test_what_the_host_reports_meanwhile_is_what_is_raised_whatever_broke_inside
     """The agent ends after its report, and the database session with it: that is no news."""
     with Server(tmp_path / "db", echo) as server, session(image) as found:
         with pytest.raises(SourceError) as caught, found.tunnel([server.path], 0) as sock:
-            found.prepare(Request([Wanted(os.fsencode(image))], before="exit 3"))
+            found.prepare(RunRequest([SourceRequest(os.fsencode(image))], before="exit 3"))
             found.begin_take()
             assert received(sock) == b""  # the agent has ended
             try:
@@ -295,12 +296,12 @@ def test_what_the_host_reports_meanwhile_is_what_is_raised_whatever_broke_inside
 
 def test_an_error_report_is_raised_in_place_of_an_answer(python: str, tmp_path: Path) -> None:
     with Server(tmp_path / "db", echo) as server, session(tmp_path) as found:
-        missing = Wanted(os.fsencode(tmp_path / "none"))
+        missing = SourceRequest(os.fsencode(tmp_path / "none"))
         with (
             pytest.raises(SourceError, match=r"^localhost: cannot open .*none: No such"),
             found.tunnel([server.path], 0),
         ):
-            found.prepare(Request([missing]))
+            found.prepare(RunRequest([missing]))
         server.assert_ended_well()
 
 
@@ -318,7 +319,7 @@ def test_the_death_of_the_agent_is_what_is_raised(
             assert received(sock) == b""
             if inner is not None:
                 raise inner
-            found.prepare(Request([Wanted(os.fsencode(image))]))
+            found.prepare(RunRequest([SourceRequest(os.fsencode(image))]))
         assert caught.value.message.startswith("lost the agent on localhost: ")
         assert "died of signal 9" in caught.value.message
         server.assert_ended_well()  # the host's end of the socket has ended with it
@@ -374,7 +375,7 @@ def test_an_agent_that_breaks_the_rules_is_told_apart(
         pytest.raises(ProtocolError, match=f"^the agent on host broke the protocol: {words}"),
         found.tunnel(["/db"], 0) as sock,
     ):
-        found.prepare(Request([Wanted(b"/x")]))
+        found.prepare(RunRequest([SourceRequest(b"/x")]))
         received(sock)
         found.end_take()
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from blockdiff import backup
 from blockdiff.dump import Run
 from blockdiff.session import session, streams
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.session import Session
 from blockdiff.shared.blocks import digest_named
 from blockdiff.shared.errors import ProtocolError, SourceError
 from blockdiff.shared.extents import DATA, HOLE, SAME, Extent, striped
@@ -164,10 +165,10 @@ def test_streams_that_find_different_sizes_are_refused(tmp_path: Path) -> None:
         return Session(Address(None, str(source)))
 
     with Session(Address(None, str(source))) as main:
-        main.prepare(Request([Wanted(os.fsencode(source))]))
+        main.prepare(RunRequest([SourceRequest(os.fsencode(source))]))
         main.begin_take()
         main.end_take()
-        scan = Scan(BLOCK, digest_named("sha256"), streams=2)
+        scan = ScanRequest(BLOCK, digest_named("sha256"), streams=2)
         refused = pytest.raises(SourceError, match="source changed while several streams opened it")
         with refused as caught, streams.opened(main, scan, str(source), later):
             pass
@@ -195,7 +196,7 @@ class _Told(Session):
 
     def changes(
         self,
-        scan: Scan,
+        scan: ScanRequest,
         image_size: int,
         allocate: Callable[[int], memoryview],
         progress: Callable[[int], object] = lambda offset: None,
@@ -205,7 +206,7 @@ class _Told(Session):
 
 def test_agents_that_send_the_same_block_break_the_protocol() -> None:
     opened = Opened(8 * BLOCK, "file", "", None, None)
-    scan = Scan(BLOCK, digest_named("sha256"), streams=2)
+    scan = ScanRequest(BLOCK, digest_named("sha256"), streams=2)
     told = [_Told(Run(0, 2 * BLOCK, None)), _Told(Run(BLOCK, BLOCK, None))]
     with pytest.raises(ProtocolError, match="two agents sent the same block"):
         list(streams.Streams(told, scan, opened).changes(lambda length: memoryview(bytearray(length))))

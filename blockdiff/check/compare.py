@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from blockdiff.chain.generations import Generation
 from blockdiff.progress import Progress
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
+from blockdiff.session.session import Session
 from blockdiff.shared.blocks import block_count, digest_named
 from blockdiff.shared.errors import DamagedError
 from blockdiff.transport.address import Address
@@ -44,10 +45,10 @@ def compare(generation: Generation, session: Session, address: Address, progress
             raise DamagedError(f"{generation.path(generation.table_suffix)} has no digests", "restore it from a copy")
         digest = digest_named(generation.digest)
         session.check_digest(digest)
-        session.prepare(Request([Wanted(os.fsencode(address.path))], low_priority=True))
+        session.prepare(RunRequest([SourceRequest(os.fsencode(address.path))], low_priority=True))
         session.begin_take()
         session.end_take()
-        scan = Scan(table.block_size, digest, table)
+        scan = ScanRequest(table.block_size, digest, table)
         opened = session.scan(scan)
         progress.begin(opened.size)
         for run in session.changes(

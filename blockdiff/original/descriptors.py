@@ -20,7 +20,8 @@ from blockdiff.format.digesttable import TableReader
 from blockdiff.format.lzop import LzopWriter
 from blockdiff.host import witness
 from blockdiff.quiesce import CommandQuiesce, Quiesce
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
+from blockdiff.session.session import Session
 from blockdiff.shared.blocks import Hasher, check_block_size, digest_named
 from blockdiff.shared.errors import SourceError, StorageError, UsageError, printable
 from blockdiff.shared.pipeline import BufferPool
@@ -182,7 +183,7 @@ def dump_remote(
     `prefix` is a command to run the agent under, None for low priority.
     """
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
-        session.prepare(Request([Wanted(os.fsencode(path))], low_priority=prefix is None))
+        session.prepare(RunRequest([SourceRequest(os.fsencode(path))], low_priority=prefix is None))
         Quiesce().around(session)
         _scan(session, ends)
         ends.finish()
@@ -215,8 +216,8 @@ def dump_volume(
     """
     say = options.say
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
-        wanted = [Wanted(os.fsencode(path))]
-        ready = session.prepare(Request(wanted, options.snapshot_size, low_priority=prefix is None))
+        wanted = [SourceRequest(os.fsencode(path))]
+        ready = session.prepare(RunRequest(wanted, options.snapshot_size, low_priority=prefix is None))
         for note in ready.notes:
             say(note)
         say("creating snapshot...")
@@ -235,7 +236,7 @@ def _scan(session: Session, ends: _Protocol, opened: Callable[[str], None] = lam
     Returns the device that was read.
     """
     session.check_digest(_MD5)
-    scan = Scan(ends.block_size, _MD5, ends.old)
+    scan = ScanRequest(ends.block_size, _MD5, ends.old)
     source = session.scan(scan)
     opened(source.path)
     writer = ends.writer(source.size)

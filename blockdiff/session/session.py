@@ -8,13 +8,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 
 from blockdiff import transport
 from blockdiff.dump import Run
-from blockdiff.format.digesttable import TableReader
 from blockdiff.session import rules
+from blockdiff.session.requests import RunRequest, ScanRequest
 from blockdiff.session.rules import Leftovers, Opened, Ready, Rules, Totals
 from blockdiff.session.tablesender import TableSender
 from blockdiff.session.tunnel import Tunnel
@@ -26,58 +25,6 @@ from blockdiff.transport.address import Address
 from blockdiff.transport.advice import UnreachedError
 from blockdiff.transport.connection import Connection
 from blockdiff.transport.sharedmemory import SharedMemory
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A source of a run: its path on the host, whose it is, and the LV UUID of the snapshot kept for it.
-
-    `owner` is the same word for all runs that take over each other's kept snapshots, `chain` says for people whose
-    they are.
-    """
-
-    path: bytes
-    owner: str = ""
-    chain: str = ""
-    kept: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
-
-    `keep` leaves them on the host. `before` and `after` are commands to run on the host around the making of the
-    snapshots, or where there are none around the reading; `directories` are places on the host about which the run must
-    know on which of the sources they lie. A `rehearsal` ends when all was checked.
-    """
-
-    sources: Sequence[Wanted]
-    snapshot_size: str | None = None
-    keep: bool = False
-    before: str | None = None
-    after: str | None = None
-    directories: Sequence[str] = ()
-    datadir: str | None = None
-    low_priority: bool = True
-    rehearsal: bool = False
-
-
-@dataclass(frozen=True)
-class Scan:
-    """How to scan a source: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s.
-
-    This is number `stream`, from 0, of `streams` that scan it together (`blockdiff.session.streams`). The rest is about
-    thin volumes: see `sources.Wish`.
-    """
-
-    block_size: int
-    digest: Digest
-    old: TableReader | None = None
-    bandwidth: int | None = None
-    hinted: bool = False
-    audited: bool = False
-    stream: int = 0
-    streams: int = 1
 
 
 class Session:
@@ -190,15 +137,15 @@ class Session:
         finally:
             self._tunnel = None
 
-    def prepare(self, request: Request) -> Ready:
+    def prepare(self, request: RunRequest) -> Ready:
         """Tell the agent what the run takes, and let it check what can be checked; raises `SourceError`."""
         self._order(
             wire.REQUEST,
             {
-                "paths": [wanted.path.hex() for wanted in request.sources],
-                "owners": [wanted.owner for wanted in request.sources],
-                "chains": [wanted.chain for wanted in request.sources],
-                "kept": [wanted.kept for wanted in request.sources],
+                "paths": [source.path.hex() for source in request.sources],
+                "owners": [source.owner for source in request.sources],
+                "chains": [source.chain for source in request.sources],
+                "kept": [source.kept for source in request.sources],
                 "snapshot": request.snapshot_size is not None,
                 "snapshot_size": request.snapshot_size or "",
                 "keep": request.keep,
@@ -244,7 +191,7 @@ class Session:
                 f"choose another with --digest ({', '.join(sorted(self._digests))}), or install python3-xxhash there",
             )
 
-    def scan(self, scan: Scan) -> Opened:
+    def scan(self, scan: ScanRequest) -> Opened:
         """Let the agent open the next source, and return what it is; raises `SourceError`."""
         memory = self._connection.memory
         self._order(
@@ -268,7 +215,7 @@ class Session:
 
     def changes(
         self,
-        scan: Scan,
+        scan: ScanRequest,
         image_size: int,
         allocate: Callable[[int], memoryview],
         progress: Callable[[int], object] = lambda offset: None,

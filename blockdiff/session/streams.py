@@ -10,8 +10,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 from blockdiff.dump import Run
+from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened, Totals
-from blockdiff.session.session import Request, Scan, Session, Wanted
+from blockdiff.session.session import Session
 from blockdiff.shared import pipeline
 from blockdiff.shared.errors import ProtocolError, SourceError
 
@@ -27,7 +28,7 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 class Streams:
     """The sessions that scan one source, which all have opened; `opened` is what the first says of it."""
 
-    def __init__(self, sessions: Sequence[Session], scan: Scan, opened: Opened) -> None:
+    def __init__(self, sessions: Sequence[Session], scan: ScanRequest, opened: Opened) -> None:
         self._sessions = sessions
         self._scan = scan
         self.opened = opened
@@ -94,7 +95,7 @@ def _moved(run: Run, data: memoryview, allocate: Callable[[int], memoryview]) ->
 
 
 @contextmanager
-def opened(main: Session, scan: Scan, path: str, connect: Callable[[], Session]) -> Iterator[Streams]:
+def opened(main: Session, scan: ScanRequest, path: str, connect: Callable[[], Session]) -> Iterator[Streams]:
     """Let the session's agent open its next source, and as many others as `scan` says open the same.
 
     `path` is the source's; others read the snapshot of it, where there is one. `connect` makes a session. Raises
@@ -105,7 +106,7 @@ def opened(main: Session, scan: Scan, path: str, connect: Callable[[], Session])
 
         def other(number: int) -> Session:
             session = stack.enter_context(connect())
-            session.prepare(Request([Wanted(os.fsencode(found.path or path))]))
+            session.prepare(RunRequest([SourceRequest(os.fsencode(found.path or path))]))
             session.begin_take()
             session.end_take()
             its = session.scan(replace(scan, stream=number, hinted=False, audited=False))
