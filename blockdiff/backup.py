@@ -16,7 +16,7 @@ from blockdiff.chain.generations import Chain
 from blockdiff.database.accounts import Account
 from blockdiff.format import codec
 from blockdiff.format.deltawriter import DeltaWriter, Written
-from blockdiff.format.manifest import Manifest, Quiesced, Snapshot, Source
+from blockdiff.format.manifest import Manifest, Quiesced, SnapshotRecord, Source
 from blockdiff.mysqllock import Limits
 from blockdiff.plan import ChainOptions, Plan, check_volume, make_plan
 from blockdiff.progress import Progress
@@ -319,7 +319,7 @@ def _manifest(
     snapshot = None
     if opened.snapshot is not None:
         kind = "thin" if source.volume.segtype == "thin" else "thick"
-        snapshot = Snapshot(
+        snapshot = SnapshotRecord(
             opened.snapshot,
             kind,
             round(moment.took_s, 3),

@@ -19,7 +19,7 @@ from blockdiff.database.accounts import Account
 from blockdiff.database.bounds import TimedOut
 from blockdiff.database.coordinates import Applier, Coordinates, Row, Version
 from blockdiff.database.datafiles import Files
-from blockdiff.database.sqlsession import Lacking, Session
+from blockdiff.database.sqlsession import Lacking, SqlSession
 from blockdiff.shared import process
 from blockdiff.shared.errors import DatabaseError, ProcessError, printable
 
@@ -84,7 +84,7 @@ class Held:
     """A lock, from the first lock statement on. Times are in seconds."""
 
     def __init__(
-        self, session: Session, before: Sequence[str], after: Sequence[str], say: Callable[[str], None]
+        self, session: SqlSession, before: Sequence[str], after: Sequence[str], say: Callable[[str], None]
     ) -> None:
         self.statements = tuple(before)
         #: From the first look at the server until the lock was there.
@@ -179,7 +179,7 @@ class Held:
 class Database:
     """A database whose writers can be held still. Ends its session at the end of the `with` statement."""
 
-    def __init__(self, session: Session, limits: Limits, statements: Statements, say: Callable[[str], None]) -> None:
+    def __init__(self, session: SqlSession, limits: Limits, statements: Statements, say: Callable[[str], None]) -> None:
         self._session = session
         self._limits = limits
         self._statements = statements
@@ -340,7 +340,7 @@ def connect(
 
     `say` is given a line before each lock and unlock statement. Raises `DatabaseError`.
     """
-    session = Session(account, limits.lock_wait_s + _GRACE_S, sock)
+    session = SqlSession(account, limits.lock_wait_s + _GRACE_S, sock)
     try:
         return Database(session, limits, statements, say)
     except BaseException:

@@ -7,7 +7,7 @@ from blockdiff import merge
 from blockdiff.chain.generations import Chain, Generation
 from blockdiff.chain.inventory import MANIFEST_SUFFIX
 from blockdiff.format.digesttable import TableReader
-from blockdiff.format.manifest import Parent, Snapshot, Source
+from blockdiff.format.manifest import Parent, SnapshotRecord, Source
 from blockdiff.shared.blocks import check_block_size
 from blockdiff.shared.errors import ChainError, DamagedError, printable
 from blockdiff.transport.address import Address
@@ -44,7 +44,7 @@ class Plan:
     delta_format: int
     old: TableReader | None
     parent: Parent | None
-    snapshot: Snapshot | None = None
+    snapshot: SnapshotRecord | None = None
     volume: str | None = None
     elsewhere: ChainError | None = None
     audit_due: bool = False

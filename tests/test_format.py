@@ -22,7 +22,7 @@ from blockdiff.format import codec, manifest
 from blockdiff.format.deltafile import MAX_RECORD, DeltaReader
 from blockdiff.format.deltawriter import DeltaWriter
 from blockdiff.format.digesttable import TableReader
-from blockdiff.format.manifest import Manifest, Parent, Quiesced, Snapshot, Source, StoredFile
+from blockdiff.format.manifest import Manifest, Parent, Quiesced, SnapshotRecord, Source, StoredFile
 from blockdiff.original.apply import apply
 from blockdiff.shared.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
 from blockdiff.shared.errors import DamagedError, ProtocolError, StorageError
@@ -156,7 +156,7 @@ MANIFEST = Manifest(
     bytes_read=3,
     bytes_received=40,
     run="0123456789abcdef",
-    snapshot=Snapshot("uuid", "thick", 0.25, 12.5, False, "changed"),
+    snapshot=SnapshotRecord("uuid", "thick", 0.25, 12.5, False, "changed"),
     quiesced=Quiesced("mysql", 0.5, ["BACKUP STAGE START"], 1.0),
     database=Coordinates(
         "10.11.6-MariaDB", "mariadb", "binlog.1", 4, "0-1-2", (Channel("", "db1", 3306, "b", 5, None),)

@@ -42,7 +42,7 @@ EXAMPLES = {name: dataclasses.asdict(stored) for name, stored in (("delta", EXAM
 
 CHANNEL = Channel("", "db99", 3306, "binlog.000009", 4, None)
 COORDINATES = Coordinates("10.11.2-MariaDB", "mariadb", "binlog.000001", 930, "0-1-4", (CHANNEL,))
-THICK = manifest.Snapshot("GhIjKl-1111", "thick", 0.25, 41.5, False, None)
+THICK = manifest.SnapshotRecord("GhIjKl-1111", "thick", 0.25, 41.5, False, None)
 SNAPSHOT = dataclasses.replace(
     EXAMPLE,
     source=manifest.Source("web1", "/dev/vg/root", "device", "AbCdEf-0000"),
@@ -62,7 +62,7 @@ SNAPSHOT = dataclasses.replace(
         SNAPSHOT,
         dataclasses.replace(
             SNAPSHOT,
-            snapshot=manifest.Snapshot("GhIjKl-1111", "thin", 2.0, None, True, "changed"),
+            snapshot=manifest.SnapshotRecord("GhIjKl-1111", "thin", 2.0, None, True, "changed"),
             quiesced=manifest.Quiesced("freeze", 3.0),
             database=Coordinates("8.4.3", "mysql", None, None, None, ()),
         ),

@@ -9,16 +9,16 @@ import pytest
 from blockdiff import plan
 from blockdiff.chain.commit import LockedChain
 from blockdiff.format import manifest
-from blockdiff.format.manifest import Manifest, Parent, Snapshot
+from blockdiff.format.manifest import Manifest, Parent, SnapshotRecord
 from blockdiff.plan import HINTED_RUNS, ChainOptions, Plan
 from blockdiff.shared.errors import ChainError
 from blockdiff.transport.address import Address
 from tests import chains
 from tests.chains import SmallChain
 
-ALL = Snapshot("all", "thin", 0.1, None, True, None)
-HINTED = Snapshot("hinted", "thin", 0.1, None, True, "changed")
-AUDITED = Snapshot("audited", "thin", 0.1, None, True, "audited")
+ALL = SnapshotRecord("all", "thin", 0.1, None, True, None)
+HINTED = SnapshotRecord("hinted", "thin", 0.1, None, True, "changed")
+AUDITED = SnapshotRecord("audited", "thin", 0.1, None, True, "audited")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def chain(tmp_path: Path) -> SmallChain:
     return chains.new_chain(tmp_path)
 
 
-def as_if(chain: SmallChain, snapshots: list[Snapshot | None], volume: str | None = "uuid") -> None:
+def as_if(chain: SmallChain, snapshots: list[SnapshotRecord | None], volume: str | None = "uuid") -> None:
     """Make a generation for each snapshot, whose manifest says that it was read through that."""
     parent: Parent | None = None
     for number, snapshot in enumerate(snapshots, 1):
@@ -122,7 +122,7 @@ def test_another_path_is_refused_at_once_where_no_uuid_can_tell(
     ],
 )
 def test_an_audit_is_due_after_so_many_runs_that_trusted_a_hint(
-    chain: SmallChain, snapshots: list[Snapshot | None], due: bool
+    chain: SmallChain, snapshots: list[SnapshotRecord | None], due: bool
 ) -> None:
     as_if(chain, snapshots)
     assert planned(chain).audit_due is due

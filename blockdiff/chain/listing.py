@@ -6,7 +6,7 @@ from blockdiff.chain import periods
 from blockdiff.chain.clock import iso
 from blockdiff.chain.generations import Chain, Generation, missing
 from blockdiff.database.coordinates import Coordinates
-from blockdiff.format.manifest import Quiesced, Snapshot
+from blockdiff.format.manifest import Quiesced, SnapshotRecord
 from blockdiff.shared.blocks import DIGEST_SIZES
 from blockdiff.shared.errors import DamagedError, StorageError
 
@@ -34,7 +34,7 @@ class Entry:
     digest: str | None = None
     block_size: int | None = None
     format: int | None = None
-    snapshot: Snapshot | None = None
+    snapshot: SnapshotRecord | None = None
     quiesced: Quiesced | None = None
     database: Coordinates | None = None
     started: str | None = None

@@ -61,7 +61,7 @@ class Lacking(DatabaseError):  # noqa: N818
         self.privileges = privileges
 
 
-class Session:
+class SqlSession:
     """A session, ended by the end of the `with` statement. Not for more than one thread."""
 
     def __init__(self, account: Account, statement_timeout_s: float, sock: socket.socket | None = None) -> None:
@@ -133,7 +133,7 @@ class Session:
         except _GARBLED as error:
             raise DatabaseError(f"{refused}: it does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "SqlSession":
         return self
 
     def __exit__(

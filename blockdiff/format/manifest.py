@@ -68,7 +68,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class SnapshotRecord:
     """The snapshot that was read: its LV UUID, and whether it was ``thick`` or ``thin``.
 
     `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
@@ -122,7 +122,7 @@ class Manifest:
     bytes_read: int | None = None
     bytes_received: int | None = None
     run: str | None = None
-    snapshot: Snapshot | None = None
+    snapshot: SnapshotRecord | None = None
     quiesced: Quiesced | None = None
     database: Coordinates | None = None
     notes: list[str] = field(default_factory=list)
@@ -295,10 +295,10 @@ def _source(fields: _Fields) -> Source:
     return Source(host, fields.get("path", str), fields.get("kind", str), volume, fields.optional("was", str))
 
 
-def _snapshot(fields: _Fields | None) -> Snapshot | None:
+def _snapshot(fields: _Fields | None) -> SnapshotRecord | None:
     if fields is None:
         return None
-    return Snapshot(
+    return SnapshotRecord(
         fields.get("uuid", str),
         fields.get("kind", str),
         fields.number("took_s"),
