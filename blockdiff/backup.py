@@ -73,14 +73,14 @@ class Options(ChainOptions):
 class Result:
     """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to put in order before.
 
-    `kept` is that of the `plan.Plan`, `notes` are for whoever watches.
+    `planned` are the notes of the `plan.Plan`, `notes` are for whoever watches.
     """
 
     name: str
     manifest: Manifest
     warnings: list[str]
     recovered: list[str]
-    kept: list[str]
+    planned: list[str]
     notes: list[str]
 
 
@@ -163,7 +163,7 @@ def backup_together(
             warnings += _clock_warnings(source.chain, manifest, options.period)
             notes = [note for note in manifest.notes if note not in source.moment.warnings]
             found.new.commit(manifest)  # last: what fails after it would be told of a run that was done
-            results.append(Result(source.chain.name, manifest, warnings, source.chain.notes, source.plan.kept, notes))
+            results.append(Result(source.chain.name, manifest, warnings, source.chain.notes, source.plan.notes, notes))
         return results
 
 
@@ -217,7 +217,7 @@ def _prepared(
         ready = session.prepare(replace(_request(jobs, quiesced, options), rehearsal=rehearsal))
         for job, volume in zip(jobs, ready.volumes, strict=True):
             check_volume(job.plan, job.name, volume.uuid)
-        jobs[0].plan.kept += snapshots.notes(ready.left, session.address)
+        jobs[0].plan.notes += snapshots.notes(ready.left, session.address)
         quiesced.check(ready, session)
         yield quiesced, ready.volumes
 

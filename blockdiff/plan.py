@@ -35,8 +35,8 @@ class Plan:
     """What one run will do. `old` is the digest table that it builds on, None for a full generation.
 
     `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any). `elsewhere`
-    is why the source is refused if that is another: its path is not that of the generation before. `kept` says what the
-    chain keeps although the command line asks for something else, and what is kept on the host that nobody needs.
+    is why the source is refused if that is another: its path is not that of the generation before. `notes` say what the
+    chain keeps although the command line asks for something else, and which snapshots nobody needs.
     """
 
     block_size: int
@@ -48,7 +48,7 @@ class Plan:
     volume: str | None = None
     elsewhere: ChainError | None = None
     audit_due: bool = False
-    kept: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def number(self) -> int:
@@ -85,7 +85,7 @@ def make_plan(
         plan.snapshot, plan.volume = base.manifest.snapshot, base.manifest.source.volume
         plan.elsewhere = elsewhere
     plan.audit_due = _audit_is_due(chain)
-    plan.kept += _kept(plan, options)
+    plan.notes += _unchanged(plan, options)
     return plan
 
 
@@ -124,7 +124,7 @@ def check_volume(plan: Plan, name: str, found: str | None) -> None:
     if plan.elsewhere is not None:
         if found != plan.volume:
             raise plan.elsewhere
-        plan.kept.append("the source is the volume that the chain is of, under another path: its LV UUID is the same")
+        plan.notes.append("the source is the volume that the chain is of, under another path: its LV UUID is the same")
         return
     if plan.volume is not None and found is not None and plan.volume != found:
         raise ChainError(
@@ -167,14 +167,14 @@ def _format_of(base: Generation) -> int:
     return found
 
 
-def _kept(plan: Plan, options: ChainOptions) -> list[str]:
+def _unchanged(plan: Plan, options: ChainOptions) -> list[str]:
     asked = (
         ("block size", options.block_size, plan.block_size),
         ("digest", options.digest, plan.digest),
         ("format", options.delta_format, plan.delta_format),
     )
     return [
-        f"the chain keeps its {what} {kept} (asked for: {wanted}; --full would change it)"
-        for what, wanted, kept in asked
-        if wanted is not None and wanted != kept
+        f"the chain keeps its {what} {own} (asked for: {wanted}; --full would change it)"
+        for what, wanted, own in asked
+        if wanted is not None and wanted != own
     ]

@@ -322,10 +322,10 @@ def test_levels_make_sound_generations_in_one_chain(chain: SmallChain, compressi
 def test_a_chain_keeps_its_block_size_digest_and_format_until_full(chain: SmallChain) -> None:
     chain.add(DAYS[0], Options(block_size=BLOCK, digest="md5", delta_format=1))
     other = Options(block_size=128, digest="blake2b", delta_format=2, compression="zstd")
-    kept = chain.add(DAYS[1], other)
-    made = kept.manifest
+    result = chain.add(DAYS[1], other)
+    made = result.manifest
     assert (made.block_size, made.digest, made.delta_format, made.delta.suffix) == (BLOCK, "md5", 1, ".zst")
-    assert kept.kept == [
+    assert result.planned == [
         "the chain keeps its block size 64 (asked for: 128; --full would change it)",
         "the chain keeps its digest md5 (asked for: blake2b; --full would change it)",
         "the chain keeps its format 1 (asked for: 2; --full would change it)",

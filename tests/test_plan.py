@@ -87,7 +87,7 @@ def test_the_same_volume_may_have_another_path(chain: SmallChain) -> None:
     as_if(chain, [ALL])
     found = planned(chain, path="/dev/dm-3", by_volume=True)
     plan.check_volume(found, "disk", "uuid")
-    assert found.kept == ["the source is the volume that the chain is of, under another path: its LV UUID is the same"]
+    assert found.notes == ["the source is the volume that the chain is of, under another path: its LV UUID is the same"]
 
 
 @pytest.mark.parametrize("uuid", ["other", None])

@@ -216,13 +216,13 @@ def _rehearse(
 
 
 def _summary(result: "Result") -> dict[str, object]:
-    notes = result.recovered + result.kept + result.notes
+    notes = result.recovered + result.planned + result.notes
     return {"name": result.name, **asdict(result.manifest), "warnings": result.warnings, "notes": notes}
 
 
 def _report(result: "Result", as_json: bool, verbose: bool) -> None:
     """Say how it went: nothing where all is well and nobody watches, so that cron mails only what matters."""
-    for note in (*result.recovered, *result.kept):
+    for note in (*result.recovered, *result.planned):
         say(f"note: {note}")
     if sys.stderr.isatty() or verbose:
         for note in result.notes:
@@ -246,7 +246,7 @@ def _plan_summary(name: str, source: "Source", plan: "Plan") -> dict[str, object
         "digest": plan.digest,
         "block_size": plan.block_size,
         "source": {"host": source.host, "path": source.path},
-        "notes": plan.kept,
+        "notes": plan.notes,
     }
 
 
@@ -256,7 +256,7 @@ def _report_plan(name: str, source: "Source", plan: "Plan") -> None:
     click.echo(
         f"would be done: generation {plan.number} of {printable(name)}, {kind}, of {printable(str(source))}: {how}"
     )
-    for note in plan.kept:
+    for note in plan.notes:
         say(f"note: {note}")
 
 

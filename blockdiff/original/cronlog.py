@@ -80,7 +80,7 @@ class _LogFile:
             os.close(fd)
 
 
-class _Kept:
+class _Mail:
     """What may be mailed: in memory, and what is longer in a temporary file. `failure` says why its end is missing."""
 
     def __init__(self) -> None:
@@ -115,9 +115,9 @@ class _Kept:
 class _Log:
     """The log of one run, in both places. `stamped` puts the time in front of each line."""
 
-    def __init__(self, file: _LogFile, kept: _Kept, stamped: bool) -> None:
+    def __init__(self, file: _LogFile, mail: _Mail, stamped: bool) -> None:
         self._file = file
-        self._kept = kept
+        self._mail = mail
         self._stamped = stamped
         self._rest = bytearray()
         file.write(_RULE + b"\n")  # as with the original it has no time, and is not mailed
@@ -126,7 +126,7 @@ class _Log:
         """Append a line."""
         stamp = datetime.now().strftime("[%a %b %e %H:%M:%S %Y] ").encode("ascii") if self._stamped else b""
         data = stamp + text + b"\n"
-        self._kept.write(data)
+        self._mail.write(data)
         self._file.write(data)
 
     def take(self, data: bytes) -> None:
@@ -160,20 +160,20 @@ def run_logged(
     where the command cannot be started, and `StorageError`, before it is, where `path` cannot be that of a log.
     """
     with ExitStack() as stack:
-        file, kept = _LogFile(path), _Kept()
+        file, mail = _LogFile(path), _Mail()
         stack.callback(file.close)
-        stack.callback(kept.close)
+        stack.callback(mail.close)
         is_printed = file.is_standard_output()
         status: int | None = None
         try:
-            status = _run(command, _Log(file, kept, stamped))
+            status = _run(command, _Log(file, mail, stamped))
         finally:
             if file.failure is not None:
                 warn(file.failure)
             if (status != 0 or print_always or file.failure is not None) and not is_printed:
-                kept.copy_to(output)
-                if kept.failure is not None:
-                    warn(kept.failure)
+                mail.copy_to(output)
+                if mail.failure is not None:
+                    warn(mail.failure)
     return status
 
 
