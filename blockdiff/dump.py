@@ -275,7 +275,7 @@ class FileSource:
         )
 
 
-class StreamSource:
+class PipeSource:
     """An image that can only be read from its beginning to its end: a pipe, or what standard input is.
 
     `size` is None until the end was reached.
@@ -332,7 +332,7 @@ def _step(limit: int, block_size: int) -> int:
 class _Examiner:
     """What the worker threads do with a piece: read it, hash it where asked to, and find what changed."""
 
-    def __init__(self, source: "FileSource | StreamSource", hasher: Hasher, pool: pipeline.BufferPool) -> None:
+    def __init__(self, source: "FileSource | PipeSource", hasher: Hasher, pool: pipeline.BufferPool) -> None:
         self._source = source
         self._hasher = hasher
         self._pool = pool
@@ -400,7 +400,7 @@ def _runs(states: List[int], piece: Piece, block_size: int, view: Optional[memor
 
 
 def scan(
-    source: "FileSource | StreamSource",
+    source: "FileSource | PipeSource",
     hasher: Hasher,
     pool: pipeline.BufferPool,
     old: Optional[OldDigests] = None,

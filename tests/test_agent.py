@@ -123,7 +123,7 @@ def test_the_agent_says_that_it_is_alive() -> None:
         assert kinds.count(wire.HELLO) == 1
 
 
-def next_header(child: wire.Stream) -> tuple[int, int, int, int]:
+def next_header(child: wire.Carrier) -> tuple[int, int, int, int]:
     """Read the next frame, ALIVE or not, and return its header, but for the checksum."""
 
     def read(count: int) -> bytearray:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockdiff import dump
-from blockdiff.dump import Batch, FileSource, StreamSource
+from blockdiff.dump import Batch, FileSource, PipeSource
 from blockdiff.shared.blocks import Hasher, digest_named
 from blockdiff.shared.errors import SourceError
 from tests.descriptors import all_closed
@@ -43,7 +43,7 @@ class Table(dump.OldDigests):
         self._next += count * SHA256.size
 
 
-def scanned(source: FileSource | StreamSource, block_size: int, old: bytes | None, with_digests: bool) -> list[Batch]:
+def scanned(source: FileSource | PipeSource, block_size: int, old: bytes | None, with_digests: bool) -> list[Batch]:
     """Return all batches of a scan, with their data copied: the buffers are used again."""
     pool = dump.buffers_for(block_size)
     feed = Table(old) if old is not None else None
@@ -141,7 +141,7 @@ def test_a_stream_is_scanned_to_its_end(
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
-        source = StreamSource(read_end, dump.buffers_for(block_size))
+        source = PipeSource(read_end, dump.buffers_for(block_size))
         batches = scanned(source, block_size, None, with_digests=True)
         writer.join(30)
     assert source.size == len(image)
@@ -304,7 +304,7 @@ def test_a_read_error_of_the_input_names_the_offset(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "readv", readv)
     with pytest.raises(SourceError, match="cannot read the input at offset 100: Input/output error"):
-        scanned(StreamSource(-1, dump.buffers_for(PAGE)), PAGE, None, with_digests=False)
+        scanned(PipeSource(-1, dump.buffers_for(PAGE)), PAGE, None, with_digests=False)
 
 
 def test_only_what_was_not_cached_before_is_dropped_from_the_page_cache(

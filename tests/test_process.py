@@ -226,7 +226,7 @@ def test_what_a_child_leaves_behind_with_its_output_open_is_not_waited_for_and_l
         elif how == "run_gently":
             completed = process.run_gently(["sh", "-c", script], LIMIT_S)
         else:
-            completed = process.stream(["sh", "-c", script], LIMIT_S, taken.append, never)
+            completed = process.feed(["sh", "-c", script], LIMIT_S, taken.append, never)
     finally:
         (tmp_path / "go").touch()
     assert completed == (b"" if how == "stream" else b"told\n", b"said\n", 0)
@@ -256,7 +256,7 @@ def never() -> bool:
 def test_a_stream_is_consumed_while_it_comes() -> None:
     taken: list[bytes] = []
     script = "head -c 300000 /dev/zero; seq 1 100000 >&2; echo end; echo sorry >&2; exit 2"
-    ended = process.stream(["sh", "-c", script], LIMIT_S, taken.append, never)
+    ended = process.feed(["sh", "-c", script], LIMIT_S, taken.append, never)
     assert b"".join(taken) == bytes(300000) + b"end\n"
     assert ended.returncode == 2
     assert ended.stderr.endswith(b"100000\nsorry\n") and len(ended.stderr) <= 1 << 16
@@ -267,7 +267,7 @@ def test_a_stream_that_does_not_end_is_stopped(closed: str) -> None:
     mark = processes.new_mark()
     env = {**os.environ, **processes.environment(mark)}
     with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s"):
-        process.stream(["sh", "-c", f"{closed} exec sleep 600"], 0.5, lambda data: None, never, env)
+        process.feed(["sh", "-c", f"{closed} exec sleep 600"], 0.5, lambda data: None, never, env)
     assert processes.marked(mark) == {}
 
 
@@ -339,7 +339,7 @@ def test_a_failure_while_a_session_is_listened_to_ends_it(monkeypatch: pytest.Mo
 def test_a_stream_is_stopped_when_told_to(tmp_path: Path) -> None:
     with pytest.raises(process.DeadlineError):
         script = f"echo $$ >{tmp_path}/pid; exec sleep 600"
-        process.stream(["sh", "-c", script], LIMIT_S, lambda data: None, (tmp_path / "pid").exists)
+        process.feed(["sh", "-c", script], LIMIT_S, lambda data: None, (tmp_path / "pid").exists)
     wait_for(tmp_path / "pid")
 
 
@@ -349,5 +349,5 @@ def test_a_stream_that_cannot_be_consumed_is_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(ProcessError, match="no thanks"):
         script = f"echo $$ >{tmp_path}/pid; echo thanks; exec sleep 600"
-        process.stream(["sh", "-c", script], LIMIT_S, refuse, never)
+        process.feed(["sh", "-c", script], LIMIT_S, refuse, never)
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()

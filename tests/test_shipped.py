@@ -342,7 +342,7 @@ def test_stray_prints_do_not_get_between_the_frames(command: list[str], tmp_path
 
 def test_a_server_that_sends_no_frames_is_told_so(command: list[str]) -> None:
     with agents.conversation(command) as talk:
-        talk.link._stream.write([b"#" * wire.HEADER.size])
+        talk.link._carrier.write([b"#" * wire.HEADER.size])
         with pytest.raises(ProtocolError, match="host: unknown frame 23232323"):
             talk.next()
         assert talk.child.wait(agents.PROMPTLY_S) == (1,)

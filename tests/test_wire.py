@@ -30,7 +30,7 @@ FRAMES: list[Sent] = [
 ]
 
 
-class Memory(wire.Stream):
+class Memory(wire.Carrier):
     """A stream from memory that ends where the bytes do; what is written is kept in `written`."""
 
     def __init__(self, incoming: bytes = b"", step: int = 1 << 30) -> None:

@@ -179,7 +179,7 @@ def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[
     # newer versions would take an argument that follows -m directly for its block
     command = ["thin_delta", "-m", "--thin1", old.thin_id, "--thin2", new.thin_id, metadata]
     try:
-        ended = process.stream(command, DELTA_TIMEOUT_S, reader.feed, stopped, lvs.environment())
+        ended = process.feed(command, DELTA_TIMEOUT_S, reader.feed, stopped, lvs.environment())
     except process.DeadlineError as error:
         raise HintError(error.message) from error
     except ProcessError as error:

@@ -157,8 +157,8 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> st
         check_given(0, os.O_RDONLY, "there is no image to read", "name a FILE, or add < FILE")
     with _Protocol(block_size, compression) as ends, ExitStack() as stack:
         pool = dump.buffers_for(ends.block_size)
-        source: dump.FileSource | dump.StreamSource
-        source = dump.StreamSource(0, pool) if path is None else _open_source(path, pool, stack)
+        source: dump.FileSource | dump.PipeSource
+        source = dump.PipeSource(0, pool) if path is None else _open_source(path, pool, stack)
         watched = witness.Witness(source) if isinstance(source, dump.FileSource) else None
         writer = ends.writer(source.size)
 
@@ -277,18 +277,18 @@ def _old_table() -> TableReader:
         return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
 
 
-def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.StreamSource:
-    """Return the source at `path`; pipes, and empty files as the original allows them, are read as streams."""
+def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.PipeSource:
+    """Return the source at `path`; pipes, and empty files as the original allows them, are read as pipes are."""
     try:
         status = os.stat(path)
-        is_stream = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)
-        if not is_stream and (status.st_size or not stat.S_ISREG(status.st_mode)):
+        is_pipe = stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)
+        if not is_pipe and (status.st_size or not stat.S_ISREG(status.st_mode)):
             return stack.enter_context(dump.FileSource(os.fsencode(path)))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise SourceError(f"cannot open {printable(path)}: {error.strerror}") from error
     stack.callback(os.close, fd)
-    return dump.StreamSource(fd, pool)
+    return dump.PipeSource(fd, pool)
 
 
 def _kept(run: dump.Run, writer: DeltaWriter) -> dump.Run:

@@ -279,7 +279,7 @@ def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = No
     return results[0]
 
 
-def stream(
+def feed(
     arguments: Sequence[Argument],
     timeout_s: float,
     consume: Callable[[bytes], None],

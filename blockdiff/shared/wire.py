@@ -92,12 +92,12 @@ STALL_S = 3600.0
 Buffer = Union[bytes, bytearray, memoryview]
 
 
-class Stream(ABC):
-    """What a `Link` needs: a two-way byte stream."""
+class Carrier(ABC):
+    """What carries the bytes of a `Link`, both ways."""
 
     @abstractmethod
     def readinto(self, view: memoryview, timeout_s: float) -> int:
-        """Read at least one byte into `view` and return how many; 0 means end of stream.
+        """Read at least one byte into `view` and return how many; 0: the other side has ended.
 
         Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
         """
@@ -107,8 +107,8 @@ class Stream(ABC):
         """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
 
 
-class Pipe(Stream):
-    """A stream over a pair of file descriptors."""
+class Pipe(Carrier):
+    """A carrier over a pair of file descriptors."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
@@ -117,7 +117,7 @@ class Pipe(Stream):
         self._readable.register(read_fd, select.POLLIN)
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
-        """See `Stream`."""
+        """See `Carrier`."""
         try:
             if not self._readable.poll(timeout_s * 1000):
                 raise ConnectionLost("silent for {:g} s".format(timeout_s), silent=True)
@@ -126,7 +126,7 @@ class Pipe(Stream):
             raise ConnectionLost("cannot read: {}".format(error.strerror)) from error
 
     def write(self, parts: Sequence[Buffer]) -> None:
-        """See `Stream`."""
+        """See `Carrier`."""
         views = [memoryview(part) for part in parts if len(part)]
         try:
             while views:
@@ -157,12 +157,12 @@ class Link:
 
     def __init__(
         self,
-        stream: Stream,
+        carrier: Carrier,
         silence_s: float = SILENCE_S,
         stall_s: Optional[float] = None,
         crc32: "Callable[[Buffer, int], int]" = zlib.crc32,
     ) -> None:
-        self._stream = stream
+        self._carrier = carrier
         self._crc32 = crc32
         self.silence_s = silence_s
         self.stall_s = stall_s
@@ -202,13 +202,13 @@ class Link:
         for part in parts:
             crc = self._crc32(part, crc)
         self._sent += 1
-        self._stream.write((header + _CRC.pack(crc),) + tuple(parts))
+        self._carrier.write((header + _CRC.pack(crc),) + tuple(parts))
 
     def receive(self) -> Frame:
         """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
 
-        Raises `ConnectionLost` at the end of the stream or after `silence_s` seconds of silence, and `ProtocolError`
-        for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
+        Raises `ConnectionLost` where the other side has ended or after `silence_s` seconds of silence, and
+        `ProtocolError` for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
         """
         begun = time.monotonic()
         while True:
@@ -284,7 +284,7 @@ class Link:
 
     def _read(self, view: memoryview) -> int:
         if self.deadline is None:
-            count = self._stream.readinto(view, self.silence_s)
+            count = self._carrier.readinto(view, self.silence_s)
         else:
             count = self._read_until(view, self.deadline)
         if count == 0:
@@ -295,7 +295,7 @@ class Link:
         left_s = deadline - time.monotonic()
         try:
             if left_s > 0:
-                return self._stream.readinto(view, min(self.silence_s, left_s))
+                return self._carrier.readinto(view, min(self.silence_s, left_s))
         except ConnectionLost as error:
             if not error.silent or time.monotonic() < deadline:
                 raise

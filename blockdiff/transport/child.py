@@ -172,8 +172,8 @@ def _enlarge(fd: int) -> None:
         pass  # an unprivileged user may have reached the limit for all pipes; the default size works as well
 
 
-def chunks(stream: IO[bytes]) -> Iterator[bytes]:
+def chunks(pipe: IO[bytes]) -> Iterator[bytes]:
     """Yield what comes through a pipe until its end, and close it."""
-    with stream:
-        while chunk := os.read(stream.fileno(), 4096):
+    with pipe:
+        while chunk := os.read(pipe.fileno(), 4096):
             yield chunk

@@ -1,4 +1,4 @@
-"""What the transports have in common: a byte stream to a started command, and the start of the agent on it."""
+"""What the transports have in common: the bytes to and from a started command, and the start of the agent on it."""
 
 import secrets
 import threading
@@ -38,7 +38,7 @@ class Exit(NamedTuple):
     status: int | None
 
 
-class Connection(wire.Stream):
+class Connection(wire.Carrier):
     """A running command on the other side. A context manager that leaves nothing running.
 
     `place` is where it is, `memory` what a command on this machine has inherited. `nonce` is what the agent will begin
@@ -94,7 +94,7 @@ class Connection(wire.Stream):
 
 
 class Tail:
-    """Keeps the end of a text stream that a thread reads to its end."""
+    """Keeps the end of a text that a thread reads to its end."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._text = b""
@@ -107,7 +107,7 @@ class Tail:
             self._text = (self._text + chunk)[-STDERR_LIMIT:]
 
     def text(self, wait_s: float = 0.0) -> str:
-        """Return the end of the stream, after waiting up to `wait_s` seconds for it to be complete."""
+        """Return the end of the text, after waiting up to `wait_s` seconds for it to be complete."""
         self._thread.join(wait_s)
         return self._text.decode("utf-8", "replace")
 

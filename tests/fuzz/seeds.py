@@ -81,7 +81,7 @@ def generations() -> list[bytes]:
     return [bytes([i]) + _golden(f"own-none{suffix}")[0] for i, suffix in enumerate(FILES)]
 
 
-class _Outgoing(wire.Stream):
+class _Outgoing(wire.Carrier):
     def __init__(self) -> None:
         self.written = b""
 

@@ -229,7 +229,7 @@ def _generation(data: bytes) -> None:
         merge.merge(found.needed(found.generation(2).number), _Nowhere())
 
 
-class _Incoming(wire.Stream):
+class _Incoming(wire.Carrier):
     """A stream from memory that ends where the bytes do."""
 
     def __init__(self, data: bytes) -> None:
