@@ -19,40 +19,23 @@ from blockdiff.host import lease
 from blockdiff.shared import extents, pipeline
 from blockdiff.shared.blocks import Hasher
 from blockdiff.shared.errors import SourceError
-from blockdiff.shared.extents import Extent
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
+from blockdiff.shared.runs import Run, batch_size, whole_blocks
 
-#: Bytes of a batch. Large enough that what Python does for each batch does not count, small enough that a handful of
-#: them fit in the agent's 64 MiB.
-BATCH_BYTES = 2 << 20
-#: Blocks of a batch at most: small blocks make lists of digests, not buffers, the larger part.
-BATCH_BLOCKS = 8192
-#: Bytes of a hole that are handled at once, at most `BATCH_BLOCKS` blocks.
-HOLE_BYTES = 256 << 20
-
-#: States of a block.
-KEPT, CHANGED, ZEROED = 0, 1, 2
-
-
-class Run(NamedTuple):
-    """Neighbouring blocks that changed: `length` bytes at `offset`; `data` is None where all of them are zero."""
-
-    offset: int
-    length: int
-    data: Optional[memoryview]
+#: Bytes of zeros that are handled at once, at most `runs.BATCH_BLOCKS` blocks.
+ZEROS_BYTES = 256 << 20
 
 
 class Batch(NamedTuple):
     """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is asked for.
 
-    `digests` are the joined digests of all its blocks, or None where the scan was told not to compute any; `read` is
-    the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` what holds its
-    bytes, where there are any.
+    `read` is the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` what
+    holds its bytes, where there are any.
     """
 
     offset: int
     length: int
     runs: List[Run]
-    digests: Optional[bytes]
     read: int
     changed: int
     buffer: Optional[memoryview] = None
@@ -78,7 +61,7 @@ class Piece(NamedTuple):
 
     offset: int
     length: int
-    state: str = extents.DATA
+    state: str = DATA
     cached: bool = True
     buffer: Optional[memoryview] = None
 
@@ -188,15 +171,15 @@ class FileSource:
     def pieces(self, block_size: int) -> Iterator[Piece]:
         """Yield the image as pieces of whole blocks, in order, and ask the kernel to read each ahead."""
         steps = {
-            extents.DATA: _step(BATCH_BYTES, block_size),
-            extents.HOLE: _step(HOLE_BYTES, block_size),
-            extents.SAME: self.size,
+            DATA: batch_size(block_size),
+            ZEROS: whole_blocks(ZEROS_BYTES, block_size),
+            SAME: self.size,
         }
-        mine = extents.striped(self._extents(block_size), steps[extents.DATA], self.stream, self.streams)
+        mine = extents.striped(self._extents(block_size), steps[DATA], self.stream, self.streams)
         for start, end, state in mine if self.streams > 1 else self._extents(block_size):
             for offset in range(start, end, steps[state]):
                 length = min(steps[state], end - offset)
-                cached = state != extents.DATA or self._read_ahead(offset, length)
+                cached = state != DATA or self._read_ahead(offset, length)
                 yield Piece(offset, length, state, cached)
 
     def _extents(self, block_size: int) -> Iterator[Extent]:
@@ -209,12 +192,12 @@ class FileSource:
             data = self._seek(position, os.SEEK_DATA, self.size) if self.kind == "file" else position
             hole_end = data if data == self.size else data - data % block_size
             if hole_end > position:
-                yield Extent(position, hole_end, extents.HOLE)
+                yield Extent(position, hole_end, ZEROS)
                 position = hole_end
                 continue
             hole = self._seek(data, os.SEEK_HOLE, self.size) if self.kind == "file" else self.size
             end = min(hole + -hole % block_size, self.size)
-            yield Extent(position, end, extents.DATA)
+            yield Extent(position, end, DATA)
             position = end
 
     def _seek(self, position: int, whence: int, otherwise: int) -> int:
@@ -288,7 +271,7 @@ class PipeSource:
 
     def pieces(self, block_size: int) -> Iterator[Piece]:
         """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""
-        step = _step(BATCH_BYTES, block_size)
+        step = batch_size(block_size)
         offset = 0
         while self.size is None:
             buffer = self._pool.take()
@@ -315,87 +298,68 @@ class PipeSource:
         """Nothing to do: `pieces` has read it."""
 
 
-def buffer_size(block_size: int) -> int:
-    """Return the size in bytes of the buffers that a scan with this block size needs."""
-    return _step(BATCH_BYTES, block_size)
-
-
-def buffers_for(block_size: int) -> pipeline.BufferPool:
-    """Return the buffers that a scan with this block size needs."""
-    return pipeline.BufferPool(buffer_size(block_size))
-
-
-def _step(limit: int, block_size: int) -> int:
-    return max(1, min(limit // block_size, BATCH_BLOCKS)) * block_size
-
-
 class _Examiner:
-    """What the worker threads do with a piece: read it, hash it where asked to, and find what changed."""
+    """What the worker threads do with a piece: read it, hash it where there is an old digest, and find what changed."""
 
     def __init__(self, source: "FileSource | PipeSource", hasher: Hasher, pool: pipeline.BufferPool) -> None:
         self._source = source
         self._hasher = hasher
         self._pool = pool
 
-    def examine(self, task: "Tuple[Piece, Optional[bytes], bool]") -> Batch:
-        piece, old, with_digests = task
-        if piece.state == extents.SAME:
-            return Batch(piece.offset, piece.length, [], None, 0, 0)
-        if piece.state == extents.HOLE:
-            return self._examine_hole(piece, old, with_digests)
+    def examine(self, task: "Tuple[Piece, Optional[bytes]]") -> Batch:
+        piece, old = task
+        if piece.state == SAME:
+            return Batch(piece.offset, piece.length, [], 0, 0)
+        if piece.state == ZEROS:
+            return self._examine_zeros(piece, old)
         buffer = piece.buffer if piece.buffer is not None else self._pool.take()
         self._source.fill(piece, buffer)
         view = buffer[: piece.length]
         flags = self._hasher.zero_flags(view)
-        digests = self._hasher.digests(view, flags) if with_digests or old is not None else None
-        joined = b"".join(digests) if digests is not None else None
-        if old is not None and digests is not None:
-            states = _compare(digests, b"" if joined is None else joined, old, flags)
-        else:
-            states = [ZEROED if is_zero else CHANGED for is_zero in flags]
-        runs = list(_runs(states, piece, self._hasher.block_size, view))
-        changed = len(states) - states.count(KEPT)
-        return Batch(piece.offset, piece.length, runs, joined, piece.length, changed, buffer)
-
-    def _examine_hole(self, piece: Piece, old: Optional[bytes], with_digests: bool) -> Batch:
-        size, block_size = self._hasher.digest.size, self._hasher.block_size
-        joined = self._hasher.zero_digests(piece.length) if with_digests or old is not None else b""
-        count = -(-piece.length // block_size)
         if old is None:
-            states = [ZEROED] * count
-        elif joined == old:
-            states = [KEPT] * count
+            states = [ZEROS if is_zero else DATA for is_zero in flags]
         else:
-            states = [
-                KEPT if joined[i : i + size] == old[i : i + size] else ZEROED for i in range(0, count * size, size)
-            ]
+            states = _compare(self._hasher.digests(view, flags), old, flags)
+        runs = list(_runs(states, piece, self._hasher.block_size, view))
+        changed = len(states) - states.count(SAME)
+        return Batch(piece.offset, piece.length, runs, piece.length, changed, buffer)
+
+    def _examine_zeros(self, piece: Piece, old: Optional[bytes]) -> Batch:
+        size, block_size = self._hasher.digest.size, self._hasher.block_size
+        count = -(-piece.length // block_size)
+        new = self._hasher.zero_digests(piece.length) if old is not None else b""
+        if old is None:
+            states = [ZEROS] * count
+        elif new == old:
+            states = [SAME] * count
+        else:
+            states = [SAME if new[i : i + size] == old[i : i + size] else ZEROS for i in range(0, count * size, size)]
         runs = list(_runs(states, piece, block_size, None))
-        changed = count - states.count(KEPT)
-        return Batch(piece.offset, piece.length, runs, joined if with_digests else None, 0, changed)
+        return Batch(piece.offset, piece.length, runs, 0, count - states.count(SAME))
 
 
-def _compare(digests: List[bytes], joined: bytes, old: bytes, flags: List[bool]) -> List[int]:
+def _compare(digests: List[bytes], old: bytes, flags: List[bool]) -> List[str]:
     """Return the state of each block: one comparison for a batch in which nothing changed, single ones otherwise."""
-    if joined == old:
-        return [KEPT] * len(digests)
+    if b"".join(digests) == old:
+        return [SAME] * len(digests)
     size = len(digests[0])
     return [
-        KEPT if digest == old[i * size : i * size + size] else (ZEROED if is_zero else CHANGED)
+        SAME if digest == old[i * size : i * size + size] else (ZEROS if is_zero else DATA)
         for i, (digest, is_zero) in enumerate(zip(digests, flags))
     ]
 
 
-def _runs(states: List[int], piece: Piece, block_size: int, view: Optional[memoryview]) -> Iterator[Run]:
-    """Yield the runs of neighbouring changed blocks of one kind."""
+def _runs(states: List[str], piece: Piece, block_size: int, view: Optional[memoryview]) -> Iterator[Run]:
+    """Yield the runs of neighbouring changed blocks of one state."""
     start = 0
     for i in range(1, len(states) + 1):
         if i < len(states) and states[i] == states[start]:
             continue
         state, first, last = states[start], start * block_size, min(i * block_size, piece.length)
         start = i
-        if state == KEPT:
+        if state == SAME:
             continue
-        data = view[first:last] if view is not None and state == CHANGED else None
+        data = view[first:last] if view is not None and state == DATA else None
         yield Run(piece.offset + first, last - first, data)
 
 
@@ -404,24 +368,24 @@ def scan(
     hasher: Hasher,
     pool: pipeline.BufferPool,
     old: Optional[OldDigests] = None,
-    with_digests: bool = True,
 ) -> Iterator[Batch]:
     """Yield what changed in `source`, batch by batch, to the end of the image.
 
-    Without `old` every block counts as changed. Without `with_digests` a full scan hashes nothing at all; a source with
-    extents that stayed the same must be scanned so. Raises `SourceError` when the source cannot be read, at its place
-    in the order.
+    Without `old` every block counts as changed, and nothing is hashed. Raises `SourceError` when the source cannot be
+    read, at its place in the order.
     """
     examiner = _Examiner(source, hasher, pool)
 
-    def tasks() -> Iterator[Tuple[Piece, Optional[bytes], bool]]:
+    def tasks() -> Iterator[Tuple[Piece, Optional[bytes]]]:
         for piece in source.pieces(hasher.block_size):
             count = -(-piece.length // hasher.block_size)
-            if old is not None and piece.state == extents.SAME:
+            if old is None:
+                yield piece, None
+            elif piece.state == SAME:
                 old.skip(count)
-                yield piece, None, with_digests
+                yield piece, None
             else:
-                yield piece, old.take(count) if old is not None else None, with_digests
+                yield piece, old.take(count)
 
     workers = pipeline.worker_count()
     for batch in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 from blockdiff.chain.generations import Generation
-from blockdiff.dump import Run
 from blockdiff.format import codec, deltafile
 from blockdiff.format.deltafile import DeltaReader
 from blockdiff.format.digesttable import TableReader
 from blockdiff.shared import pipeline
 from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.shared.errors import DamagedError, printable
+from blockdiff.shared.runs import Run
 
 #: Blocks that are looked at in one step.
 _PART_BLOCKS = 65536

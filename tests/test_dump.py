@@ -1,6 +1,7 @@
 """Scanning: exactly the blocks that changed, read errors with their offset, holes unread, the page cache as it was."""
 
 import errno
+import hashlib
 import os
 import random
 import threading
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from blockdiff import dump
 from blockdiff.dump import Batch, FileSource, PipeSource
-from blockdiff.shared.blocks import Hasher, digest_named
+from blockdiff.shared import runs
+from blockdiff.shared.blocks import Digest, Hasher, digest_named
 from blockdiff.shared.errors import SourceError
+from blockdiff.shared.pipeline import BufferPool
 from tests.descriptors import all_closed
 
 PAGE = 4096
@@ -43,11 +46,11 @@ class Table(dump.OldDigests):
         self._next += count * SHA256.size
 
 
-def scanned(source: FileSource | PipeSource, block_size: int, old: bytes | None, with_digests: bool) -> list[Batch]:
+def scanned(source: FileSource | PipeSource, block_size: int, old: bytes | None) -> list[Batch]:
     """Return all batches of a scan, with their data copied: the buffers are used again."""
-    pool = dump.buffers_for(block_size)
+    pool = BufferPool(runs.batch_size(block_size))
     feed = Table(old) if old is not None else None
-    batches = dump.scan(source, Hasher(SHA256, block_size), pool, feed, with_digests)
+    batches = dump.scan(source, Hasher(SHA256, block_size), pool, feed)
     return [
         batch._replace(
             runs=[run._replace(data=None if run.data is None else memoryview(bytes(run.data))) for run in batch.runs]
@@ -97,8 +100,8 @@ def test_a_scan_finds_exactly_the_blocks_that_changed(
     full: bool,
     seed: int,
 ) -> None:
-    monkeypatch.setattr(dump, "BATCH_BYTES", 3 * PAGE)
-    monkeypatch.setattr(dump, "HOLE_BYTES", 5 * PAGE)
+    monkeypatch.setattr(runs, "BATCH_BYTES", 3 * PAGE)
+    monkeypatch.setattr(dump, "ZEROS_BYTES", 5 * PAGE)
     path = tmp_path / "image"
     write_sparse(path, pages, tail, random.Random(seed))
     image = path.read_bytes()
@@ -107,20 +110,19 @@ def test_a_scan_finds_exactly_the_blocks_that_changed(
         before[edit : edit + 1] = b"\x99" if edit < len(before) else b""
     old = None if full else digest_table(bytes(before), block_size)
     with FileSource(os.fsencode(path)) as source:
-        batches = scanned(source, block_size, old, with_digests=True)
+        batches = scanned(source, block_size, old)
         assert source.size == len(image)
         assert source.changed() == ""
     assert [batch.offset for batch in batches] == [sum(b.length for b in batches[:i]) for i in range(len(batches))]
     assert sum(batch.length for batch in batches) == len(image)
-    assert b"".join(batch.digests or b"" for batch in batches) == digest_table(image, block_size)
     assert apply(batches, b"" if full else bytes(before), len(image)) == image
     changed = [
         i for i in range(0, len(image), block_size) if full or image[i : i + block_size] != before[i : i + block_size]
     ]
-    runs = [run for batch in batches for run in batch.runs]
-    assert [i for run in runs for i in range(run.offset, run.offset + run.length, block_size)] == changed
+    found = [run for batch in batches for run in batch.runs]
+    assert [i for run in found for i in range(run.offset, run.offset + run.length, block_size)] == changed
     assert sum(batch.changed for batch in batches) == len(changed)
-    for run in runs:
+    for run in found:
         assert (run.data is None) == (not any(image[run.offset : run.offset + run.length]))
 
 
@@ -129,7 +131,7 @@ def test_a_scan_finds_exactly_the_blocks_that_changed(
 def test_a_stream_is_scanned_to_its_end(
     monkeypatch: pytest.MonkeyPatch, image: bytes, zeros: int, block_size: int
 ) -> None:
-    monkeypatch.setattr(dump, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(runs, "BATCH_BYTES", 1000)
     image += bytes(zeros)
     read_end, write_end = os.pipe()
     with os.fdopen(read_end, "rb"), os.fdopen(write_end, "wb", buffering=0) as file:
@@ -141,19 +143,26 @@ def test_a_stream_is_scanned_to_its_end(
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
-        source = PipeSource(read_end, dump.buffers_for(block_size))
-        batches = scanned(source, block_size, None, with_digests=True)
+        source = PipeSource(read_end, BufferPool(runs.batch_size(block_size)))
+        batches = scanned(source, block_size, None)
         writer.join(30)
     assert source.size == len(image)
     assert apply(batches, b"", len(image)) == image
-    assert b"".join(batch.digests or b"" for batch in batches) == digest_table(image, block_size)
 
 
-def test_a_full_scan_hashes_nothing_unless_it_is_told_to(tmp_path: Path) -> None:
-    (tmp_path / "image").write_bytes(b"\x5a" * 3 * PAGE)
+def test_a_full_scan_hashes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\x5a" * 3 * PAGE + bytes(PAGE))
+    hashed = []
+
+    def new(data: memoryview) -> "hashlib._Hash":
+        hashed.append(bytes(data))
+        return SHA256.new(data)
+
+    hasher = Hasher(Digest("sha256", SHA256.size, new), PAGE)
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        (batch,) = scanned(source, PAGE, None, with_digests=False)
-    assert batch.digests is None
+        (batch,) = dump.scan(source, hasher, BufferPool(runs.batch_size(PAGE)))
+    assert batch.changed == 4
+    assert hashed == [bytes(PAGE)], "the digest of zeros alone, when the hasher was made"
 
 
 def test_holes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +176,7 @@ def test_holes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(FileSource, "_read", recording)
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        batches = scanned(source, PAGE, None, with_digests=False)
+        batches = scanned(source, PAGE, None)
     assert sorted(read) == [(2 * PAGE, PAGE), (6 * PAGE, PAGE)]
     assert sum(batch.read for batch in batches) == 2 * PAGE
     assert sum(batch.length for batch in batches) == 9 * PAGE
@@ -185,7 +194,7 @@ def test_a_file_system_that_knows_no_holes_is_read_as_it_is(tmp_path: Path, monk
     monkeypatch.setattr(os, "lseek", lseek)
     image = (tmp_path / "image").read_bytes()
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        batches = scanned(source, PAGE, None, with_digests=False)
+        batches = scanned(source, PAGE, None)
     assert apply(batches, b"", len(image)) == image
     assert sum(batch.read for batch in batches) == len(image)
 
@@ -202,7 +211,7 @@ def test_a_failure_to_look_for_holes_is_no_end(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "lseek", lseek)
     with FileSource(os.fsencode(tmp_path / "image")) as source, pytest.raises(SourceError) as caught:
-        scanned(source, PAGE, None, with_digests=False)
+        scanned(source, PAGE, None)
     where = {os.SEEK_DATA: PAGE, os.SEEK_HOLE: 2 * PAGE}[whence]
     assert caught.value.message == f"cannot read {tmp_path}/image at offset {where}: Input/output error"
 
@@ -236,21 +245,21 @@ def test_a_read_error_names_the_offset_and_is_no_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, step: int
 ) -> None:
     (tmp_path / "image").write_bytes(b"\x5a" * 10 * PAGE)
-    monkeypatch.setattr(dump, "BATCH_BYTES", 2 * PAGE)
+    monkeypatch.setattr(runs, "BATCH_BYTES", 2 * PAGE)
     monkeypatch.setattr(os, "preadv", Disk(step, bad=bad).preadv)
     with FileSource(os.fsencode(tmp_path / "image")) as source, pytest.raises(SourceError) as caught:
-        scanned(source, PAGE, None, with_digests=False)
+        scanned(source, PAGE, None)
     assert caught.value.message == f"cannot read {tmp_path}/image at offset {bad}: Input/output error"
     assert caught.value.hint == "the disk may be failing, or the snapshot have overflowed: see the host's kernel log"
 
 
 def test_what_comes_before_a_read_error_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "image").write_bytes(b"\x5a" * 10 * PAGE)
-    monkeypatch.setattr(dump, "BATCH_BYTES", PAGE)
+    monkeypatch.setattr(runs, "BATCH_BYTES", PAGE)
     monkeypatch.setattr(os, "preadv", Disk(bad=6 * PAGE).preadv)
     offsets = []
     with FileSource(os.fsencode(tmp_path / "image")) as source, pytest.raises(SourceError):
-        for batch in dump.scan(source, Hasher(SHA256, PAGE), dump.buffers_for(PAGE), None, with_digests=False):
+        for batch in dump.scan(source, Hasher(SHA256, PAGE), BufferPool(runs.batch_size(PAGE)), None):
             offsets.append(batch.offset)
     assert offsets == [i * PAGE for i in range(6)]
 
@@ -260,7 +269,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "image").write_bytes(image)
     monkeypatch.setattr(os, "preadv", Disk(step=777).preadv)
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        assert apply(scanned(source, PAGE, None, with_digests=False), b"", len(image)) == image
+        assert apply(scanned(source, PAGE, None), b"", len(image)) == image
 
 
 def test_a_file_that_was_cut_is_no_file_that_ends_in_a_hole(tmp_path: Path) -> None:
@@ -277,7 +286,7 @@ def test_an_early_end_is_a_source_that_shrank(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "image").write_bytes(b"\x5a" * 10 * PAGE)
     monkeypatch.setattr(os, "preadv", Disk(end=5 * PAGE + 3).preadv)
     with FileSource(os.fsencode(tmp_path / "image")) as source, pytest.raises(SourceError) as caught:
-        scanned(source, PAGE, None, with_digests=False)
+        scanned(source, PAGE, None)
     assert caught.value.message == f"{tmp_path}/image shrank from {10 * PAGE} to {5 * PAGE + 3} bytes while it was read"
 
 
@@ -304,7 +313,7 @@ def test_a_read_error_of_the_input_names_the_offset(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "readv", readv)
     with pytest.raises(SourceError, match="cannot read the input at offset 100: Input/output error"):
-        scanned(PipeSource(-1, dump.buffers_for(PAGE)), PAGE, None, with_digests=False)
+        scanned(PipeSource(-1, BufferPool(runs.batch_size(PAGE))), PAGE, None)
 
 
 def test_only_what_was_not_cached_before_is_dropped_from_the_page_cache(
@@ -330,9 +339,9 @@ def test_only_what_was_not_cached_before_is_dropped_from_the_page_cache(
     monkeypatch.setattr(
         os, "posix_fadvise", lambda fd, start, length, kind: advice.setdefault(kind, []).append((start, length))
     )
-    monkeypatch.setattr(dump, "BATCH_BYTES", 2 * PAGE)
+    monkeypatch.setattr(runs, "BATCH_BYTES", 2 * PAGE)
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        scanned(source, PAGE, None, with_digests=False)
+        scanned(source, PAGE, None)
     assert asked == [0, 2 * PAGE, 8 * PAGE, 10 * PAGE]
     uncached = [(2 * PAGE, 2 * PAGE), (8 * PAGE, 2 * PAGE)]
     assert sorted(advice[os.POSIX_FADV_DONTNEED]) == uncached
@@ -357,7 +366,7 @@ def test_a_batch_is_dropped_only_after_it_was_read(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(os, "posix_fadvise", fadvise)
     with FileSource(os.fsencode(tmp_path / "image")) as source:
-        scanned(source, PAGE, None, with_digests=False)
+        scanned(source, PAGE, None)
     assert order == ["read", "drop"]
 
 

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdiff.shared.extents import DATA, HOLE, SAME, Audit, Extent, aligned
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Audit, Extent, aligned
 
 Extents = list[Extent]
 
@@ -16,7 +16,7 @@ def ascending(draw: st.DrawFn) -> Extents:
     found = []
     position = 0
     for gap, length, state in draw(
-        st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60), st.sampled_from([DATA, HOLE, SAME])), max_size=12)
+        st.lists(st.tuples(st.integers(0, 40), st.integers(1, 60), st.sampled_from([DATA, ZEROS, SAME])), max_size=12)
     ):
         found.append(Extent(position + gap, position + gap + length, state))
         position += gap + length
@@ -60,7 +60,7 @@ def test_nothing_known_is_all_data() -> None:
 def test_the_short_last_block_belongs_to_what_reaches_the_end() -> None:
     assert list(aligned([Extent(0, 25, SAME)], 10, 25)) == [Extent(0, 25, SAME)]
     assert list(aligned([Extent(0, 24, SAME)], 10, 25)) == [Extent(0, 20, SAME), Extent(20, 25, DATA)]
-    assert list(aligned([Extent(0, 1000, HOLE)], 10, 25)) == [Extent(0, 25, HOLE)]
+    assert list(aligned([Extent(0, 1000, ZEROS)], 10, 25)) == [Extent(0, 25, ZEROS)]
 
 
 def test_an_extent_behind_the_end_is_none_of_the_image() -> None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from blockdiff.chain.inventory import DELTA_SUFFIXES, TABLE_SUFFIXES
 from blockdiff.database.coordinates import Channel, Coordinates
-from blockdiff.dump import Run
 from blockdiff.format import codec, manifest
 from blockdiff.format.deltafile import MAX_RECORD, DeltaReader
 from blockdiff.format.deltawriter import DeltaWriter
@@ -26,6 +25,7 @@ from blockdiff.format.manifest import Manifest, Parent, Quiesced, SnapshotRecord
 from blockdiff.original.apply import apply
 from blockdiff.shared.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, Hasher, digest_named
 from blockdiff.shared.errors import DamagedError, ProtocolError, StorageError
+from blockdiff.shared.runs import Run
 from tests import recipe
 from tests.protocol import FORMAT as TEXT
 from tests.protocol import example

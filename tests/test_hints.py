@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from blockdiff import dump
 from blockdiff.dump import FileSource
+from blockdiff.shared import runs
 from blockdiff.shared.blocks import Hasher, digest_named
-from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
+from blockdiff.shared.pipeline import BufferPool
 
 BLOCK = 4096
 SHA256 = digest_named("sha256")
@@ -51,7 +53,7 @@ class Reads:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    states=st.lists(st.sampled_from([DATA, HOLE, SAME]), min_size=1, max_size=30),
+    states=st.lists(st.sampled_from([DATA, ZEROS, SAME]), min_size=1, max_size=30),
     tail=st.integers(1, BLOCK),
     full=st.booleans(),
     older=st.integers(0, 40),
@@ -85,14 +87,14 @@ def test_only_data_is_read_and_the_image_is_right(
     known = [Extent(i * BLOCK, i * BLOCK + size, state) for i, (state, size) in enumerate(zip(states, sizes))]
     reads = Reads()
     monkeypatch.setattr(os, "preadv", reads.preadv)
-    monkeypatch.setattr(dump, "BATCH_BYTES", 3 * BLOCK)
-    monkeypatch.setattr(dump, "HOLE_BYTES", 2 * BLOCK)
+    monkeypatch.setattr(runs, "BATCH_BYTES", 3 * BLOCK)
+    monkeypatch.setattr(dump, "ZEROS_BYTES", 2 * BLOCK)
     old = None if full else Table(before)
     found = bytearray((b"" if full else before)[: len(image)].ljust(len(image), b"\xee"))
     read = examined = 0
     sent: list[int] = []
     with FileSource(os.fsencode(tmp_path / "image"), known) as source:
-        for batch in dump.scan(source, Hasher(SHA256, BLOCK), dump.buffers_for(BLOCK), old, with_digests=False):
+        for batch in dump.scan(source, Hasher(SHA256, BLOCK), BufferPool(runs.batch_size(BLOCK)), old):
             assert batch.offset == examined
             examined += batch.length
             read += batch.read
@@ -115,13 +117,13 @@ def test_a_claim_counts_for_whole_blocks_only(tmp_path: Path, monkeypatch: pytes
     reads = Reads()
     monkeypatch.setattr(os, "preadv", reads.preadv)
     known = [
-        Extent(1, 4 * BLOCK - 1, HOLE),
-        Extent(5 * BLOCK, 6 * BLOCK, HOLE),
-        Extent(8 * BLOCK + 1, 99 * BLOCK, HOLE),
+        Extent(1, 4 * BLOCK - 1, ZEROS),
+        Extent(5 * BLOCK, 6 * BLOCK, ZEROS),
+        Extent(8 * BLOCK + 1, 99 * BLOCK, ZEROS),
     ]
     with FileSource(os.fsencode(tmp_path / "image"), known) as source:
         pieces = [(piece.offset // BLOCK, piece.length // BLOCK, piece.state) for piece in source.pieces(BLOCK)]
-    assert pieces == [(0, 1, DATA), (1, 2, HOLE), (3, 2, DATA), (5, 1, HOLE), (6, 3, DATA), (9, 1, HOLE)]
+    assert pieces == [(0, 1, DATA), (1, 2, ZEROS), (3, 2, DATA), (5, 1, ZEROS), (6, 3, DATA), (9, 1, ZEROS)]
 
 
 def test_what_is_the_same_is_one_piece_however_large(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockdiff import backup
-from blockdiff.dump import Run
 from blockdiff.session import session, streams
 from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened
 from blockdiff.session.session import Session
 from blockdiff.shared.blocks import digest_named
 from blockdiff.shared.errors import ProtocolError, SourceError
-from blockdiff.shared.extents import DATA, HOLE, SAME, Extent, striped
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent, striped
+from blockdiff.shared.runs import Run
 from blockdiff.transport import NAMES
 from blockdiff.transport.address import Address, parse
 from tests import chains, commands, processes
@@ -58,7 +58,7 @@ def change(path: Path) -> None:
 
 
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 50), st.sampled_from([DATA, HOLE, SAME])), min_size=1, max_size=12),
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.sampled_from([DATA, ZEROS, SAME])), min_size=1, max_size=12),
     length=st.integers(1, 20),
     count=st.integers(1, 5),
 )

@@ -15,7 +15,7 @@ from blockdiff import lvm
 from blockdiff.host import lvs, thin
 from blockdiff.host.thin import HintError
 from blockdiff.shared.errors import Interrupted, ProcessError
-from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 from tests import processes
 from tests.fake_lvm import FakeLvm
 
@@ -76,7 +76,7 @@ def test_what_changed_is_data_what_was_unmapped_a_hole_and_all_else_the_same(fak
         Extent(0, BLOCK, SAME),
         Extent(BLOCK, 4 * BLOCK, DATA),
         Extent(4 * BLOCK, 5 * BLOCK, SAME),
-        Extent(5 * BLOCK, 6 * BLOCK, HOLE),
+        Extent(5 * BLOCK, 6 * BLOCK, ZEROS),
         Extent(6 * BLOCK, 1 << 20, SAME),
     ]
     assert fake.calls("thin_delta") == [["-m", "--thin1", "2", "--thin2", "3", "/dev/mapper/vg-pool_tmeta"]]
@@ -85,16 +85,16 @@ def test_what_changed_is_data_what_was_unmapped_a_hole_and_all_else_the_same(fak
 def test_what_is_not_mapped_is_a_hole_of_a_first_run(fake: FakeLvm) -> None:
     say(fake, delta(("same", 1, 1), ("same", 2, 1), ("same", 15, 1)))
     assert thin.mapped_extents(volume("bd_new")) == [
-        Extent(0, BLOCK, HOLE),
+        Extent(0, BLOCK, ZEROS),
         Extent(BLOCK, 3 * BLOCK, DATA),
-        Extent(3 * BLOCK, 15 * BLOCK, HOLE),
+        Extent(3 * BLOCK, 15 * BLOCK, ZEROS),
         Extent(15 * BLOCK, 16 * BLOCK, DATA),
     ]
     assert fake.calls("thin_delta") == [["-m", "--thin1", "3", "--thin2", "3", "/dev/mapper/vg-pool_tmeta"]]
 
 
 def test_nothing_mapped_is_one_hole_and_nothing_changed_one_extent(fake: FakeLvm) -> None:
-    assert thin.mapped_extents(volume("bd_new")) == [Extent(0, 1 << 20, HOLE)]
+    assert thin.mapped_extents(volume("bd_new")) == [Extent(0, 1 << 20, ZEROS)]
     assert thin.changed_extents(volume("bd_old"), volume("bd_new")) == [Extent(0, 1 << 20, SAME)]
 
 
@@ -120,7 +120,7 @@ def test_extents_cover_the_image_exactly_and_mean_what_the_blocks_were(
         assert start < end
         for block in range(start // 1024, -(-end // 1024)):
             kind = blocks[block] if block < len(blocks) else ""
-            assert state == {"same": SAME, "": SAME, "left_only": HOLE}.get(kind, DATA)
+            assert state == {"same": SAME, "": SAME, "left_only": ZEROS}.get(kind, DATA)
 
 
 @given(st.lists(st.tuples(st.sampled_from(KINDS[:4]), st.integers(0, 50), st.integers(1, 5)), max_size=10))

@@ -14,7 +14,6 @@ from blockdiff import merge
 from blockdiff.chain import temporary
 from blockdiff.chain.generations import Chain, Generation, missing
 from blockdiff.chain.inventory import MANIFEST_SUFFIX
-from blockdiff.dump import Run
 from blockdiff.format import checksum
 from blockdiff.format.checksum import Checksum
 from blockdiff.format.deltafile import DeltaReader, Sink
@@ -22,6 +21,7 @@ from blockdiff.format.digesttable import TableReader, TableWriter, sparse_count
 from blockdiff.format.manifest import Manifest
 from blockdiff.shared.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.shared.errors import BlockdiffError, DamagedError, StorageError
+from blockdiff.shared.runs import Run
 
 _COMPARE_BLOCKS = 65536
 

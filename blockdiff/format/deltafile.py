@@ -4,9 +4,9 @@ import struct
 from collections.abc import Generator, Iterable, Iterator
 from typing import Protocol
 
-from blockdiff.dump import Run
 from blockdiff.shared.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.shared.errors import DamagedError
+from blockdiff.shared.runs import Run
 
 #: Longest data record of a version 2 delta, in bytes.
 MAX_RECORD = MAX_BLOCK_SIZE

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from blockdiff.dump import Run
 from blockdiff.format import deltafile, digesttable
 from blockdiff.format.deltafile import Sink
 from blockdiff.format.digesttable import TableReader, TableWriter
 from blockdiff.shared import pipeline
 from blockdiff.shared.blocks import Hasher, block_count
 from blockdiff.shared.errors import ProtocolError
+from blockdiff.shared.runs import Run
 
 #: Bytes that a member of a delta holds before compression, at least (but for the last) and at most, records' heads
 #: aside.

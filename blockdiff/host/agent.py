@@ -41,6 +41,7 @@ from blockdiff.shared.errors import (
 )
 from blockdiff.shared.extents import Audit, aligned
 from blockdiff.shared.grant import Grant
+from blockdiff.shared.runs import Run, batch_size
 
 #: How long the server may take to its next order, in seconds: it may be waiting for a lock.
 ORDER_TIMEOUT_S = 600.0
@@ -206,7 +207,7 @@ class Agent:
         wish = Wish(*(bool(order.get(name)) for name in Wish._fields))
         if wish.full != (self._feed is None):
             raise ProtocolError("a full scan has no digest table, and every other has one")
-        self._shared = _shared(order, dump.buffer_size(block_size))
+        self._shared = _shared(order, batch_size(block_size))
         file, claimed = source.open(wish)
         if order.get("stream") is not None:
             file.stream, file.streams = wire.integers(order, "stream", "streams")
@@ -231,8 +232,8 @@ class Agent:
         read = changed = position = 0
         zeros = (0, 0)
         reported_s = time.monotonic()
-        pool = self._shared or dump.buffers_for(hasher.block_size)
-        for batch in dump.scan(source, hasher, pool, self._feed, with_digests=False):
+        pool = self._shared or pipeline.BufferPool(batch_size(hasher.block_size))
+        for batch in dump.scan(source, hasher, pool, self._feed):
             for run in batch.runs:
                 if audit is not None:
                     _check_claim(audit, run)
@@ -255,7 +256,7 @@ class Agent:
             self._shared.finish()
         return read, changed
 
-    def _send_data(self, batch: dump.Batch, run: dump.Run, data: memoryview) -> None:
+    def _send_data(self, batch: dump.Batch, run: Run, data: memoryview) -> None:
         if self._shared is None or batch.buffer is None or run.length < MIN_RUN:
             self._link.send(wire.DATA, data, offset=run.offset)
         else:
@@ -326,7 +327,7 @@ def _since(begun: float) -> int:
     return int((time.monotonic() - begun) * 1e6)
 
 
-def _check_claim(audit: Audit, run: dump.Run) -> None:
+def _check_claim(audit: Audit, run: Run) -> None:
     wrong = audit.first_wrong(run.offset, run.offset + run.length)
     if wrong >= 0:
         raise SourceError(

@@ -18,7 +18,7 @@ from blockdiff.host.lvs import Volume
 from blockdiff.lvm import KEPT_TAG
 from blockdiff.shared import process
 from blockdiff.shared.errors import BlockdiffError, ProcessError, printable
-from blockdiff.shared.extents import DATA, HOLE, SAME, Extent
+from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 
 #: How long thin_delta may take, and a message to the device mapper, in seconds.
 DELTA_TIMEOUT_S = 300.0
@@ -31,7 +31,7 @@ _UUID = re.compile(r"[0-9A-Za-z]{6}(-[0-9A-Za-z]{4}){5}-[0-9A-Za-z]{6}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 #: What a range that thin_delta names means; what it does not name is mapped on neither side.
-CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": HOLE}
+CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": ZEROS}
 MAPPED = {"same": DATA}
 
 
@@ -83,7 +83,7 @@ def mapped_extents(volume: Volume) -> List[Extent]:
 
     Raises `HintError`.
     """
-    return list(covering(_delta(volume, volume), MAPPED, HOLE, volume.size))
+    return list(covering(_delta(volume, volume), MAPPED, ZEROS, volume.size))
 
 
 #: The kind that thin_delta gives a range, and its first byte and its end.

@@ -6,12 +6,12 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from blockdiff.dump import Run
 from blockdiff.format.deltafile import DeltaReader
 from blockdiff.restore.devicetarget import refuse_in_use
 from blockdiff.restore.filetarget import refuse_in_dev
 from blockdiff.restore.offsetwriter import write_zeros
 from blockdiff.shared.errors import BlockdiffError, DamagedError, TargetError, printable
+from blockdiff.shared.runs import Run
 
 
 def apply(pieces: Iterable[bytes], path: str) -> None:

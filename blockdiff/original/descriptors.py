@@ -25,6 +25,7 @@ from blockdiff.session.session import Session
 from blockdiff.shared.blocks import Hasher, check_block_size, digest_named
 from blockdiff.shared.errors import SourceError, StorageError, UsageError, printable
 from blockdiff.shared.pipeline import BufferPool
+from blockdiff.shared.runs import Run, batch_size
 from blockdiff.transport.address import Address
 
 DEFAULT_BLOCK_SIZE = 16384
@@ -156,16 +157,16 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> st
     if path is None:
         check_given(0, os.O_RDONLY, "there is no image to read", "name a FILE, or add < FILE")
     with _Protocol(block_size, compression) as ends, ExitStack() as stack:
-        pool = dump.buffers_for(ends.block_size)
+        pool = BufferPool(batch_size(ends.block_size))
         source: dump.FileSource | dump.PipeSource
         source = dump.PipeSource(0, pool) if path is None else _open_source(path, pool, stack)
         watched = witness.Witness(source) if isinstance(source, dump.FileSource) else None
         writer = ends.writer(source.size)
 
-        def runs() -> Iterator[dump.Run]:
+        def runs() -> Iterator[Run]:
             hasher = Hasher(_MD5, ends.block_size)
             old = _InOrder(ends.old) if ends.old is not None else None
-            for batch in dump.scan(source, hasher, pool, old, with_digests=False):
+            for batch in dump.scan(source, hasher, pool, old):
                 for run in batch.runs:
                     yield _kept(run, writer)
             writer.image_size = source.size
@@ -291,10 +292,10 @@ def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSour
     return dump.PipeSource(fd, pool)
 
 
-def _kept(run: dump.Run, writer: DeltaWriter) -> dump.Run:
+def _kept(run: Run, writer: DeltaWriter) -> Run:
     """Return the run with its bytes in the writer's room: those of the scan are gone with its next batch."""
     if run.data is None:
         return run
     room = writer.allocate(run.length)
     room[:] = run.data
-    return dump.Run(run.offset, run.length, room)
+    return Run(run.offset, run.length, room)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from blockdiff import merge
 from blockdiff.chain.generations import Chain, Generation
-from blockdiff.dump import Run
 from blockdiff.format import codec
 from blockdiff.format.deltafile import Salvager
 from blockdiff.format.digesttable import TableReader
 from blockdiff.shared.blocks import DIGEST_SIZES, Hasher, block_count, digest_named
 from blockdiff.shared.errors import DamagedError, StorageError
+from blockdiff.shared.runs import Run
 
 _PART_BLOCKS = 65536
 

@@ -7,9 +7,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blockdiff import dump
 from blockdiff.chain import clock
-from blockdiff.shared import wire
+from blockdiff.shared import runs, wire
 from blockdiff.shared.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, block_count
 from blockdiff.shared.errors import ProtocolError, printable
 
@@ -132,7 +131,7 @@ class Rules:
         if offset % self._block_size or (stop % self._block_size and stop != self._image_size):
             raise ProtocolError(f"sent {length} bytes at offset {offset}, which are not whole blocks")
         blocks = block_count(length, self._block_size)
-        if not is_zero and blocks > dump.BATCH_BLOCKS:
+        if not is_zero and blocks > runs.BATCH_BLOCKS:
             raise ProtocolError(f"sent {blocks} blocks at once")
         self._position = stop
         self._changed_blocks += blocks

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from blockdiff import transport
-from blockdiff.dump import Run
 from blockdiff.session import rules
 from blockdiff.session.requests import RunRequest, ScanRequest
 from blockdiff.session.rules import Leftovers, Opened, Ready, Rules, Totals
@@ -20,6 +19,7 @@ from blockdiff.session.tunnel import Tunnel
 from blockdiff.shared import process, wire
 from blockdiff.shared.blocks import Digest
 from blockdiff.shared.errors import BlockdiffError, ConnectionLost, ProtocolError, UsageError, from_wire, printable
+from blockdiff.shared.runs import Run
 from blockdiff.transport import connection
 from blockdiff.transport.address import Address
 from blockdiff.transport.advice import UnreachedError

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
-from blockdiff.dump import Run
 from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened, Totals
 from blockdiff.session.session import Session
 from blockdiff.shared import pipeline
 from blockdiff.shared.errors import ProtocolError, SourceError
+from blockdiff.shared.runs import Run
 
 #: Runs, of all streams together, that are received before it is their turn, each of 2 MiB or a block at most: a stream
 #: that has to wait for the others loses a round trip.

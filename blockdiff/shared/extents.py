@@ -5,9 +5,9 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 
 from typing import Iterable, Iterator, List, NamedTuple
 
-#: States of an extent.
+#: States of an extent, and of a block: its bytes count, all of them are zero, it did not change since the last run.
 DATA = "data"
-HOLE = "hole"
+ZEROS = "zeros"
 SAME = "same"
 
 
@@ -22,7 +22,7 @@ class Extent(NamedTuple):
 def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[Extent]:
     """Yield extents of whole blocks that cover an image of `size` bytes, from ascending ones that need not.
 
-    A block is a hole, or the same as before, only where all of it is said to be; everything else is data.
+    A block is zeros, or the same as before, only where all of it is said to be; everything else is data.
     """
     position = 0
     for start, end, state in extents:
@@ -41,7 +41,7 @@ def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[E
 def striped(extents: Iterable[Extent], length: int, index: int, count: int) -> Iterator[Extent]:
     """Yield the part of ascending extents that stream `index` of `count` examines; what others do is the same to it.
 
-    Data goes to each in turn, `length` bytes at a time, and holes, which cost nothing, all to the first.
+    Data goes to each in turn, `length` bytes at a time, and zeros, which cost nothing, all to the first.
     """
     start, end = 0, 0  # of what others do and was not yielded yet
     for extent in extents:

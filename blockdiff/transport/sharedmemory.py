@@ -2,9 +2,9 @@
 
 import os
 
-from blockdiff import dump
 from blockdiff.host import sharedbuffers
 from blockdiff.shared.errors import ProtocolError
+from blockdiff.shared.runs import batch_size
 
 
 class SharedMemory:
@@ -24,7 +24,7 @@ class SharedMemory:
 
     def prepare(self, block_size: int) -> bool:
         """Make room for a scan with this block size; return whether there is."""
-        self._size = sharedbuffers.memory_size(dump.buffer_size(block_size))
+        self._size = sharedbuffers.memory_size(batch_size(block_size))
         try:
             os.ftruncate(self.fd, self._size)
         except OSError:  # a limit on the size of files

@@ -297,7 +297,7 @@ def _volumes(data: bytes) -> None:
 def _thin_delta(data: bytes) -> None:
     """Whatever thin_delta says, extents cover the image, in order."""
     size = 1 << 20
-    for meaning, gap in ((thin.CHANGED, extents.SAME), (thin.MAPPED, extents.HOLE)):
+    for meaning, gap in ((thin.CHANGED, extents.SAME), (thin.MAPPED, extents.ZEROS)):
         reader = thin.DeltaReader("2", "3")
         for piece in _cut(data, 100):
             reader.feed(piece)
@@ -309,7 +309,7 @@ def _thin_delta(data: bytes) -> None:
 
 
 def _mapped(ranges: list[thin.Range], size: int) -> list[extents.Extent]:
-    return list(thin.covering([each for each in ranges if each[0] in thin.MAPPED], thin.MAPPED, extents.HOLE, size))
+    return list(thin.covering([each for each in ranges if each[0] in thin.MAPPED], thin.MAPPED, extents.ZEROS, size))
 
 
 def _options(data: bytes) -> None:

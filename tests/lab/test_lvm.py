@@ -447,7 +447,7 @@ for _ in range(2):
         before, after = read(start, end - start, device(old)), read(start, end - start, device(new))
         if state == extents.SAME and before != after:
             faults.append(["not the same", start, end])
-        if state == extents.HOLE and after.strip(bytes(1)):
+        if state == extents.ZEROS and after.strip(bytes(1)):
             faults.append(["no hole", start, end])
         data += (end - start) * (state == extents.DATA)
     if position != size:
@@ -483,7 +483,7 @@ wrong, position, data = [], 0, 0
 for start, end, state in thin.mapped_extents(new):
     assert start == position
     position = end
-    if state == extents.HOLE and read(start, end - start, device(new)).strip(bytes(1)):
+    if state == extents.ZEROS and read(start, end - start, device(new)).strip(bytes(1)):
         wrong.append(start)
     data += (end - start) * (state == extents.DATA)
 json.dump([nothing, wrong, position, data, new.data_percent], sys.stdout)
