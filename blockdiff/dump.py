@@ -10,7 +10,6 @@ scan is not left in it.
 import errno
 import mmap
 import os
-import select
 import stat
 from abc import ABC, abstractmethod
 from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -66,7 +65,19 @@ class Piece(NamedTuple):
     buffer: Optional[memoryview] = None
 
 
-class FileSource:
+class Image(ABC):
+    """What a scan goes through, from its beginning to its end."""
+
+    @abstractmethod
+    def pieces(self, block_size: int) -> Iterator[Piece]:
+        """Yield the image as pieces of whole blocks, in order; raises `SourceError`."""
+
+    @abstractmethod
+    def fill(self, piece: Piece, buffer: memoryview) -> None:
+        """Read a piece into `buffer`, unless that is its own; raises `SourceError`."""
+
+
+class FileSource(Image):
     """A regular file or block device, open for reading.
 
     `size` in bytes is taken once, at the start: the image ends there even if the file grows; `status` is what the
@@ -258,50 +269,10 @@ class FileSource:
         )
 
 
-class PipeSource:
-    """An image that can only be read from its beginning to its end: a pipe, or what standard input is.
-
-    `size` is None until the end was reached.
-    """
-
-    def __init__(self, fd: int, pool: pipeline.BufferPool) -> None:
-        self._fd = fd
-        self._pool = pool
-        self.size: "Optional[int]" = None
-
-    def pieces(self, block_size: int) -> Iterator[Piece]:
-        """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""
-        step = batch_size(block_size)
-        offset = 0
-        while self.size is None:
-            buffer = self._pool.take()
-            done = 0
-            while done < step:
-                try:
-                    count = os.readv(self._fd, [buffer[done:step]])
-                except BlockingIOError:  # who shares the input with us has made it so, as ssh does
-                    select.select([self._fd], [], [])
-                    continue
-                except OSError as error:
-                    raise SourceError(
-                        "cannot read the input at offset {}: {}".format(offset + done, error.strerror)
-                    ) from error
-                if count == 0:
-                    self.size = offset + done
-                    break
-                done += count
-            if done:
-                yield Piece(offset, done, buffer=buffer)
-            offset += done
-
-    def fill(self, piece: Piece, buffer: memoryview) -> None:
-        """Nothing to do: `pieces` has read it."""
-
-
 class _Examiner:
     """What the worker threads do with a piece: read it, hash it where there is an old digest, and find what changed."""
 
-    def __init__(self, source: "FileSource | PipeSource", hasher: Hasher, pool: pipeline.BufferPool) -> None:
+    def __init__(self, source: Image, hasher: Hasher, pool: pipeline.BufferPool) -> None:
         self._source = source
         self._hasher = hasher
         self._pool = pool
@@ -364,7 +335,7 @@ def _runs(states: List[str], piece: Piece, block_size: int, view: Optional[memor
 
 
 def scan(
-    source: "FileSource | PipeSource",
+    source: Image,
     hasher: Hasher,
     pool: pipeline.BufferPool,
     old: Optional[OldDigests] = None,

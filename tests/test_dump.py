@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockdiff import dump
-from blockdiff.dump import Batch, FileSource, PipeSource
+from blockdiff.dump import Batch, FileSource
+from blockdiff.original.descriptors import PipeSource
 from blockdiff.shared import runs
 from blockdiff.shared.blocks import Digest, Hasher, digest_named
 from blockdiff.shared.errors import SourceError

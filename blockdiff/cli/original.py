@@ -14,7 +14,8 @@ from blockdiff.format import codec
 from blockdiff.original.apply import apply
 from blockdiff.original.command_backup import backup_with_command
 from blockdiff.original.cronlog import run_logged
-from blockdiff.original.descriptors import FdInput, SnapshotOptions, check_given, dump_local, dump_remote, dump_volume
+from blockdiff.original.descriptors import SnapshotOptions, check_given, dump_local, dump_remote, dump_volume
+from blockdiff.original.pipes import FdInput
 from blockdiff.shared.errors import BlockdiffError, UsageError, printable
 from blockdiff.transport import address
 

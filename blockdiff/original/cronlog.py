@@ -7,16 +7,17 @@ be full, or not be a file at all. The command comes first: it is neither kept fr
 import errno
 import io
 import os
-import select
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from typing import BinaryIO
 
 from blockdiff.chain import temporary
+from blockdiff.original.pipes import patiently
 from blockdiff.shared import process
 from blockdiff.shared.errors import BlockdiffError, ProcessError, StorageError, printable
 
@@ -55,11 +56,8 @@ class _LogFile:
         view = memoryview(data)
         try:
             while view:
-                try:
-                    view = view[os.write(self._fd, view) :]
-                except BlockingIOError:
-                    if not select.select([], [self._fd], [], _PATIENCE_S)[1]:
-                        raise
+                write = partial(os.write, self._fd, view)
+                view = view[patiently(write, writable=[self._fd], patience_s=_PATIENCE_S) :]
         except OSError as error:
             self.failure = StorageError(
                 f"cannot write the log {printable(self._path or '')}: {error.strerror}",

@@ -5,11 +5,11 @@ Deltas are of version 1 and digests MD5, whatever reads or writes the other end.
 
 import fcntl
 import os
-import select
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from blockdiff import dump
 from blockdiff.chain import temporary
@@ -19,11 +19,12 @@ from blockdiff.format.deltawriter import DeltaWriter
 from blockdiff.format.digesttable import TableReader
 from blockdiff.format.lzop import LzopWriter
 from blockdiff.host import witness
+from blockdiff.original.pipes import FdInput, FdSink, patiently
 from blockdiff.quiesce import CommandQuiesce, Quiesce
 from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.session import Session
 from blockdiff.shared.blocks import Hasher, check_block_size, digest_named
-from blockdiff.shared.errors import SourceError, StorageError, UsageError, printable
+from blockdiff.shared.errors import SourceError, UsageError, printable
 from blockdiff.shared.pipeline import BufferPool
 from blockdiff.shared.runs import Run, batch_size
 from blockdiff.transport.address import Address
@@ -39,52 +40,39 @@ _COPY_SIZE = 1 << 20
 _FLAGS = {"gzip": " --gzip", "lzop": " --lzop", "none": ""}
 
 
-class FdSink:
-    """Writes to a descriptor. `finish` must be called: a late error shows only when the descriptor is closed."""
+class PipeSource(dump.Image):
+    """An image that can only be read from its beginning to its end: a pipe, or what standard input is.
 
-    def __init__(self, fd: int, what: str) -> None:
+    `size` is None until the end was reached.
+    """
+
+    def __init__(self, fd: int, pool: BufferPool) -> None:
         self._fd = fd
-        self._what = what
+        self._pool = pool
+        self.size: int | None = None
 
-    def write(self, data: bytes) -> None:
-        """Write all of `data`; raises `StorageError`."""
-        view = memoryview(data)
-        try:
-            while view:
+    def pieces(self, block_size: int) -> Iterator[dump.Piece]:
+        """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""
+        step = batch_size(block_size)
+        offset = 0
+        while self.size is None:
+            buffer = self._pool.take()
+            done = 0
+            while done < step:
                 try:
-                    view = view[os.write(self._fd, view) :]
-                except BlockingIOError:  # who shares the descriptor with us has made it so, as ssh does
-                    select.select([], [self._fd], [])
-        except OSError as error:
-            raise self._failed(error) from error
+                    count = patiently(partial(os.readv, self._fd, [buffer[done:step]]), readable=[self._fd])
+                except OSError as error:
+                    raise SourceError(f"cannot read the input at offset {offset + done}: {error.strerror}") from error
+                if count == 0:
+                    self.size = offset + done
+                    break
+                done += count
+            if done:
+                yield dump.Piece(offset, done, buffer=buffer)
+            offset += done
 
-    def finish(self) -> None:
-        """Close the descriptor; raises `StorageError`."""
-        try:
-            os.close(self._fd)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> StorageError:
-        return StorageError(f"cannot write the {self._what} (descriptor {self._fd}): {error.strerror}")
-
-
-class FdInput:
-    """Reads from a descriptor, whatever is behind it. `what` names it in messages."""
-
-    def __init__(self, fd: int, what: str) -> None:
-        self._fd = fd
-        self._what = what
-
-    def read(self, count: int, /) -> bytes:
-        """Return at most `count` bytes, none at the end; raises `StorageError`."""
-        while True:
-            try:
-                return os.read(self._fd, count)
-            except BlockingIOError:
-                select.select([self._fd], [], [])
-            except OSError as error:
-                raise StorageError(f"cannot read {self._what}: {error.strerror}") from error
+    def fill(self, piece: dump.Piece, buffer: memoryview) -> None:
+        """Nothing to do: `pieces` has read it."""
 
 
 class _Protocol:
@@ -158,8 +146,8 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> st
         check_given(0, os.O_RDONLY, "there is no image to read", "name a FILE, or add < FILE")
     with _Protocol(block_size, compression) as ends, ExitStack() as stack:
         pool = BufferPool(batch_size(ends.block_size))
-        source: dump.FileSource | dump.PipeSource
-        source = dump.PipeSource(0, pool) if path is None else _open_source(path, pool, stack)
+        source: dump.FileSource | PipeSource
+        source = PipeSource(0, pool) if path is None else _open_source(path, pool, stack)
         watched = witness.Witness(source) if isinstance(source, dump.FileSource) else None
         writer = ends.writer(source.size)
 
@@ -278,7 +266,7 @@ def _old_table() -> TableReader:
         return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
 
 
-def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | dump.PipeSource:
+def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSource | PipeSource:
     """Return the source at `path`; pipes, and empty files as the original allows them, are read as pipes are."""
     try:
         status = os.stat(path)
@@ -289,7 +277,7 @@ def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSour
     except OSError as error:
         raise SourceError(f"cannot open {printable(path)}: {error.strerror}") from error
     stack.callback(os.close, fd)
-    return dump.PipeSource(fd, pool)
+    return PipeSource(fd, pool)
 
 
 def _kept(run: Run, writer: DeltaWriter) -> Run:
