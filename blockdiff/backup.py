@@ -26,7 +26,7 @@ from blockdiff.session import consistency, snapshots, streams
 from blockdiff.session.requests import RunRequest, ScanRequest, SourceRequest
 from blockdiff.session.rules import Opened, Totals, Volume
 from blockdiff.session.session import Session
-from blockdiff.shared import signals
+from blockdiff.shared import signals, trace
 from blockdiff.shared.blocks import Hasher, digest_named
 from blockdiff.shared.errors import UsageError, printable
 from blockdiff.transport.address import Address
@@ -143,18 +143,23 @@ def backup_together(
 
     with ExitStack() as stack:
         _refuse_twice(targets)
+        trace.phase("lock the chain and plan")
         chains = [stack.enter_context(LockedChain(name)) for name, _path in targets]
         jobs = _jobs(chains, targets, address, options, stack)
         started = now()
+        trace.phase("meet the agent")
         session = stack.enter_context(connect())
         with _prepared(session, jobs, options) as (quiesced, volumes):
+            trace.phase("take the moment")
             moments = _moments(quiesced.around(session), session, [quiesced.holds(index) for index in range(len(jobs))])
         sources = [
             _Taken(chain, job.path, job.plan, volume, moment)
             for chain, job, volume, moment in zip(chains, jobs, volumes, moments)
         ]
         scanned = [_scan(session, source, connect, options, compress, watcher, stack) for source in sources]
+        trace.phase("end the session")
         held_s = session.finish()
+        trace.phase("commit")
         run = secrets.token_hex(8) if len(jobs) > 1 else None
         results = []
         for source, found in zip(sources, scanned):
@@ -213,6 +218,7 @@ def _prepared(
     """Yield what holds writers still, after the agent has found all sources fit, and what it says of each."""
     for job in jobs:
         session.check_digest(digest_named(job.plan.digest))
+    trace.phase("prepare")
     with _quiesce(session, options) as quiesced:
         ready = session.prepare(replace(_request(jobs, quiesced, options), rehearsal=rehearsal))
         for job, volume in zip(jobs, ready.volumes, strict=True):
@@ -289,6 +295,7 @@ def _scan(
     stack: ExitStack,
 ) -> _Scanned:
     """Let the agent scan the next source, with others if need be, and write its delta and digest table."""
+    trace.phase("scan a source")
     plan, before = source.plan, session.bytes_received
     hasher = Hasher(digest_named(plan.digest), plan.block_size)
     volumes = options.volumes or VolumeOptions()

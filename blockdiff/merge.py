@@ -13,7 +13,7 @@ from blockdiff.chain.generations import Generation
 from blockdiff.format import codec, deltafile
 from blockdiff.format.deltafile import DeltaReader
 from blockdiff.format.digesttable import TableReader
-from blockdiff.shared import pipeline
+from blockdiff.shared import pipeline, trace
 from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.shared.errors import DamagedError, printable
 from blockdiff.shared.runs import Run
@@ -215,12 +215,14 @@ def merge(
             raise _incomplete(newest, oldest, merger.remaining * table.block_size)
         assert merger.image_size is not None or table.count == 0
         image_size = merger.image_size or 0
+        trace.phase("complete the image")
         target.finish(image_size)
         return image_size
 
 
 def _apply(merger: _Merger, generation: Generation, newest: Generation, advance: Callable[[int], object]) -> None:
     try:
+        trace.phase(f"apply generation {generation.number}")
         merger.apply(generation, advance)
     except DamagedError as error:
         if generation is newest:

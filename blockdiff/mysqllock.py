@@ -20,7 +20,7 @@ from blockdiff.database.bounds import TimedOut
 from blockdiff.database.coordinates import Applier, Coordinates, Row, Version
 from blockdiff.database.datafiles import Files
 from blockdiff.database.sqlsession import Lacking, SqlSession
-from blockdiff.shared import process
+from blockdiff.shared import process, trace
 from blockdiff.shared.errors import DatabaseError, ProcessError, printable
 
 #: The exit status for a command that died of a signal, as with the original.
@@ -138,6 +138,7 @@ class Held:
         if self._until is not None:
             return
         self._until = time.monotonic()
+        trace.phase("unlock the database")
         try:
             for statement in self._after:
                 self._say(f"issuing unlock statement: {statement}")
@@ -275,12 +276,15 @@ class Database:
         where that was not enough; writers then go on at once, as they do where an exception ends the `with` statement.
         """
         started = time.monotonic()
+        trace.phase("wait for long statements")
         self._wait_for_long_statements(started + self._limits.lock_wait_s)
         before, after = self._statements.chosen(self.version)
         held = Held(self._session, before, after, self._say)
         log_is_late = redolog.is_late(self._session.rows)
+        trace.phase("lock the database")
         try:
             held.acquire(self._limits, started, self._bound)
+            trace.phase("the database is locked")
             self._unbound()
             if log_is_late:
                 redolog.wait(self._session.rows)

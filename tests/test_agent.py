@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WITH_DEADLINES = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from blockdiff import agent, wire
+from blockdiff.host import agent
+from blockdiff.shared import wire
 wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None, *wire.Link.__init__.__defaults__[2:])
 wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
 agent.ORDER_TIMEOUT_S = float(sys.argv[4])

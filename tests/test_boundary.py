@@ -233,7 +233,7 @@ def test_a_fault_has_a_traceback_only_for_those_who_ask(environment: Mapping[str
     result = of_raising("ValueError('odd')")
     first, hint = result.stderr.splitlines()
     assert result.returncode == 1 and first == "blockdiff: this is a fault in blockdiff: ValueError: odd"
-    assert "BLOCKDIFF_TRACE=1" in hint
+    assert "BLOCKDIFF_TRACE=FILE" in hint
     result = of_raising("ValueError('odd')", environment)
     assert "Traceback (most recent call last)" in result.stderr and first in result.stderr
 

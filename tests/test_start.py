@@ -139,7 +139,7 @@ def test_the_loader_refuses_a_python_that_is_too_old(monkeypatch: pytest.MonkeyP
 
 def damaged(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]) -> None:
     original = bundle.startup
-    monkeypatch.setattr(bundle, "startup", lambda nonce, prefix=(): change(original(nonce, prefix)))
+    monkeypatch.setattr(bundle, "startup", lambda *given: change(original(*given)))
 
 
 @pytest.mark.parametrize("place", [-1, -1000])

@@ -19,6 +19,7 @@ from blockdiff.format.checksum import Checksum
 from blockdiff.format.deltafile import DeltaReader, Sink
 from blockdiff.format.digesttable import TableReader, TableWriter, sparse_count
 from blockdiff.format.manifest import Manifest
+from blockdiff.shared import trace
 from blockdiff.shared.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.shared.errors import BlockdiffError, DamagedError, StorageError
 from blockdiff.shared.runs import Run
@@ -150,6 +151,7 @@ class Verifier:
             self._newest = None
 
     def _verify(self, number: int) -> Verdict:
+        trace.phase(f"verify generation {number}")
         generation = self._chain.generations[number]
         if self._newest is None and self._lost is None and number > 1:
             self._lost = f"generation {number - 1}, which is missing"

@@ -28,7 +28,7 @@ from blockdiff.host.restraint import Throttle, lower_priority
 from blockdiff.host.sharedbuffers import MIN_RUN, SharedBuffers
 from blockdiff.host.sources import LiveSource, Source, VolumeSource, Wish, locate
 from blockdiff.host.tablefeed import TableFeed
-from blockdiff.shared import blocks, pipeline, signals, wire
+from blockdiff.shared import blocks, pipeline, signals, trace, wire
 from blockdiff.shared.errors import (
     BlockdiffError,
     ConnectionLost,
@@ -355,10 +355,19 @@ def _user() -> str:
         return str(os.geteuid())
 
 
-def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:
+def _traced(pipe: wire.Pipe) -> wire.Link:
+    """Return our end of the connection, on which the server hears what goes on here as well."""
+    from blockdiff.shared import tracewriter  # here, because nearly nobody asks for it
+
+    link = tracewriter.AgentLink(pipe)
+    trace.report = link.report
+    return link
+
+
+def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = False) -> None:
     """Run the agent on standard input and output, and end the process. `nonce` tells the server where we begin.
 
-    `granted` are the words of a `Grant`.
+    `granted` are the words of a `Grant`. One that is `traced` tells the server what it does.
     The descriptors are moved away first: nothing that prints by accident can get between the frames.
     """
     pipe = wire.Pipe(os.dup(0), os.dup(1))
@@ -369,7 +378,7 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None) -> None:
     status = 1
     try:
         pipe.write([nonce])
-        link = wire.Link(pipe)
+        link = _traced(pipe) if traced else wire.Link(pipe)
         try:
             Agent(link, Grant(granted)).run()
             status = 0

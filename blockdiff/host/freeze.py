@@ -6,7 +6,7 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 import subprocess
 from typing import List, Optional
 
-from blockdiff.shared import process, signals
+from blockdiff.shared import process, signals, trace
 from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError, printable
 
 #: How long each of the two commands may take, in seconds.
@@ -82,7 +82,7 @@ def _start_guard(after: str) -> "subprocess.Popen[bytes]":
     """Start the guard in a session of its own: what is sent to the agent's process group must not end it."""
     arguments: List[str] = ["/bin/sh", "-c", _GUARD, "blockdiff-guard", after]
     try:
-        return subprocess.Popen(
+        guard = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -91,6 +91,8 @@ def _start_guard(after: str) -> "subprocess.Popen[bytes]":
         )
     except OSError as error:
         raise SourceError("cannot start /bin/sh: {}".format(printable(str(error)))) from error
+    trace.child_began(guard)
+    return guard
 
 
 def _dismiss(guard: "subprocess.Popen[bytes]") -> None:
@@ -98,3 +100,4 @@ def _dismiss(guard: "subprocess.Popen[bytes]") -> None:
         guard.communicate(b"done\n", timeout=process.STOP_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         process.stop(guard)
+    trace.child_ended(guard)

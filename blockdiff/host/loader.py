@@ -1,8 +1,8 @@
 """The first module that runs on the host: take the agent from standard input, check it, and start it.
 
 Shipped to the host ahead of everything else; it must run on any Python 3. Standard input goes on with a line of JSON
-(`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, and the `prefix`, a command to run the agent
-under), and the archive: zlib'd JSON with the source of each module by its full name.
+(`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, the `prefix`, a command to run the agent under,
+and `trace` where one is asked for), and the archive: zlib'd JSON with the source of each module by its full name.
 """
 
 import os
@@ -132,7 +132,7 @@ def start() -> None:
     archive = read_exactly(header["size"])
     if hashlib.sha256(archive).hexdigest() != header["sha256"]:
         sys.exit(DAMAGED)
-    agent(zlib.decompress(archive)).main(bytes.fromhex(header["nonce"]))
+    agent(zlib.decompress(archive)).main(bytes.fromhex(header["nonce"]), None, "trace" in header)
 
 
 def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
@@ -157,7 +157,7 @@ def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg] 
         sys.exit(DAMAGED)
     if hashlib.sha256(modules).hexdigest() != pinned:
         sys.exit(OTHER_AGENT)
-    agent(modules).main(bytes.fromhex(header["nonce"]), granted)
+    agent(modules).main(bytes.fromhex(header["nonce"]), granted, "trace" in header)
 
 
 if __name__ == "__main__":

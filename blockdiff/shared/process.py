@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar, Union
 
-from blockdiff.shared import signals
+from blockdiff.shared import signals, trace
 from blockdiff.shared.errors import ProcessError, printable
 
 Argument = Union[str, bytes]
@@ -219,6 +219,7 @@ def run_gently(
 def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]]) -> Completed:
     # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone when we end, and its pipes close
     child = _start(arguments, env, start_new_session=True, restore_signals=False)
+    trace.child_began(child)
     output, late = Output(child), False
     for patience_s, number in (
         (timeout_s, signal.SIGINT),
@@ -227,6 +228,7 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
     ):
         if output.wait(patience_s):
             child.__exit__(None, None, None)
+            trace.child_ended(child)
             if late and child.returncode != 0:
                 raise DeadlineError(arguments, timeout_s)
             return output.completed()
@@ -234,6 +236,7 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
         if number is not None:
             child.send_signal(number)
     LEFT_ALONE.append(child)
+    trace.child_ended(child)
     raise DeadlineError(arguments, timeout_s, ", and process {} is still there".format(child.pid))
 
 
@@ -380,6 +383,7 @@ def started(
     try:
         with signals.held():
             child = start()
+        trace.child_began(child)
         yield child
     finally:
         if child is not None:
@@ -389,3 +393,4 @@ def started(
                 LEFT_ALONE.append(child)
             else:
                 child.__exit__(None, None, None)
+            trace.child_ended(child)

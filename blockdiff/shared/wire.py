@@ -66,6 +66,8 @@ LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `off
 TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
 # In place of a run:
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
+# At any time after a frame of the agent's, where a trace was asked for (`blockdiff.shared.tracewriter`):
+TRACE = 23  # agent: one line of it
 
 #: Most places outside of a database's directory that READY names.
 MAX_OUTSIDE = 1000
@@ -214,7 +216,7 @@ class Link:
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
-            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= SNAPSHOTS:
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= TRACE:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
                 raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))

@@ -92,15 +92,16 @@ def agent_id() -> str:
     return hashlib.sha256(_modules()).hexdigest()
 
 
-def startup(nonce: bytes, prefix: Sequence[str] = ()) -> bytes:
+def startup(nonce: bytes, prefix: Sequence[str] = (), traced: bool = False) -> bytes:
     """Return what the started command reads from standard input to become the agent, which begins with `nonce`.
 
-    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``.
+    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``. One that is `traced` tells what it does.
     """
     archive = _archive()
     first = _with_loader({"prefix": list(prefix)}) if prefix else b""
     digest = hashlib.sha256(archive).hexdigest()
-    return first + _with_loader({"prefix": [], "size": len(archive), "sha256": digest, "nonce": nonce.hex()}) + archive
+    header = {"prefix": [], "size": len(archive), "sha256": digest, "nonce": nonce.hex()}
+    return first + _with_loader({**header, "trace": True} if traced else header) + archive
 
 
 def _with_loader(header: dict[str, object]) -> bytes:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from blockdiff.shared import process, wire
+from blockdiff.shared import process, trace, wire
 from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.transport import advice, bundle
 from blockdiff.transport.advice import Place
@@ -56,6 +56,7 @@ class ChildConnection(Connection):
             )
         except OSError as error:
             raise TransportError(f"cannot start {arguments[0]}: {error.strerror}") from error
+        trace.child_began(self._child)
         assert self._child.stdin is not None and self._child.stdout is not None and self._child.stderr is not None
         self._input, self._output = self._child.stdin, self._child.stdout
         for pipe in (self._input, self._output):
@@ -126,6 +127,7 @@ class ChildConnection(Connection):
         # one that is another user's hears of the end only now
         if self.wait(self._stop_timeout_s) is None and self._child not in process.LEFT_ALONE:
             process.LEFT_ALONE.append(self._child)
+        trace.child_ended(self._child)
         if self.memory is not None:
             memory, self.memory = self.memory, None
             memory.close()

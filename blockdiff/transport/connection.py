@@ -11,7 +11,7 @@ from typing import NamedTuple
 from isal import isal_zlib
 
 from blockdiff.host import loader
-from blockdiff.shared import process, wire
+from blockdiff.shared import process, trace, wire
 from blockdiff.shared.errors import BlockdiffError, ConnectionLost, TransportError
 from blockdiff.transport import advice, bundle
 from blockdiff.transport.advice import Cause, Place
@@ -117,7 +117,7 @@ def send_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: fl
     nonce = secrets.token_bytes(bundle.NONCE_SIZE)
     connection.prefix = prefix
     try:
-        connection.write_start(bundle.startup(nonce, prefix), timeout_s)
+        connection.write_start(bundle.startup(nonce, prefix, trace.report is not None), timeout_s)
     except ConnectionLost as error:
         raise failed_start(connection, error) from error
     connection.nonce = nonce
@@ -142,7 +142,8 @@ def push_agent(
         _skip_to(connection, connection.nonce, timeout_s, noise)
     except ConnectionLost as error:
         raise failed_start(connection, error, bytes(noise)) from error
-    return wire.Link(connection, silence_s, wire.STALL_S, isal_zlib.crc32)
+    link = trace.link or wire.Link
+    return link(connection, silence_s, wire.STALL_S, isal_zlib.crc32)
 
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: bytearray) -> None:
