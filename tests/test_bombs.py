@@ -28,7 +28,7 @@ ADDRESS_SPACE = 1 << 30
 PROGRAM = f"""
 import atexit, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE}, {ADDRESS_SPACE}))
-from blockdiff import pipeline
+from blockdiff.shared import pipeline
 from blockdiff.cli.modern import main
 pipeline.worker_count = lambda: 8
 def tell_peak():

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from blockdiff.freeze import Freeze
+from blockdiff.host.freeze import Freeze
 with Freeze(sys.argv[2], sys.argv[3]):
     print("frozen", flush=True)
     time.sleep(100)

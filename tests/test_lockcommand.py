@@ -25,7 +25,7 @@ SECRET = "hush-4711"
 CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from blockdiff import lockcommand
+from blockdiff.original import lockcommand
 def take():
     print("taking", flush=True)
     time.sleep(100)

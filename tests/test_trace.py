@@ -2,15 +2,18 @@
 
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from blockdiff.shared import trace, tracewriter, wire
+from blockdiff.shared.errors import ProtocolError
 from tests import commands
 from tests.mariadb import MariaDB
 from tests.sshd import Sshd
@@ -179,6 +182,22 @@ def test_without_a_trace_nothing_that_writes_one_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60, check=True)
     assert done.stdout == b"False\n"
     assert (trace.report, trace.link) == (None, None)
+
+
+def test_what_an_agent_says_is_made_harmless(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        file = tracewriter.TraceFile(str(tmp_path / "trace"))
+        link = file.link(wire.Pipe(ours.fileno(), ours.fileno()), 60, 60, zlib.crc32)
+        agent = wire.Link(wire.Pipe(theirs.fileno(), theirs.fileno()))
+        agent.send(wire.TRACE, b"\x1b[31mred\n2026 1 server: phase: forged" + b"x" * 100000)
+        agent.send(wire.TAKE)
+        assert link.receive().kind == wire.TAKE
+        (who, what), _server = read(tmp_path / "trace")
+        assert who == "agent 1" and what.startswith("\\x1b[31mred\\n2026") and len(what) == 500
+        with pytest.raises(ProtocolError, match="unknown frame 17"):
+            agent.send(wire.TRACE, b"")
+            wire.Link(wire.Pipe(ours.fileno(), ours.fileno())).receive()
 
 
 def test_every_kind_of_frame_has_its_name() -> None:

@@ -9,12 +9,12 @@ import subprocess
 from typing import TYPE_CHECKING, Callable, Optional, Set
 
 if TYPE_CHECKING:
-    from blockdiff.shared.wire import Buffer, Link, Stream
+    from blockdiff.shared.wire import Buffer, Carrier, Link
 
 #: Takes one line for the trace; None where none is written.
 report: "Optional[Callable[[str], None]]" = None
 #: Makes the server's end of a connection in place of `wire.Link`; None where no trace is written.
-link: "Optional[Callable[[Stream, float, Optional[float], Callable[[Buffer, int], int]], Link]]" = None
+link: "Optional[Callable[[Carrier, float, Optional[float], Callable[[Buffer, int], int]], Link]]" = None
 
 # PIDs of the children whose end was not reported yet.
 _running: "Set[int]" = set()

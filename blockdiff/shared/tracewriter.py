@@ -66,7 +66,7 @@ class TraceFile:
 
     def link(
         self,
-        stream: wire.Stream,
+        stream: wire.Carrier,
         silence_s: float,
         stall_s: "Optional[float]",
         crc32: "Callable[[wire.Buffer, int], int]",
@@ -130,7 +130,7 @@ class _TracedLink(wire.Link):
     def __init__(
         self,
         report: "Callable[[str], None]",
-        stream: wire.Stream,
+        stream: wire.Carrier,
         silence_s: float = wire.SILENCE_S,
         stall_s: "Optional[float]" = None,
         crc32: "Callable[[wire.Buffer, int], int]" = zlib.crc32,
@@ -163,11 +163,13 @@ class _TracedLink(wire.Link):
 class _ServerLink(_TracedLink):
     """The server's end, which takes the agent's lines out of what it receives."""
 
+    last_kind = wire.TRACE
+
     def __init__(
         self,
         file: TraceFile,
         number: int,
-        stream: wire.Stream,
+        stream: wire.Carrier,
         silence_s: float,
         stall_s: "Optional[float]",
         crc32: "Callable[[wire.Buffer, int], int]",
@@ -200,7 +202,7 @@ class AgentLink(_TracedLink):
     So the thread that receives never sends, and never waits for a server that takes nothing.
     """
 
-    def __init__(self, stream: wire.Stream) -> None:
+    def __init__(self, stream: wire.Carrier) -> None:
         self._lines: Deque[str] = deque()
         self._begun = time.monotonic()
         self._reporting = threading.Lock()

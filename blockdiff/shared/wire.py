@@ -157,6 +157,9 @@ class Link:
     received any more (None: never). `crc32` is a faster `zlib.crc32`, where there is one.
     """
 
+    #: The last of the frame kinds that this end takes: nobody sends TRACE to one that did not ask for it.
+    last_kind = SNAPSHOTS
+
     def __init__(
         self,
         carrier: Carrier,
@@ -216,7 +219,7 @@ class Link:
         while True:
             self._fill(memoryview(self._header))
             kind, length, sequence, offset, crc = HEADER.unpack(self._header)
-            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= TRACE:
+            if self._header[1:4] != b"\0\0\0" or not ALIVE <= kind <= self.last_kind:
                 raise ProtocolError("unknown frame {}".format(bytes(self._header[:4]).hex()))
             if sequence != self._received & 0xFFFFFFFF:
                 raise ProtocolError("frame {} arrived in place of frame {}".format(sequence, self._received))
