@@ -6,6 +6,7 @@ import shlex
 
 import click
 
+from blockdiff.cli import completion
 from blockdiff.cli.output import check_printed, say
 from blockdiff.shared.errors import UsageError, printable
 from blockdiff.shared.grant import MYSQL
@@ -13,8 +14,13 @@ from blockdiff.transport import bundle, publickey
 
 
 @click.command("authorize")
-@click.argument("granted", nargs=-1, metavar="[SOURCE | mysql:SOCKET | mysql:PORT]...")
-@click.option("--key", metavar="FILE", help="The public key (id_….pub): print its line for authorized_keys.")
+@click.argument("granted", nargs=-1, shell_complete=completion.files, metavar="[SOURCE | mysql:SOCKET | mysql:PORT]...")
+@click.option(
+    "--key",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="The public key (id_….pub): print its line for authorized_keys.",
+)
 @click.option("--script", is_flag=True, help="Print a program to install on the host, such as for sudo.")
 def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
     """Restrict a key to some sources, and to this agent.

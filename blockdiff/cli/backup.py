@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from blockdiff import transport
+from blockdiff.cli import completion
 from blockdiff.cli.arguments import SECONDS, ByteSize, agent_prefix
 from blockdiff.cli.output import say, watched
 from blockdiff.format import codec
@@ -45,8 +46,8 @@ class SnapshotSize(click.ParamType[str]):
 
 
 @click.command("backup")
-@click.argument("name")
-@click.argument("source")
+@click.argument("name", shell_complete=completion.chains)
+@click.argument("source", shell_complete=completion.files)
 @click.option(
     "--block-size", type=ByteSize(), help="Of a new chain, default 64K. An old one keeps its own until --full."
 )

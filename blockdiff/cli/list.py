@@ -12,6 +12,7 @@ from blockdiff.chain import listing, overview
 from blockdiff.chain.clock import shown_age
 from blockdiff.chain.generations import Chain, Generation
 from blockdiff.chain.periods import Place
+from blockdiff.cli import completion
 from blockdiff.cli.arguments import split_name
 from blockdiff.cli.newest import meant_by
 from blockdiff.cli.output import check_printed, print_rows, say, shown_time
@@ -21,7 +22,7 @@ from blockdiff.shared.errors import EXIT_DAMAGED, ChainError, printable
 
 
 @click.command("list")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.chains)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--replica-statement", is_flag=True, help="Print the statement that makes NAME@N, restored, a replica.")
 def command(name: str, as_json: bool, replica_statement: bool) -> None:

@@ -1,10 +1,13 @@
 """The `blockdiff` command: each of its commands has a module of its own, imported when it is asked for."""
 
+import os
+import sys
 from importlib import import_module
 
 import click
 
 from blockdiff import __version__
+from blockdiff.cli import completion
 from blockdiff.cli.outcome import run
 
 
@@ -36,4 +39,6 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point."""
+    if (instruction := os.environ.get(completion.VARIABLE)) is not None:
+        sys.exit(completion.answer(cli, instruction))
     run(cli, "blockdiff")

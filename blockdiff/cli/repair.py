@@ -8,6 +8,7 @@ import click
 
 from blockdiff.chain.generations import Chain
 from blockdiff.check import renamed, repair
+from blockdiff.cli import completion
 from blockdiff.cli.output import say, watched
 from blockdiff.shared.errors import EXIT_DAMAGED, printable
 from blockdiff.transport import address
@@ -15,7 +16,7 @@ from blockdiff.transport.address import Address
 
 
 @click.command("repair")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.chains)
 @click.option("--source", metavar="SOURCE", help="Do nothing but let the chain go on with its source under this name.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done, or would be, as JSON.")

@@ -12,6 +12,7 @@ import click
 
 from blockdiff import merge
 from blockdiff.chain.generations import Chain, Generation
+from blockdiff.cli import completion
 from blockdiff.cli.arguments import split_name
 from blockdiff.cli.newest import meant_by
 from blockdiff.cli.output import print_ranges, salvage_command, say, shown_time, watched
@@ -43,8 +44,8 @@ class _Outcome:
 
 
 @click.command("restore")
-@click.argument("name")
-@click.argument("path")
+@click.argument("name", shell_complete=completion.chains)
+@click.argument("path", shell_complete=completion.files)
 @click.option("--force", is_flag=True, help="Replace an existing file; overwrite a device that holds data.")
 @click.option(
     "--salvage", "salvages", is_flag=True, help="Restore what is sound of a damaged generation, list the rest."

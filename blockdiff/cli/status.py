@@ -13,6 +13,7 @@ from contextlib import suppress
 import click
 
 from blockdiff.chain import clock, status
+from blockdiff.cli import completion
 from blockdiff.cli.output import say_error
 from blockdiff.shared.errors import StorageError, printable
 
@@ -51,11 +52,17 @@ class _Plugin(click.Command):
 
 
 @click.command("status", cls=_Plugin)
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=completion.chains)
 @click.option("--max-age", type=Age(), default="26h", show_default=True, help="Of the last generation: 90m, 26h, 8d.")
 @click.option("--tap", is_flag=True, help="Print the Test Anything Protocol: a test for each chain.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each chain.")
-@click.option("--prometheus", "metrics", metavar="FILE", help="Write metrics for the node exporter to FILE as well.")
+@click.option(
+    "--prometheus",
+    "metrics",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Write metrics for the node exporter to FILE as well.",
+)
 def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, metrics: str | None) -> None:
     """Say how chains are doing, for monitoring.
 

@@ -15,6 +15,7 @@ from blockdiff.chain.generations import Chain, missing
 from blockdiff.check import proofs, verify
 from blockdiff.check.compare import compare
 from blockdiff.check.verify import Verdict
+from blockdiff.cli import completion
 from blockdiff.cli.arguments import agent_prefix, split_name
 from blockdiff.cli.newest import Meant, meant_by
 from blockdiff.cli.output import print_ranges, salvage_command, say, say_error, watched
@@ -48,7 +49,7 @@ class Subset(click.ParamType[tuple[int, int]]):
 
 
 @click.command("verify")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.chains)
 @click.option("--deep", is_flag=True, help="Put every image together as well, as a restore does, and keep nothing.")
 @click.option("--subset", type=Subset(), metavar="K/N", help="Prove the K-th of N parts: N runs prove everything.")
 @click.option("--source", metavar="SOURCE", help="Compare the newest generation, or NAME@N, with a source instead.")
