@@ -1,14 +1,18 @@
 """What is shipped to servers: a wheel has the package and nothing else, and a source distribution can run its tests."""
 
 import configparser
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 
+from blockdiff.cli import modern
 from tests.conftest import require, require_program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +24,14 @@ def tracked() -> list[str]:
     listed = subprocess.run([git, "-C", ROOT, "ls-files", "-z"], capture_output=True, timeout=60, check=False)
     require(listed.returncode == 0 and listed.stdout, "a checkout")
     return [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).exists()]
+
+
+def installed_commands() -> list[str]:
+    """Return the names of the programs that are installed."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options.entry_points"]["console_scripts"].split("\n")
+    return [name for line in lines if (name := line.partition("=")[0].strip())]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +72,7 @@ def test_the_commands_are_linked_by_any_shell_and_again(tmp_path: Path, shell: s
     made, linked = tmp_path / "opt" / "bin", tmp_path / "usr"
     made.mkdir(parents=True)
     linked.mkdir()
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    names = [line.partition("=")[0].strip() for line in setup["options.entry_points"]["console_scripts"].split("\n")]
-    names = [name for name in names if name]
+    names = installed_commands()
     for name in (*names, "python3", "pip"):
         (made / name).touch()
     line = link.replace("/opt/blockdiff/bin", str(made)).replace("/usr/local/bin", str(linked))
@@ -72,10 +81,40 @@ def test_the_commands_are_linked_by_any_shell_and_again(tmp_path: Path, shell: s
     assert sorted(path.name for path in linked.iterdir()) == sorted(names)
 
 
-def test_a_wheel_has_the_package_and_nothing_that_an_older_build_left(dirty: Path) -> None:
+def test_a_wheel_has_the_package_its_man_pages_and_nothing_that_an_older_build_left(
+    dirty: Path, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(built(dirty, "wheel")) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == {name for name in tracked() if name.startswith("blockdiff/")}
+        pages = {name for name in names if name.endswith(".1")}
+        wheel.extractall(tmp_path, pages)
+    assert names - pages == {name for name in tracked() if name.startswith("blockdiff/")}
+    commands = modern.cli.list_commands(click.Context(modern.cli))
+    expected = [*installed_commands(), *(f"blockdiff-{name}" for name in commands)]
+    assert {Path(name).stem for name in pages} == set(expected)
+    assert all(".data/data/share/man/man1/" in name for name in pages)
+    check_rendered([tmp_path / name for name in pages])
+
+
+def check_rendered(pages: Sequence[Path]) -> None:
+    """Fail where a page is not roff without faults, or has not all that --help says."""
+    for page in pages:
+        done = subprocess.run(
+            [require_program("groff"), "-ww", "-man", "-Tutf8", "-P-c", "-rLL=1000n", page],
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), page
+        text = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout.decode())
+        assert "\nNAME\n" in text and "\nSYNOPSIS\n" in text and "-h, --help" in text
+    (backup,) = (page for page in pages if page.stem == "blockdiff-backup")
+    shown = subprocess.run(
+        ["groff", "-man", "-Tascii", "-P-cbou", "-rLL=1000n", backup], capture_output=True, check=True
+    )
+    assert b"\n  blockdiff backup /var/backup/web1 root@web1:/srv/web1.img\n" in shown.stdout.replace(
+        b"\n       ", b"\n"
+    )
 
 
 def test_a_source_distribution_has_all_that_is_tracked_and_runs_its_tests(dirty: Path, tmp_path: Path) -> None:
