@@ -217,7 +217,10 @@ PROGRESS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
         [lambda a: a.progress(SIZE + 1)],
         f"reported progress to offset {SIZE + 1} of {SIZE}, after 0",
     ),
-    "progress with a payload": ([lambda a: a.frame(wire.PROGRESS, b"x", BLOCK)], "sent an unexpected frame of kind 13"),
+    "progress with a payload": (
+        [lambda a: a.frame(wire.PROGRESS, b"x", BLOCK)],
+        "sent an unexpected frame of kind PROGRESS",
+    ),
 }
 ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "end at once": ([lambda a: a.end(SIZE, 0)], f"stopped at offset 0 of {SIZE}"),
@@ -257,12 +260,15 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
         [complete, lambda a: a.json(wire.TOTALS, {})],
         "field image_size of a control frame is missing or unfit",
     ),
-    "no totals": ([complete, lambda a: a.json(wire.END, {})], "sent an unexpected frame of kind 16"),
+    "no totals": ([complete, lambda a: a.json(wire.END, {})], "sent an unexpected frame of kind END"),
     "totals that are a list": (
         [complete, lambda a: a.json(wire.TOTALS, [])],
-        "frame of kind 15 is not a JSON object",
+        "frame of kind TOTALS is not a JSON object",
     ),
-    "totals that are no JSON": ([complete, lambda a: a.frame(wire.TOTALS, b"\xff")], "frame of kind 15 is not JSON"),
+    "totals that are no JSON": (
+        [complete, lambda a: a.frame(wire.TOTALS, b"\xff")],
+        "frame of kind TOTALS is not JSON",
+    ),
     "notes that are none": (
         [complete, lambda a: a.end(SIZE, BLOCKS, notes="removed")],
         "field notes of a control frame is missing or unfit",
@@ -277,23 +283,23 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     ),
     "totals again": (
         [complete, lambda a: a.totals(SIZE, BLOCKS), lambda a: a.totals(SIZE, BLOCKS)],
-        "sent a frame of kind 15 in place of 16",
+        "sent a frame of kind TOTALS in place of END",
     ),
     "data after the totals": (
         [complete, lambda a: a.totals(SIZE, BLOCKS), lambda a: a.data(0, BLOCK)],
-        "sent a frame of kind 11 in place of 16",
+        "sent a frame of kind DATA in place of END",
     ),
     "data after the end": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.data(0, BLOCK)],
-        "sent a frame of kind 11 after its end",
+        "sent a frame of kind DATA after its end",
     ),
     "two ends": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.json(wire.END, {})],
-        "sent a frame of kind 16 after its end",
+        "sent a frame of kind END after its end",
     ),
     "an error after the end": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.json(wire.ERROR, {"message": "no"})],
-        "sent a frame of kind 2 after its end",
+        "sent a frame of kind ERROR after its end",
     ),
     "no frames after the end": (
         [complete, lambda a: a.end(SIZE, BLOCKS), lambda a: a.raw(b"#" * 100)],
@@ -305,22 +311,22 @@ FRAMES: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "kind 23": ([lambda a: a.frame(23)], "unknown frame 17000000"),
     "a place of memory that is not shared": (
         [lambda a: a.frame(wire.LENT, bytes(16))],
-        "sent an unexpected frame of kind 20",
+        "sent an unexpected frame of kind LENT",
     ),
-    "the server's word that it took something": ([lambda a: a.frame(21)], "sent an unexpected frame of kind 21"),
+    "the server's word that it took something": ([lambda a: a.frame(21)], "sent an unexpected frame of kind TAKEN_OUT"),
     "kind 255": ([lambda a: a.frame(255)], "unknown frame ff000000"),
-    "a second hello": ([lambda a: a.hello()], "sent an unexpected frame of kind 3"),
-    "a request": ([lambda a: a.json(wire.REQUEST, {})], "sent an unexpected frame of kind 4"),
+    "a second hello": ([lambda a: a.hello()], "sent an unexpected frame of kind HELLO"),
+    "a request": ([lambda a: a.json(wire.REQUEST, {})], "sent an unexpected frame of kind REQUEST"),
     "a second source": (
         [lambda a: a.json(wire.SOURCE, {"size": 1, "kind": "file"})],
-        "sent an unexpected frame of kind 9",
+        "sent an unexpected frame of kind SOURCE",
     ),
-    "a digest table": ([lambda a: a.frame(wire.TABLE, bytes(32))], "sent an unexpected frame of kind 10"),
+    "a digest table": ([lambda a: a.frame(wire.TABLE, bytes(32))], "sent an unexpected frame of kind TABLE"),
     "a wish for digests on a full run": (
         [lambda a: a.want(0, 1)],
-        "sent an unexpected frame of kind 14",
+        "sent an unexpected frame of kind WANT",
     ),
-    "alive with a payload": ([lambda a: a.frame(wire.ALIVE, b"!")], "frame of kind 1 with a payload"),
+    "alive with a payload": ([lambda a: a.frame(wire.ALIVE, b"!")], "frame of kind ALIVE with a payload"),
     "more data than announced": (
         [lambda a: a.frame(wire.DATA, b"#" * 2 * BLOCK, length=BLOCK)],
         "frame 4 was damaged on the way",
@@ -498,7 +504,7 @@ def test_something_else_in_place_of_the_source_is_refused(server: Server) -> Non
         agent.hello()
         agent.data(0, BLOCK)
 
-    assert broken(server.refuse(script)) == "sent a frame of kind 11 in place of 5"
+    assert broken(server.refuse(script)) == "sent a frame of kind DATA in place of READY"
 
 
 HELLOS: dict[str, tuple[dict[str, object], str]] = {
@@ -521,7 +527,7 @@ def test_a_wrong_hello_is_refused(server: Server, name: str) -> None:
 
 def test_something_else_in_place_of_a_hello_is_refused(server: Server) -> None:
     error = server.refuse(lambda agent: agent.json(wire.SOURCE, {"size": SIZE, "kind": "file"}))
-    assert broken(error) == "sent a frame of kind 9 in place of 3"
+    assert broken(error) == "sent a frame of kind SOURCE in place of HELLO"
 
 
 @pytest.mark.parametrize(
@@ -570,7 +576,7 @@ def test_an_error_of_the_agent_is_cut(server: Server) -> None:
 def test_megabytes_of_error_are_refused(server: Server) -> None:
     huge = {"message": "x" * (wire.MAX_CONTROL + 1)}
     error = server.refuse(after_source(lambda agent: agent.json(wire.ERROR, huge)))
-    assert broken(error).startswith("oversized frame of kind 2: ")
+    assert broken(error).startswith("oversized frame of kind ERROR: ")
 
 
 @pytest.mark.parametrize(
@@ -658,7 +664,7 @@ def digests_without_end(agent: Wire) -> None:
 LARGE: dict[str, tuple[Script, type[BlockdiffError], str, bool]] = {
     "noise": (noise_without_end, TransportError, f"host printed more than {NOISE_LIMIT >> 10} KiB", False),
     "errors": (errors_without_end, BlockdiffError, "host: xxx", True),
-    "json": (json_without_end, ProtocolError, "oversized frame of kind 3", True),
+    "json": (json_without_end, ProtocolError, "oversized frame of kind HELLO", True),
     "progress": (progress_without_end, ProtocolError, "reported progress to offset 4096", True),
     "data": (data_without_end, ProtocolError, f"bytes at offset 0 of {1 << 60}, after {64 * BLOCK}", True),
     "digests": (digests_without_end, UsageError, "cannot compute sha256", True),

@@ -354,11 +354,11 @@ def drained(wire_: fake_agent.Wire) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        (lambda wire_: wire_.frame(wire.DATA, b"x"), "sent an unexpected frame of kind 11"),
-        (lambda wire_: wire_.frame(wire.CLOSE, b"x"), "sent an unexpected frame of kind 19"),
-        (lambda wire_: wire_.frame(wire.READY, b"[]"), "frame of kind 5 is not a JSON object"),
+        (lambda wire_: wire_.frame(wire.DATA, b"x"), "sent an unexpected frame of kind DATA"),
+        (lambda wire_: wire_.frame(wire.CLOSE, b"x"), "sent an unexpected frame of kind CLOSE"),
+        (lambda wire_: wire_.frame(wire.READY, b"[]"), "frame of kind READY is not a JSON object"),
         (lambda wire_: wire_.frame(wire.CLOSE), "closed the tunnel in place of an answer"),
-        (lambda wire_: wire_.json(wire.TAKEN, {}), "sent a frame of kind 7 in place of 5"),
+        (lambda wire_: wire_.json(wire.TAKEN, {}), "sent a frame of kind TAKEN in place of READY"),
     ],
 )
 def test_an_agent_that_breaks_the_rules_is_told_apart(
@@ -425,7 +425,7 @@ def test_an_answer_other_than_to_the_opening_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("blockdiff.transport.connect", lambda *arguments: fake_agent.FakeConnection(script))
     with (
         Session(Address("host", "/x")) as found,
-        pytest.raises(ProtocolError, match="sent a frame of kind 5 in place of 17"),
+        pytest.raises(ProtocolError, match="sent a frame of kind READY in place of OPEN"),
         found.tunnel(["/db"], 0),
     ):
         pytest.fail("there was a socket")

@@ -305,7 +305,7 @@ def test_a_server_that_breaks_the_protocol_is_told_so(command: list[str], tmp_pa
     with agents.conversation(command) as talk:
         talk.link.send(wire.DATA, b"?")
         error = talk.failure()
-        assert error.message == "host: the server sent an unexpected frame of kind 11"
+        assert error.message == "host: the server sent an unexpected frame of kind DATA"
         assert talk.child.wait(agents.PROMPTLY_S) == (1,)
     with agents.conversation(command) as talk:
         talk.request(path, table_blocks=1)

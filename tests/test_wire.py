@@ -234,7 +234,7 @@ def test_an_oversized_control_frame_is_refused_before_there_is_room_for_it() -> 
     frame = link.receive()
     tracemalloc.start()
     try:
-        with pytest.raises(ProtocolError, match=f"oversized frame of kind 3: {size} bytes"):
+        with pytest.raises(ProtocolError, match=f"oversized frame of kind HELLO: {size} bytes"):
             link.read_json(frame)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
@@ -260,12 +260,12 @@ def test_a_frame_without_an_offset_has_the_offset_0() -> None:
 
 
 def test_alive_with_a_payload_is_refused() -> None:
-    assert refused(encoded([(wire.ALIVE, b"x", 0)])) == "frame of kind 1 with a payload"
+    assert refused(encoded([(wire.ALIVE, b"x", 0)])) == "frame of kind ALIVE with a payload"
 
 
 @pytest.mark.parametrize("payload", [b"[]", b"1", b"null", b'"text"', b"true"])
 def test_json_that_is_no_object_is_refused(payload: bytes) -> None:
-    with pytest.raises(ProtocolError, match="frame of kind 3 is not a JSON object"):
+    with pytest.raises(ProtocolError, match="frame of kind HELLO is not a JSON object"):
         control(payload)
 
 
@@ -285,7 +285,7 @@ def test_json_that_is_no_object_is_refused(payload: bytes) -> None:
     ids=["empty", "cut", "trailing", "not-utf8", "mark", "quotes", "huge-integer", "deep-objects", "deep-lists"],
 )
 def test_what_is_not_json_is_refused(payload: bytes) -> None:
-    with pytest.raises(ProtocolError, match="frame of kind 3 is not JSON"):
+    with pytest.raises(ProtocolError, match="frame of kind HELLO is not JSON"):
         control(payload)
 
 

@@ -91,7 +91,8 @@ class Agent:
         except queue.Empty as error:
             raise ProtocolError("no word of the server for {:g} s".format(ORDER_TIMEOUT_S)) from error
         if found not in kinds:
-            raise ProtocolError("the server sent a frame of kind {} in place of {}".format(found, kinds[0]))
+            names = wire.kind_name(found), wire.kind_name(kinds[0])
+            raise ProtocolError("the server sent a frame of kind {} in place of {}".format(*names))
         return found, fields
 
     def _order(self, kind: int) -> Dict[str, object]:
@@ -131,7 +132,7 @@ class Agent:
             self._relay.join(relay.SOCKET_TIMEOUT_S)
             self._link.send(wire.CLOSE)
         else:
-            raise ProtocolError("the server sent an unexpected frame of kind {}".format(frame.kind))
+            raise ProtocolError("the server sent an unexpected frame of kind {}".format(wire.kind_name(frame.kind)))
 
     def _expect_table(self, order: Dict[str, object]) -> None:
         """Get ready for the digest table, which may follow its order as soon as it is wanted."""

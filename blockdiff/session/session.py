@@ -255,7 +255,7 @@ class Session:
                     self._totals = checker.check_totals(self._link.read_json(frame))
                     break
                 else:
-                    raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")
+                    raise ProtocolError(f"sent an unexpected frame of kind {wire.kind_name(frame.kind)}")
             if self._sender is not None and self._sender.failure is not None:
                 raise self._sender.failure
         if self._sender is not None:
@@ -305,7 +305,7 @@ class Session:
         with self._rules():
             try:
                 frame = self._link.receive()
-                raise ProtocolError(f"sent a frame of kind {frame.kind} after its end")
+                raise ProtocolError(f"sent a frame of kind {wire.kind_name(frame.kind)} after its end")
             except ConnectionLost:
                 pass  # as it should be
         ended = self._connection.wait(patience_s)
@@ -343,7 +343,7 @@ class Session:
                 with self._rules():
                     fields = self._link.read_json(frame)
         if found != kind:
-            raise self._broken(f"sent a frame of kind {found} in place of {kind}")
+            raise self._broken(f"sent a frame of kind {wire.kind_name(found)} in place of {wire.kind_name(kind)}")
         return fields
 
     @contextmanager

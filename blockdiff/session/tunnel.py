@@ -36,7 +36,7 @@ class Tunnel:
         frame = self._link.receive()
         fields = self._link.read_json(frame)
         if frame.kind != wire.OPEN:
-            raise ProtocolError(f"sent a frame of kind {frame.kind} in place of {wire.OPEN}")
+            raise ProtocolError(f"sent a frame of kind {wire.kind_name(frame.kind)} in place of OPEN")
         if fields:
             raise self._explain(fields)
         ours, theirs = socket.socketpair()
@@ -77,7 +77,7 @@ class Tunnel:
                         raise ProtocolError("sent more answers than it was asked for")
                     self._controls.put((frame.kind, self._link.read_json(frame)))
                 else:
-                    raise ProtocolError(f"sent an unexpected frame of kind {frame.kind}")
+                    raise ProtocolError(f"sent an unexpected frame of kind {wire.kind_name(frame.kind)}")
         except BlockdiffError as error:
             self.failure = error
         finally:

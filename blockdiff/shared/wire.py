@@ -24,20 +24,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, 
 
 from blockdiff.shared.errors import ConnectionLost, ProtocolError
 
-#: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
-#: use: the server pushes its own agent.
-PROTOCOL = 3
-
-HEADER = struct.Struct("<B3xIIQI")
-_HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
-_CRC = struct.Struct("<I")
-MAX_PAYLOAD = 4 << 20
-#: Largest JSON payload.
-MAX_CONTROL = 1 << 20
-#: Largest number in one: more than anything there is to count.
-MAX_INTEGER = (1 << 63) - 1
-
-# Frame kinds. These may come from both sides:
+# Frame kinds: plain numbers, because each frame is compared with several. These may come from both sides:
 ALIVE = 1  # nothing: the sender is still there
 ERROR = 2  # JSON: what ended the sender's part of the run
 # One run, in this order; the server need not wait for an answer before it goes on:
@@ -68,6 +55,21 @@ TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
 # At any time after a frame of the agent's, where a trace was asked for (`blockdiff.shared.tracewriter`):
 TRACE = 23  # agent: one line of it
+# What they are called; there is no other number yet.
+_KINDS = {value: name for name, value in globals().copy().items() if isinstance(value, int)}
+
+#: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
+#: use: the server pushes its own agent.
+PROTOCOL = 3
+
+HEADER = struct.Struct("<B3xIIQI")
+_HEADER_BEFORE_CRC = struct.Struct("<B3xIIQ")
+_CRC = struct.Struct("<I")
+MAX_PAYLOAD = 4 << 20
+#: Largest JSON payload.
+MAX_CONTROL = 1 << 20
+#: Largest number in one: more than anything there is to count.
+MAX_INTEGER = (1 << 63) - 1
 
 #: Most places outside of a database's directory that READY names.
 MAX_OUTSIDE = 1000
@@ -90,6 +92,12 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 120.0
 #: An agent that is there but gets nothing done for this long is given up: a disk that never answers, or ill will.
 STALL_S = 3600.0
+
+
+def kind_name(kind: int) -> str:
+    """Return what a frame's kind is called, for messages."""
+    return _KINDS[kind]
+
 
 Buffer = Union[bytes, bytearray, memoryview]
 
@@ -233,7 +241,7 @@ class Link:
             if kind != ALIVE:
                 return Frame(kind, length, offset)
             if length:
-                raise ProtocolError("frame of kind {} with a payload".format(kind))
+                raise ProtocolError("frame of kind {} with a payload".format(kind_name(kind)))
             if self.stall_s is not None and time.monotonic() - begun > self.stall_s:
                 raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s), silent=True)
 
@@ -252,7 +260,7 @@ class Link:
     def read_bytes(self, frame: Frame, limit: int) -> bytes:
         """Return the whole payload of `frame`; raises `ProtocolError` where it has more than `limit` bytes."""
         if frame.length > limit:
-            raise ProtocolError("oversized frame of kind {}: {} bytes".format(frame.kind, frame.length))
+            raise ProtocolError("oversized frame of kind {}: {} bytes".format(kind_name(frame.kind), frame.length))
         payload = bytearray(frame.length)
         self.read_into(memoryview(payload))
         return bytes(payload)
@@ -263,9 +271,9 @@ class Link:
         try:
             fields = json.loads(payload.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ProtocolError("frame of kind {} is not JSON".format(frame.kind)) from error
+            raise ProtocolError("frame of kind {} is not JSON".format(kind_name(frame.kind))) from error
         if not isinstance(fields, dict):
-            raise ProtocolError("frame of kind {} is not a JSON object".format(frame.kind))
+            raise ProtocolError("frame of kind {} is not a JSON object".format(kind_name(frame.kind)))
         return fields
 
     def _check_crc(self) -> None:
