@@ -24,12 +24,6 @@ AGENT_LIMIT = 64 << 20
 #: Frames of bulk are counted for this long before they are reported, in seconds.
 _COUNT_S = 1.0
 _BULK = (wire.ALIVE, wire.TABLE, wire.DATA, wire.ZERO, wire.PROGRESS, wire.WANT, wire.BYTES, wire.LENT, wire.TAKEN_OUT)
-_IN_ORDER = (
-    "ALIVE ERROR HELLO REQUEST READY TAKE TAKEN SCAN SOURCE TABLE DATA ZERO PROGRESS WANT TOTALS END "
-    "OPEN BYTES CLOSE LENT TAKEN_OUT SNAPSHOTS TRACE"
-)
-#: The names of the frame kinds.
-NAMES: Dict[int, str] = dict(enumerate(_IN_ORDER.split(), wire.ALIVE))
 
 
 class TraceFile:
@@ -113,13 +107,13 @@ class _Counter:
                 return
         self.flush()
         if kind not in _BULK:
-            self._report("{} {}, {} bytes, in {:.6f} s".format(self._verb, NAMES[kind], length, took_s))
+            self._report("{} {}, {} bytes, in {:.6f} s".format(self._verb, wire.kind_name(kind), length, took_s))
 
     def flush(self) -> None:
         """Report what is counted."""
         for kind, (frames, length, took_s) in self._counted.items():
             said = "{} {} x {:.0f}, {:.0f} bytes, in {:.6f} s"
-            self._report(said.format(self._verb, NAMES[kind], frames, length, took_s))
+            self._report(said.format(self._verb, wire.kind_name(kind), frames, length, took_s))
         self._counted.clear()
         self._since = time.monotonic()
 
