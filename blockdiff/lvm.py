@@ -16,12 +16,8 @@ import time
 from typing import List, Optional, Sequence
 
 from blockdiff.host import lvs
-from blockdiff.host.lvcheck import check as check
-from blockdiff.host.lvcheck import find as find
 from blockdiff.host.lvcheck import full_size, resume_hint, size_in_bytes
-from blockdiff.host.lvs import ORIGIN_TAG, PREFIX, LateError
-from blockdiff.host.lvs import TAG as TAG
-from blockdiff.host.lvs import Volume as Volume
+from blockdiff.host.lvs import ORIGIN_TAG, PREFIX, TAG, LateError, Volume
 from blockdiff.shared import process
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError
@@ -135,9 +131,10 @@ def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
 class Snapshot:
     """A read-only snapshot of `origin`, with the tags `extra_tags`. A context manager that leaves none behind.
 
-    `size` is for thick volumes (see `check`). To enter it makes the snapshot, and nothing else is done in that time;
-    then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or read
-    to the end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any state.
+    `size` is for thick volumes (see `lvcheck.check`). To enter it makes the snapshot, and nothing else is done in that
+    time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or
+    read to the end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any
+    state.
 
     `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
     thin one), `notes` are what the user should know, `removal_begun` is whether its removal has been tried.

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from blockdiff import lvm
 from blockdiff.host import lvcheck, lvs, sources
+from blockdiff.host.lvcheck import find
 from blockdiff.shared.errors import ConnectionLost, Interrupted, ProcessError, SourceError
 from tests import processes
 from tests.fake_lvm import FakeLvm, Row, new_row
@@ -65,7 +66,7 @@ def test_a_volume_is_found_by_any_of_its_paths(fake: FakeLvm) -> None:
     fake.add_group("pv.0-x", 0)
     row = fake.add("pv.0-x", "my-lv.1", lv_size=str(5 * MIB))
     for path in ("/dev/pv.0-x/my-lv.1", "/dev/mapper/pv.0--x-my--lv.1"):
-        found = lvm.find(path)
+        found = find(path)
         assert (found.full_name, found.size, found.uuid) == ("pv.0-x/my-lv.1", 5 * MIB, row["lv_uuid"])
     call = fake.calls("lvs")[-1]
     assert call[:7] == ["--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o"]
@@ -85,7 +86,7 @@ def test_what_is_no_volume_is_named_with_what_lvm_says(fake: FakeLvm, monkeypatc
     with pytest.raises(
         SourceError, match=r"^/dev/sda1 is not a logical volume: lvs exited with status 5: Failed"
     ) as caught:
-        lvm.find("/dev/sda1")
+        find("/dev/sda1")
     assert "/dev/GROUP/VOLUME" in str(caught.value.hint)
 
 
@@ -96,14 +97,14 @@ def test_a_whole_group_is_not_one_volume(fake: FakeLvm, path: str, others: int) 
     for _ in range(others):
         fake.add("vg", "other")
     with pytest.raises(SourceError, match=f"^{path} is not one logical volume$") as caught:
-        lvm.find(path)
+        find(path)
     assert caught.value.hint == "name it /dev/GROUP/VOLUME"
 
 
 def test_lvm_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lvs, "environment", lambda: {"PATH": str(tmp_path)})
     with pytest.raises(SourceError, match=r"^LVM is not installed there$") as caught:
-        lvm.find("/dev/vg/lv")
+        find("/dev/vg/lv")
     assert caught.value.hint == "install the package lvm2 on the host"
     with pytest.raises(ProcessError, match=r"^LVM is not installed there$"):
         lvs.change(["lvremove", "vg/lv"], "vg")
@@ -111,9 +112,9 @@ def test_lvm_may_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_warnings_of_lvs_are_no_failure_and_trouble_elsewhere_is_none_of_ours(fake: FakeLvm) -> None:
     fake.order("lvs", "warn")
-    assert lvm.find("/dev/vg/lv").name == "lv"
+    assert find("/dev/vg/lv").name == "lv"
     fake.order("lvs", "fail_after")
-    assert lvm.find("/dev/vg/lv").name == "lv"
+    assert find("/dev/vg/lv").name == "lv"
 
 
 def test_a_failed_lvs_that_shows_nothing_is_a_failure(fake: FakeLvm) -> None:
@@ -132,7 +133,7 @@ def test_only_root_can_ask_lvm(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -
     fake.order("lvs", "fail")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(SourceError) as caught:
-        lvm.find("/dev/vg/lv")
+        find("/dev/vg/lv")
     assert caught.value.message == "LVM tells nobody but root whether /dev/vg/lv is a logical volume"
     assert "log in as root" in str(caught.value.hint)
 
@@ -141,7 +142,7 @@ def test_a_lock_that_is_held_is_named(fake: FakeLvm, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lvs, "COMMAND_TIMEOUT_S", 0.5)
     fake.order("lvs", "late")
     with pytest.raises(SourceError, match=r"^lvs was not done after 0.5 s: another LVM command seems to hold the lock"):
-        lvm.find("/dev/vg/lv")
+        find("/dev/vg/lv")
 
 
 COOKIE = 0x0D4D << 16 | 0xF0CD
@@ -167,7 +168,7 @@ def test_a_udev_that_stands_still_is_no_lock(fake: FakeLvm, monkeypatch: pytest.
     monkeypatch.setattr(lvs, "is_waiting_for_udev", lambda begun: begun > 0)
     fake.order("lvcreate", "late")
     said = r"lvcreate was not done after 0.5 s: it waits for udev, which does not answer$"
-    with pytest.raises(SourceError, match=said) as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with pytest.raises(SourceError, match=said) as caught, lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
     assert "systemd-udevd" in str(caught.value.hint)
 
@@ -251,7 +252,7 @@ def test_a_row_without_a_column_is_refused() -> None:
 def test_what_can_have_no_snapshot_is_refused(fake: FakeLvm, fields: dict[str, str], message: str) -> None:
     fake.add("vg", "x", **fields)
     with pytest.raises(SourceError, match=f"^{message}$") as caught:
-        lvm.check(lvm.find("vg/x"), "20%")
+        lvcheck.check(find("vg/x"), "20%")
     assert caught.value.hint
 
 
@@ -267,18 +268,18 @@ def test_what_can_have_no_snapshot_is_refused(fake: FakeLvm, fields: dict[str, s
 )
 def test_other_kinds_are_fit_for_a_snapshot(fake: FakeLvm, fields: dict[str, str]) -> None:
     fake.add("vg", "x", **fields)
-    assert lvm.check(lvm.find("vg/x"), "20%") == []
+    assert lvcheck.check(find("vg/x"), "20%") == []
 
 
 def test_our_own_snapshots_are_no_source(fake: FakeLvm) -> None:
     fake.add("vg", "bd_1", origin="lv", lv_tags="blockdiff", lv_attr="sri-a-s---")
     with pytest.raises(SourceError, match=r"^/dev/vg/bd_1 is itself a snapshot that blockdiff made$"):
-        lvm.find("/dev/vg/bd_1")
+        find("/dev/vg/bd_1")
 
 
 @pytest.mark.parametrize("text", ["", "1", "30M", "512M", "20%", "99%", "1g", "100%", "7T", "300%"])
 def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     full = 104 * MIB  # cannot overflow
     expected = {"1": 4 * MIB, "30M": 32 * MIB, "20%": 20 * MIB, "99%": 100 * MIB}
     assert lvcheck.size_in_bytes(text, origin) == expected.get(text, full)
@@ -286,9 +287,9 @@ def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "0%", "-1", "1.5G", "20 %", "G", "1E", "%", "1000000000000000000", "1M\n", "٣"])
 def test_other_sizes_are_refused(fake: FakeLvm, text: str) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     with pytest.raises(SourceError, match="is no snapshot size") as caught:
-        lvm.check(origin, text)
+        lvcheck.check(origin, text)
     assert caught.value.hint == "use 20%, or a number with M or G"
     with pytest.raises(SourceError, match="is no snapshot size"):
         lvm.Snapshot(origin, text)
@@ -297,15 +298,15 @@ def test_other_sizes_are_refused(fake: FakeLvm, text: str) -> None:
 def test_a_group_without_room_is_named_with_what_is_needed_and_free(fake: FakeLvm) -> None:
     with fake.state() as state:
         state["groups"]["vg"] = 16 * MIB
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     with pytest.raises(
         SourceError, match=r"^no room in the volume group vg: a snapshot of vg/lv needs 20 MiB, 16 MiB are free$"
     ) as caught:
-        lvm.check(origin, "20%")
+        lvcheck.check(origin, "20%")
     assert "--snapshot-size" in str(caught.value.hint)
     with pytest.raises(SourceError, match="needs 20 MiB, 16 MiB are free"):
-        lvm.check(origin, "17M")  # LVM rounds up to extents
-    assert lvm.check(origin, "16M") == []
+        lvcheck.check(origin, "17M")  # LVM rounds up to extents
+    assert lvcheck.check(origin, "16M") == []
 
 
 @pytest.mark.parametrize(
@@ -319,26 +320,26 @@ def test_without_a_size_the_default_of_the_original_is_told(fake: FakeLvm, free:
     fake.set("lv", lv_size=str(50 << 30))
     with fake.state() as state:
         state["groups"]["vg"] = free
-    origin = lvm.find("/dev/vg/lv")
-    assert lvm.check(origin, "") == [note]
+    origin = find("/dev/vg/lv")
+    assert lvcheck.check(origin, "") == [note]
     with lvm.Snapshot(origin, ""):
         assert ["-L", f"{min(free, 10 << 30)}b"] == fake.calls("lvcreate")[0][-3:-1]
 
 
 def test_without_a_size_a_small_volume_gets_what_cannot_overflow(fake: FakeLvm) -> None:
-    assert lvm.check(lvm.find("/dev/vg/lv"), "") == ["the snapshot of vg/lv gets 104 MiB"]
+    assert lvcheck.check(find("/dev/vg/lv"), "") == ["the snapshot of vg/lv gets 104 MiB"]
 
 
 def test_without_a_size_and_without_room_there_is_no_snapshot(fake: FakeLvm) -> None:
     with fake.state() as state:
         state["groups"]["vg"] = 0
     with pytest.raises(SourceError, match="needs 4 MiB, 0 bytes are free"):
-        lvm.check(lvm.find("/dev/vg/lv"), "")
+        lvcheck.check(find("/dev/vg/lv"), "")
 
 
 def test_the_snapshot_of_a_thick_volume_cannot_be_kept(fake: FakeLvm) -> None:
     with pytest.raises(SourceError, match=r"^the snapshot of vg/lv cannot be kept: it is no thin volume$"):
-        lvm.check(lvm.find("/dev/vg/lv"), "20%", keep=True)
+        lvcheck.check(find("/dev/vg/lv"), "20%", keep=True)
 
 
 @pytest.mark.parametrize(
@@ -354,11 +355,11 @@ def test_the_snapshot_of_a_thick_volume_cannot_be_kept(fake: FakeLvm) -> None:
 )
 def test_a_thin_pool_in_trouble_is_refused(fake: FakeLvm, fields: dict[str, str], message: str) -> None:
     fake.add_thin("vg", "thin")
-    thin = lvm.find("/dev/vg/thin")
-    assert lvm.check(thin, "20%", keep=True) == []
+    thin = find("/dev/vg/thin")
+    assert lvcheck.check(thin, "20%", keep=True) == []
     fake.set("pool", **fields)
     with pytest.raises(SourceError, match=f"^{message}"):
-        lvm.check(thin, "20%")
+        lvcheck.check(thin, "20%")
 
 
 @pytest.mark.parametrize(
@@ -385,10 +386,10 @@ def test_what_lvm_would_refuse_of_a_thin_pool_is_told_before(
     with fake.state() as state:
         state["threshold"] = threshold
     if message is None:
-        assert lvm.check(lvm.find("/dev/vg/thin"), "") == []
+        assert lvcheck.check(find("/dev/vg/thin"), "") == []
         return
     with pytest.raises(SourceError, match=f"^{message}") as caught:
-        lvm.check(lvm.find("/dev/vg/thin"), "")
+        lvcheck.check(find("/dev/vg/thin"), "")
     assert "lvextend" in str(caught.value.hint)
 
 
@@ -396,14 +397,14 @@ def test_without_lvms_settings_its_own_default_holds(fake: FakeLvm) -> None:
     fake.add_thin("vg", "thin")
     fake.set("pool", data_percent="94.00")
     fake.order("lvmconfig", "fail")
-    assert lvm.check(lvm.find("/dev/vg/thin"), "") == []
+    assert lvcheck.check(find("/dev/vg/thin"), "") == []
 
 
 # the snapshot
 
 
 def test_a_thick_snapshot_is_read_only_tagged_and_removed(fake: FakeLvm) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     snapshot = lvm.Snapshot(origin, "20%", "blockdiff_chain_x")
     before = len(fake.calls())
     with snapshot:
@@ -429,7 +430,7 @@ def test_a_thick_snapshot_is_read_only_tagged_and_removed(fake: FakeLvm) -> None
 
 def test_a_thin_snapshot_has_no_size_and_is_active(fake: FakeLvm) -> None:
     fake.add_thin("vg", "thin")
-    with lvm.Snapshot(lvm.find("/dev/vg/thin"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/thin"), "20%") as snapshot:
         assert snapshot.look().is_thin
         snapshot.check()
         assert snapshot.level is None
@@ -438,7 +439,7 @@ def test_a_thin_snapshot_has_no_size_and_is_active(fake: FakeLvm) -> None:
 
 
 def test_two_snapshots_of_one_volume_do_not_touch_each_other(fake: FakeLvm) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     with lvm.Snapshot(origin, "20%") as first:
         with lvm.Snapshot(origin, "20%") as second:
             assert lvm.abandoned(origin) == []
@@ -454,7 +455,7 @@ def test_a_failed_lvcreate_is_told_in_its_own_words(fake: FakeLvm) -> None:
             SourceError,
             match=r"^cannot make a snapshot of vg/lv: lvcreate exited with status 5: Something is wrong\.$",
         ) as caught,
-        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"),
+        lvm.Snapshot(find("/dev/vg/lv"), "20%"),
     ):
         pass
     assert isinstance(caught.value.__cause__, ProcessError)
@@ -464,7 +465,7 @@ def test_a_failed_lvcreate_is_told_in_its_own_words(fake: FakeLvm) -> None:
 def test_what_a_failed_lvcreate_left_is_removed(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
     fake.order("lvcreate", "fail_after")
-    with pytest.raises(SourceError, match="went wrong in the end"), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with pytest.raises(SourceError, match="went wrong in the end"), lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
     assert fake.names() == ["lv"]
 
@@ -475,7 +476,10 @@ def test_what_a_failed_lvcreate_left_without_an_origin_is_removed(
     """LVM makes the volume that is to hold what changes first, and the snapshot out of it last."""
     monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
     fake.order("lvcreate", "half")
-    with pytest.raises(SourceError, match="Manual intervention") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with (
+        pytest.raises(SourceError, match="Manual intervention") as caught,
+        lvm.Snapshot(find("/dev/vg/lv"), "20%"),
+    ):
         pass
     assert caught.value.hint is None
     assert fake.names() == ["lv"]
@@ -492,7 +496,10 @@ def test_what_a_failed_lvcreate_left_and_cannot_be_removed_is_told(
 
     monkeypatch.setattr(lvm, "remove", refuse)
     fake.order("lvcreate", "half")
-    with pytest.raises(SourceError, match="Manual intervention") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with (
+        pytest.raises(SourceError, match="Manual intervention") as caught,
+        lvm.Snapshot(find("/dev/vg/lv"), "20%"),
+    ):
         pass
     name = only_snapshot(fake)["lv_name"]
     assert caught.value.hint == f"cannot remove the snapshot vg/{name}: in use; by hand"
@@ -502,7 +509,7 @@ def test_an_origin_that_lvcreate_left_suspended_is_told_with_the_command_that_fr
     fake: FakeLvm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lvm, "QUICK_TIMEOUT_S", 60.0)
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     fake.order("lvcreate", "fail")
     fake.set("lv", lv_attr="owi-sos---")
     with pytest.raises(SourceError, match="Something is wrong") as caught, lvm.Snapshot(origin, "20%"):
@@ -510,19 +517,19 @@ def test_an_origin_that_lvcreate_left_suspended_is_told_with_the_command_that_fr
     hint = "nothing can write to vg/lv: an LVM command was killed half-way, unless one is at work just now; "
     assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets it go on"
     with pytest.raises(SourceError, match=r"^vg/lv is suspended$") as caught:
-        lvm.check(lvm.find("/dev/vg/lv"), "20%")
+        lvcheck.check(find("/dev/vg/lv"), "20%")
     assert str(caught.value.hint).startswith(hint)
 
 
 def test_all_that_lvm_said_is_told(fake: FakeLvm) -> None:
     fake.order("lvcreate", "half")
     said = r"lvcreate exited with status 5: Failed to suspend logical volume vg/lv\.; Aborting\. Manual intervention"
-    with pytest.raises(SourceError, match=said), lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with pytest.raises(SourceError, match=said), lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
 
 
 def test_why_there_is_no_snapshot_is_told_even_if_lvm_is_dumb_afterwards(fake: FakeLvm) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     fake.order("lvcreate", "fail")
     fake.order("lvs", "fail")
     with pytest.raises(SourceError, match=r"^cannot make a snapshot"), lvm.Snapshot(origin, "20%"):
@@ -531,21 +538,21 @@ def test_why_there_is_no_snapshot_is_told_even_if_lvm_is_dumb_afterwards(fake: F
 
 def test_warnings_of_lvcreate_are_no_failure(fake: FakeLvm) -> None:
     fake.order("lvcreate", "warn")
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         snapshot.look()
 
 
 def test_an_lvcreate_that_lies_is_caught(fake: FakeLvm) -> None:
     fake.order("lvcreate", "lie")
     with (
-        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot,
+        lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot,
         pytest.raises(SourceError, match=r"^lvcreate said that all went well, but vg/bd_[0-9a-f]{16} is not there$"),
     ):
         snapshot.look()
 
 
 def test_a_snapshot_that_could_be_written_to_is_refused(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="swi-a-s---")
         with pytest.raises(SourceError, match=r"has the attributes swi-a-s---$"):
             snapshot.look()
@@ -560,7 +567,7 @@ def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch:
             match=r"^cannot make a snapshot of vg/lv: lvcreate was not done after 0.5 s: another LVM command seems to "
             "hold the lock of the volume group of vg$",
         ),
-        lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"),
+        lvm.Snapshot(find("/dev/vg/lv"), "20%"),
     ):
         pass
 
@@ -646,7 +653,7 @@ def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None
     fake.order("lvcreate", "late")
     helper = threading.Thread(target=interrupt)
     try:
-        snapshot = lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%")
+        snapshot = lvm.Snapshot(find("/dev/vg/lv"), "20%")
         helper.start()
         with pytest.raises(Interrupted), snapshot:
             pass
@@ -658,7 +665,7 @@ def test_a_signal_while_lvcreate_works_leaves_no_snapshot(fake: FakeLvm) -> None
 
 
 def test_an_exit_in_any_state_is_fine(fake: FakeLvm) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     with ExitStack() as stack:
         stack.push(lvm.Snapshot(origin, "20%"))
         assert fake.calls("lvcreate") == []
@@ -673,7 +680,7 @@ def test_a_signal_before_the_watcher_runs_leaves_no_snapshot(fake: FakeLvm, monk
     def interrupted(_thread: threading.Thread) -> None:
         raise Interrupted("told to stop")
 
-    snapshot = lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%")
+    snapshot = lvm.Snapshot(find("/dev/vg/lv"), "20%")
     with pytest.raises(Interrupted), snapshot:
         monkeypatch.setattr(threading.Thread, "start", interrupted)
         snapshot.watch()
@@ -684,7 +691,7 @@ def test_a_signal_before_the_watcher_runs_leaves_no_snapshot(fake: FakeLvm, monk
 
 
 def test_an_overflow_is_told_with_the_size_that_would_have_done(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         snapshot.look()
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
         with pytest.raises(
@@ -696,7 +703,7 @@ def test_an_overflow_is_told_with_the_size_that_would_have_done(fake: FakeLvm) -
 
 
 def test_a_snapshot_that_somebody_removed_is_told(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         snapshot.look()
         with fake.state() as state:
             state["volumes"] = state["volumes"][:1]
@@ -706,7 +713,7 @@ def test_a_snapshot_that_somebody_removed_is_told(fake: FakeLvm) -> None:
 
 def test_a_thin_pool_that_failed_is_told(fake: FakeLvm) -> None:
     fake.add_thin("vg", "thin")
-    with lvm.Snapshot(lvm.find("/dev/vg/thin"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/thin"), "20%") as snapshot:
         snapshot.look()
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="Vri-a-tzF-")
         with pytest.raises(SourceError, match=r"^the thin pool vg/pool failed while a snapshot in it was read$"):
@@ -714,7 +721,7 @@ def test_a_thin_pool_that_failed_is_told(fake: FakeLvm) -> None:
 
 
 def test_a_snapshot_that_is_full_before_it_is_looked_at_is_told_as_an_overflow(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
         with pytest.raises(SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$") as c:
             snapshot.look()
@@ -722,14 +729,14 @@ def test_a_snapshot_that_is_full_before_it_is_looked_at_is_told_as_an_overflow(f
 
 
 def test_a_check_that_cannot_see_is_no_approval(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         fake.order("lvs", "fail", 1)
         with pytest.raises(SourceError, match=r"^cannot see the snapshot of vg/lv: lvs exited with status 5"):
             snapshot.check()
 
 
 def test_a_snapshot_that_fills_is_extended_once_it_is_at_70_percent(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         name = only_snapshot(fake)["lv_name"]
         snapshot.watch()  # it may be long until it is looked at
         fake.set(name, data_percent="69.00")
@@ -746,7 +753,7 @@ def test_a_snapshot_that_fills_is_extended_once_it_is_at_70_percent(fake: FakeLv
 
 
 def test_a_snapshot_that_cannot_grow_is_read_on_with_a_note(fake: FakeLvm) -> None:
-    origin = lvm.find("/dev/vg/lv")
+    origin = find("/dev/vg/lv")
     with lvm.Snapshot(origin, "100%") as snapshot:
         with fake.state() as state:
             state["groups"]["vg"] = 0
@@ -762,7 +769,7 @@ def test_a_snapshot_that_cannot_grow_is_read_on_with_a_note(fake: FakeLvm) -> No
 
 def test_a_failed_extension_is_not_tried_for_ever(fake: FakeLvm) -> None:
     fake.order("lvextend", "fail")
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         fake.set(snapshot.look().name, data_percent="80.00")
         snapshot.watch()
         wait_until(lambda: snapshot.notes)
@@ -776,7 +783,7 @@ def test_a_failed_extension_is_not_tried_for_ever(fake: FakeLvm) -> None:
 
 
 def test_a_removal_is_tried_again_while_udev_holds_the_device(fake: FakeLvm) -> None:
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         fake.order("lvremove", "fail", 3)
     assert len(fake.calls("lvremove")) == 4
     assert fake.names() == ["lv"]
@@ -791,7 +798,7 @@ def test_what_cannot_be_removed_is_told_with_the_command_for_it(
     monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
     fake.order("lvremove", order)
     message = f"^cannot remove the snapshot vg/bd_[0-9a-f]+: .*{why}"
-    with pytest.raises(ProcessError, match=message) as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with pytest.raises(ProcessError, match=message) as caught, lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
     assert caught.value.hint == f"remove it by hand: lvremove -y vg/{only_snapshot(fake)['lv_name']}"
 
@@ -799,7 +806,7 @@ def test_what_cannot_be_removed_is_told_with_the_command_for_it(
 def test_a_removal_that_fails_does_not_hide_what_failed_before(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
     fake.order("lvremove", "fail")
-    with pytest.raises(SourceError, match=r"^overflow$") as caught, lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with pytest.raises(SourceError, match=r"^overflow$") as caught, lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         raise SourceError("overflow", "make it larger")
     hint = str(caught.value.hint)
     assert hint.startswith("make it larger; cannot remove the snapshot") and "by hand" in hint
@@ -807,14 +814,14 @@ def test_a_removal_that_fails_does_not_hide_what_failed_before(fake: FakeLvm, mo
 
 def test_an_lvremove_that_fails_after_it_did_its_work_is_fine(fake: FakeLvm) -> None:
     fake.order("lvremove", "fail_after")
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%"):
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
     assert len(fake.calls("lvremove")) == 1
 
 
 def test_lvs_that_fails_is_no_proof_that_the_snapshot_is_gone(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lvm, "WATCH_INTERVAL_S", 600.0)  # the watcher's lvs would be the one that fails
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         found = snapshot.look()
         fake.order("lvremove", "fail", 1)
         fake.order("lvs", "fail", 1)
@@ -828,7 +835,7 @@ def test_what_is_not_our_snapshot_any_more_is_never_removed(
 ) -> None:
     """Between our look and lvremove anything may happen: LVM itself holds what we know against what is there."""
     monkeypatch.setattr(lvm, "REMOVE_TIMEOUT_S", 0.1)
-    with lvm.Snapshot(lvm.find("/dev/vg/lv"), "20%") as snapshot:
+    with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         found = snapshot.look()
         before = fake.row(found.name)
         fake.set(found.name, **change)
@@ -843,7 +850,7 @@ def test_what_is_not_our_snapshot_any_more_is_never_removed(
 
 def test_a_kept_snapshot_stays_and_the_sweep_leaves_it(fake: FakeLvm) -> None:
     fake.add_thin("vg", "thin")
-    origin = lvm.find("/dev/vg/thin")
+    origin = find("/dev/vg/thin")
     with lvm.Snapshot(origin, "", "blockdiff_chain_x") as snapshot:
         snapshot.look()
         snapshot.keep()
@@ -856,7 +863,10 @@ def test_a_kept_snapshot_stays_and_the_sweep_leaves_it(fake: FakeLvm) -> None:
 def test_a_snapshot_that_could_not_be_kept_is_removed(fake: FakeLvm) -> None:
     fake.add_thin("vg", "thin")
     fake.order("lvchange", "fail")
-    with pytest.raises(ProcessError, match="lvchange exited"), lvm.Snapshot(lvm.find("/dev/vg/thin"), "") as snapshot:
+    with (
+        pytest.raises(ProcessError, match="lvchange exited"),
+        lvm.Snapshot(find("/dev/vg/thin"), "") as snapshot,
+    ):
         snapshot.keep()
     assert not [name for name in fake.names() if name.startswith("bd_")]
 
@@ -895,7 +905,7 @@ def test_only_what_dead_agents_left_of_this_origin_is_swept(fake: FakeLvm, ended
         fake.add("vg", "bd_volume", lv_tags=dead),
         fake.add("vg", "bd_other", lv_tags=dead, origin="other", lv_attr="sri-a-s---"),
     ]
-    assert swept(lvm.find("/dev/vg/lv")) == [f"{REMOVED} vg/{name}{LEFT}" for name in gone]
+    assert swept(find("/dev/vg/lv")) == [f"{REMOVED} vg/{name}{LEFT}" for name in gone]
     assert fake.names() == ["lv", "other", *(row["lv_name"] for row in kept)]
 
 

@@ -261,12 +261,12 @@ def test_whenever_a_signal_ends_the_work_its_threads_end_too(work: str) -> None:
 def test_memory_that_was_freed_is_kept() -> None:
     """Large pieces are taken and freed over and over without page faults: the child counts its own."""
     count = (
-        "import resource; from blockdiff import pipeline\n"
+        "import resource; from blockdiff.cli.memory import keep_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(50): bytes(bytearray(b'x') * (2 << 20))\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "pipeline.keep_memory(); faults(); print(faults())"
+        "keep_memory(); faults(); print(faults())"
     )
     shown = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=60, check=True)
     assert int(shown.stdout) < 5000  # 50 times 2 pieces of 512 pages otherwise

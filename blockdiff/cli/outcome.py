@@ -9,6 +9,7 @@ import click
 
 from blockdiff import __version__
 from blockdiff.cli import standard
+from blockdiff.cli.memory import keep_memory
 from blockdiff.cli.output import check_printed, say, say_error
 from blockdiff.shared import pipeline, signals, trace
 from blockdiff.shared.errors import EXIT_DONE, BlockdiffError, Interrupted, StorageError, of_system, printable
@@ -58,7 +59,7 @@ def _outcome(command: click.Command, name: str) -> int:
     """Run a command, say what went wrong, and return the exit status."""
     try:
         signals.unwind()
-        pipeline.keep_memory()
+        keep_memory()
         pipeline.switch_quickly()
         try:
             # not through `main`, which takes any broken pipe for one of standard output, and exits without a word

@@ -231,19 +231,21 @@ class Agent:
     ) -> "Tuple[int, int]":
         """Send every changed run; neighbouring runs of zeros go as one. Returns bytes read and blocks sent."""
         read = changed = position = 0
-        zeros = (0, 0)
+        zeros_start = zeros_end = 0  # not sent yet
         reported_s = time.monotonic()
         pool = self._shared or pipeline.BufferPool(batch_size(hasher.block_size))
         for batch in dump.scan(source, hasher, pool, self._feed):
             for run in batch.runs:
                 if audit is not None:
                     _check_claim(audit, run)
-                if run.data is None and run.offset == sum(zeros):
-                    zeros = (zeros[0], zeros[1] + run.length)
+                if run.data is None and run.offset == zeros_end:
+                    zeros_end += run.length
                     continue
-                self._send_zeros(*zeros)
-                zeros = (run.offset, run.length) if run.data is None else (0, 0)
-                if run.data is not None:
+                self._send_zeros(zeros_start, zeros_end)
+                zeros_start = zeros_end = run.offset
+                if run.data is None:
+                    zeros_end += run.length
+                else:
                     throttle.spend(run.length)
                     self._send_data(batch, run, run.data)
             read += batch.read
@@ -252,7 +254,7 @@ class Agent:
             if time.monotonic() - reported_s > PROGRESS_S or position == source.size:
                 self._link.send(wire.PROGRESS, offset=position)
                 reported_s = time.monotonic()
-        self._send_zeros(*zeros)
+        self._send_zeros(zeros_start, zeros_end)
         if self._shared is not None:
             self._shared.finish()
         return read, changed
@@ -264,9 +266,9 @@ class Agent:
             place = self._shared.lend(batch.buffer) + run.offset - batch.offset
             self._link.send(wire.LENT, struct.pack("<QQ", place, run.length), offset=run.offset)
 
-    def _send_zeros(self, offset: int, length: int) -> None:
-        if length:
-            self._link.send(wire.ZERO, struct.pack("<Q", length), offset=offset)
+    def _send_zeros(self, start: int, end: int) -> None:
+        if end > start:
+            self._link.send(wire.ZERO, struct.pack("<Q", end - start), offset=start)
 
 
 def _shared(order: Dict[str, object], size: int) -> "Optional[SharedBuffers]":

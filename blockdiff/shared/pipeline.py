@@ -17,9 +17,6 @@ from typing import Callable, Deque, Generator, Generic, Iterable, Iterator, List
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# of malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-
 _LEAD = 64
 
 #: More threads than this do not help: beyond it the consumer is what holds a run back.
@@ -233,22 +230,6 @@ class Crew:
         if task is not None:
             task.do()
         return task is not None or not dismissed
-
-
-def keep_memory() -> None:
-    """Let the C library keep what is freed for what is allocated next, where it is glibc.
-
-    Compressors return fresh memory. By default large pieces of it go back to the system each time, and come back at the
-    cost of a page fault for every 4 KiB: a third of the time of a run. One arena for all threads keeps it together.
-    """
-    import ctypes  # here: the agent, which has its own buffers, does not need it
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
-        mallopt(parameter, value)
 
 
 def switch_quickly() -> None:

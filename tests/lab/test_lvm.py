@@ -20,8 +20,11 @@ MIB = 1 << 20
 
 PRELUDE = """
 import json, os, random, signal, sys, threading, time
-from blockdiff import extents, lvcheck, lvm, lvs, process, thin
-from blockdiff.errors import BlockdiffError, Interrupted, SourceError
+from blockdiff import lvm
+from blockdiff.host import lvcheck, lvs, thin
+from blockdiff.host.lvcheck import find
+from blockdiff.shared import extents, process
+from blockdiff.shared.errors import BlockdiffError, Interrupted, SourceError
 path = sys.argv[1]
 
 def write(offset, data, path=path):
@@ -109,8 +112,8 @@ def test_a_thick_snapshot_is_read_only_still_and_gone_in_the_end(package: Guest,
         path,
         """
 write(0, b"before")
-origin = lvm.find(path)
-notes = lvm.check(origin, "20%")
+origin = find(path)
+notes = lvcheck.check(origin, "20%")
 with lvm.Snapshot(origin, "20%", "blockdiff_chain_x") as snapshot:
     volume = snapshot.look()
     write(0, b"after!")
@@ -141,12 +144,12 @@ def test_a_thin_snapshot_is_read_only_active_and_gone_in_the_end(package: Guest,
         path,
         """
 write(0, b"before")
-origin = lvm.find(path)
+origin = find(path)
 with lvm.Snapshot(origin, "20%") as snapshot:
     volume = snapshot.look()
     write(0, b"after!")
     snapshot.check()
-    json.dump([lvm.check(origin, ""), volume.is_thin, volume.is_read_only, volume.state, snapshot.level,
+    json.dump([lvcheck.check(origin, ""), volume.is_thin, volume.is_read_only, volume.state, snapshot.level,
         read(0, 6, snapshot.path).decode()], sys.stdout)
 """,
     )
@@ -162,11 +165,11 @@ def test_names_with_hyphens_and_dots_and_any_path_to_them(package: Guest) -> Non
             path,
             """
 paths = [path, "/dev/mapper/my--vg.1--x-l----v.2--", os.path.realpath(path), "my-vg.1-x/l--v.2-"]
-names = [lvm.find(each).full_name for each in paths]
-with lvm.Snapshot(lvm.find(path), "50%") as snapshot:
+names = [find(each).full_name for each in paths]
+with lvm.Snapshot(find(path), "50%") as snapshot:
     snapshot.look()
     snapshot.check()
-json.dump([names, lvm.sweep(lvm.abandoned(lvm.find(path)))], sys.stdout)
+json.dump([names, lvm.sweep(lvm.abandoned(find(path)))], sys.stdout)
 """,
         )
         assert found == [["my-vg.1-x/l--v.2-"] * 4, []]
@@ -177,7 +180,7 @@ def test_a_volume_of_several_segments_is_one_volume(package: Guest, volume_group
     path = volume_group.volume("lv", "8M")
     volume_group.volume("between", "8M")
     package.run(f"lvextend -q -L 16M {path}")
-    script = "json.dump([lvm.find(path).size, len(lvs.volumes(lvm.find(path).group))], sys.stdout)"
+    script = "json.dump([find(path).size, len(lvs.volumes(find(path).group))], sys.stdout)"
     assert done(package, path, script) == [16 * MIB, 2]
 
 
@@ -188,7 +191,7 @@ def test_an_overflow_is_noticed_after_the_last_byte(package: Guest, volume_group
         package,
         path,
         """
-with lvm.Snapshot(lvm.find(path), "8M") as snapshot:
+with lvm.Snapshot(find(path), "8M") as snapshot:
     snapshot.look()
     write(0, os.urandom(16 << 20))
     try:
@@ -217,7 +220,7 @@ lvm.WATCH_INTERVAL_S = 0.2
 def now():
     return lvs.volumes(snapshot.origin.group, snapshot._selection)[0]
 
-with lvm.Snapshot(lvm.find(path), "8M") as snapshot:
+with lvm.Snapshot(find(path), "8M") as snapshot:
     before = snapshot.look().size
     snapshot.watch()
     for i in range(12):
@@ -238,7 +241,7 @@ json.dump([before, after, snapshot.level, snapshot.notes], sys.stdout)
 def test_no_room_in_the_group_is_said_before_anything_is_made(package: Guest, volume_group: VolumeGroup) -> None:
     path = volume_group.volume("lv", "100M")
     volume_group.volume("rest", "3984M")
-    script = 'json.dump([lvm.check(lvm.find(path), ""), refusal(lambda: lvm.check(lvm.find(path), "20%"))], sys.stdout)'
+    script = 'json.dump([lvcheck.check(find(path), ""), refusal(lambda: lvcheck.check(find(path), "20%"))], sys.stdout)'
     free = int(package.output(f"vgs --noheadings --units m --nosuffix -o vg_free {volume_group.name}").split(".")[0])
     assert 0 < free < 20
     name = volume_group.name
@@ -246,7 +249,7 @@ def test_no_room_in_the_group_is_said_before_anything_is_made(package: Guest, vo
         [f"the snapshot of {name}/lv gets {free} MiB, all that the volume group {name} has"],
         f"SourceError: no room in the volume group {name}: a snapshot of {name}/lv needs 20 MiB, {free} MiB are free",
     ]
-    without_check = 'json.dump(refusal(lvm.Snapshot(lvm.find(path), "20%").__enter__), sys.stdout)'
+    without_check = 'json.dump(refusal(lvm.Snapshot(find(path), "20%").__enter__), sys.stdout)'
     message = done(package, path, without_check)
     assert f"cannot make a snapshot of {volume_group.name}/lv: lvcreate exited with status 5: " in str(message)
     assert "insufficient free space" in str(message)
@@ -267,7 +270,7 @@ def test_what_can_have_no_snapshot_is_refused_in_words(package: Guest, volume_gr
         f"/dev/{name}/none": f"SourceError: /dev/{name}/none is not a logical volume: lvs exited with status 5",
         path: "none",
     }
-    script = 'json.dump([refusal(lambda: lvm.check(lvm.find(each), "20%")) for each in sys.argv[1:]], sys.stdout)'
+    script = 'json.dump([refusal(lambda: lvcheck.check(find(each), "20%")) for each in sys.argv[1:]], sys.stdout)'
     answers = done(package, " ".join(paths), script)
     assert isinstance(answers, list)
     for answer, expected in zip(answers, paths.values(), strict=True):
@@ -282,10 +285,10 @@ def test_the_lock_of_another_command_is_named_and_nothing_is_made(package: Guest
         """
 lvm.CREATE_TIMEOUT_S = lvs.COMMAND_TIMEOUT_S = 5
 lvm.QUICK_TIMEOUT_S = 1
-origin = lvm.find(path)
+origin = find(path)
 print("ready")
 sys.stdin.readline()
-json.dump([refusal(lvm.Snapshot(origin, "50%").__enter__), refusal(lambda: lvm.find(path))], sys.stdout)
+json.dump([refusal(lvm.Snapshot(origin, "50%").__enter__), refusal(lambda: find(path))], sys.stdout)
 """,
     ) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -313,7 +316,7 @@ def handler(number, frame):
     raise Interrupted("told to stop")
 
 signal.signal(signal.SIGTERM, handler)
-snapshot = lvm.Snapshot(lvm.find(path), "50%")
+snapshot = lvm.Snapshot(find(path), "50%")
 print("ready")
 sys.stdin.readline()
 try:
@@ -339,14 +342,14 @@ def test_a_removal_waits_for_whoever_holds_the_device(package: Guest, volume_gro
         package,
         path,
         """
-with lvm.Snapshot(lvm.find(path), "50%") as snapshot:
+with lvm.Snapshot(find(path), "50%") as snapshot:
     snapshot.look()
     fd = os.open(snapshot.path, os.O_RDONLY)
     threading.Timer(8, os.close, [fd]).start()  # longer than lvremove itself tries
     begun = time.monotonic()
 took = time.monotonic() - begun
 lvm.REMOVE_TIMEOUT_S = 1
-with lvm.Snapshot(lvm.find(path), "50%") as other:
+with lvm.Snapshot(find(path), "50%") as other:
     fd = os.open(other.look().path, os.O_RDONLY)
     message = refusal(lambda: other.__exit__(None, None, None))
     os.close(fd)
@@ -363,7 +366,7 @@ json.dump([took, message], sys.stdout)
 def test_the_sweep_takes_what_a_killed_agent_left_and_nothing_else(package: Guest, volume_group: VolumeGroup) -> None:
     path = volume_group.volume("lv", "16M")
     make = """
-snapshot = lvm.Snapshot(lvm.find(path), "25%")
+snapshot = lvm.Snapshot(find(path), "25%")
 snapshot.__enter__()
 print("ready")
 sys.stdin.read()
@@ -374,7 +377,7 @@ sys.stdin.read()
         )
         foreign = {"lv", "bd_x", "bd_y"}
         (living,) = set(volume_group.volumes()) - foreign
-        script = "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)"
+        script = "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)"
         assert done(package, path, script) == []
     assert set(volume_group.volumes()) == {*foreign, living}
     removed = f"removed the snapshot {volume_group.name}/{living}, which a run before this one left"
@@ -386,7 +389,7 @@ def test_what_a_reboot_left_is_swept(package: Guest, volume_group: VolumeGroup) 
     path = volume_group.volume("lv", "16M")
     tags = "--addtag blockdiff --addtag blockdiff_pid_1_1_000000000000"  # pid 1 of another boot
     package.run(f"lvcreate -q -y -s -n bd_old {tags} -L 4M {path}")
-    script = "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)"
+    script = "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)"
     removed = f"removed the snapshot {volume_group.name}/bd_old, which a run before this one left"
     assert done(package, path, script) == [removed]
 
@@ -394,7 +397,7 @@ def test_what_a_reboot_left_is_swept(package: Guest, volume_group: VolumeGroup) 
 # changed extents
 
 COMPARE = """
-origin = lvm.find(path)
+origin = find(path)
 random.seed(int(sys.argv[2]))
 size, unit = origin.size, 4096
 
@@ -412,7 +415,7 @@ def change():
     return written
 
 def keep():
-    with lvm.Snapshot(lvm.find(path), "") as snapshot:
+    with lvm.Snapshot(find(path), "") as snapshot:
         volume = snapshot.look()
         snapshot.keep()
     return volume
@@ -437,7 +440,7 @@ faults, sizes = [], []
 for _ in range(2):
     written = change()
     new = keep()
-    kept = thin.kept(lvm.find(path), old.uuid)
+    kept = thin.kept(find(path), old.uuid)
     ranges = thin.changed_extents(kept, new)
     position = data = 0
     for start, end, state in ranges:
@@ -509,7 +512,7 @@ def test_an_fstrim_makes_holes(package: Guest, volume_group: VolumeGroup) -> Non
         path,
         COMPARE
         + """
-old, new = thin.kept(lvm.find(path), sys.argv[3]), keep()
+old, new = thin.kept(find(path), sys.argv[3]), keep()
 sizes = {}
 for start, end, state in thin.changed_extents(old, new):
     sizes[state] = sizes.get(state, 0) + end - start
@@ -550,7 +553,7 @@ def test_an_origin_that_was_made_anew_has_no_kept_snapshot(package: Guest, volum
     uuid = str(done(package, path, COMPARE + "json.dump(keep().uuid, sys.stdout)", "1"))
     package.run(f"lvremove -q -y {path}")
     volume_group.thin("lv", "32M", "pool")
-    script = "json.dump([thin.kept(lvm.find(path), sys.argv[2]), lvm.abandoned(lvm.find(path))], sys.stdout)"
+    script = "json.dump([thin.kept(find(path), sys.argv[2]), lvm.abandoned(find(path))], sys.stdout)"
     assert done(package, path, script, uuid) == [None, []]
 
 
@@ -658,7 +661,7 @@ def test_a_udev_that_stands_still_is_told_and_is_no_lock(package: Guest, volume_
     script = """
 lvm.CREATE_TIMEOUT_S = 20
 process.GENTLE_TIMEOUT_S = 1
-json.dump(refusal(lvm.Snapshot(lvm.find(path), "50%").__enter__), sys.stdout)
+json.dump(refusal(lvm.Snapshot(find(path), "50%").__enter__), sys.stdout)
 """
     package.run("pkill -STOP -x systemd-udevd || pkill -STOP -f systemd-udevd")
     try:
@@ -668,7 +671,7 @@ json.dump(refusal(lvm.Snapshot(lvm.find(path), "50%").__enter__), sys.stdout)
     start = f"SourceError: cannot make a snapshot of {name}/lv: lvcreate was not done after 20 s, and process "
     assert said.startswith(start) and said.endswith(" is still there: it waits for udev, which does not answer")
     package.run("while pgrep -x lvcreate; do sleep 0.1; done")
-    notes = done(package, path, "json.dump(lvm.sweep(lvm.abandoned(lvm.find(path))), sys.stdout)")
+    notes = done(package, path, "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)")
     assert isinstance(notes, list) and len(notes) == 1
     assert notes[0].startswith(f"removed the snapshot {name}/bd_")
     assert set(volume_group.volumes()) == {"lv"}
@@ -684,8 +687,8 @@ def test_a_thin_pool_above_the_limit_of_lvms_settings_is_refused_before(
     package.run(f"dd if=/dev/urandom of={path} bs=1M count=40 oflag=direct conv=notrunc status=none")
     before = package.get(settings)
     script = """
-thin = lvm.find(path)
-json.dump([refusal(lambda: lvm.check(thin, "")), refusal(lvm.Snapshot(thin, "").__enter__)], sys.stdout)
+thin = find(path)
+json.dump([refusal(lambda: lvcheck.check(thin, "")), refusal(lvm.Snapshot(thin, "").__enter__)], sys.stdout)
 """
     package.put(settings, before + b"\nactivation/thin_pool_autoextend_threshold=50\n")
     try:
