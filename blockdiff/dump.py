@@ -44,7 +44,7 @@ class OldDigests(ABC):
     """The digest table of the previous generation, from its first digest to its last."""
 
     @abstractmethod
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         """Return the digests of the next `count` blocks, or fewer at the end of the table."""
 
     @abstractmethod
@@ -283,7 +283,7 @@ class _Examiner:
             return Batch(piece.offset, piece.length, [], 0, 0)
         if piece.state == ZEROS:
             return self._examine_zeros(piece, old)
-        buffer = piece.buffer if piece.buffer is not None else self._pool.take()
+        buffer = piece.buffer if piece.buffer is not None else self._pool.get()
         self._source.fill(piece, buffer)
         view = buffer[: piece.length]
         flags = self._hasher.zero_flags(view)
@@ -356,7 +356,7 @@ def scan(
                 old.skip(count)
                 yield piece, None
             else:
-                yield piece, old.take(count)
+                yield piece, old.read(count)
 
     workers = pipeline.worker_count()
     for batch in pipeline.in_order(examiner.examine, tasks(), workers, ahead=workers + 2):

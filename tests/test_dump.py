@@ -39,7 +39,7 @@ class Table(dump.OldDigests):
         self._digests = digests
         self._next = 0
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         self._next += count * SHA256.size
         return self._digests[self._next - count * SHA256.size : self._next]
 

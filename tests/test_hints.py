@@ -28,7 +28,7 @@ class Table(dump.OldDigests):
         self._next = 0
         self.taken: list[int] = []
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         self.taken += range(self._next, self._next + count)
         self._next += count
         return b"".join(self._digests[self._next - count : self._next])

@@ -165,12 +165,12 @@ def test_worker_count_is_that_of_the_cpus_within_bounds(monkeypatch: pytest.Monk
 
 def test_buffers_are_used_again() -> None:
     pool = pipeline.BufferPool(100)
-    first = pool.take()
+    first = pool.get()
     assert len(first) == pool.size == 100
-    second = pool.take()
+    second = pool.get()
     assert second is not first
     pool.give_back(first)
-    assert pool.take() is first
+    assert pool.get() is first
 
 
 def test_what_is_drawn_ahead_comes_in_order_and_only_so_far_ahead() -> None:

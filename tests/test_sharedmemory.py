@@ -52,7 +52,7 @@ def read(memory: SharedMemory, place: int, length: int) -> bytes:
 
 def test_what_the_agent_puts_into_a_buffer_is_what_the_server_reads_at_its_place(memory: SharedMemory) -> None:
     buffers = SharedBuffers(memory.fd, 10_000)
-    first, second = buffers.take(), buffers.take()
+    first, second = buffers.get(), buffers.get()
     first[:], second[:] = NOISE.randbytes(10_000), NOISE.randbytes(10_000)
     for buffer in (first, second):
         assert read(memory, buffers.lend(buffer) + 7, 9_000) == bytes(buffer[7:9_007])
@@ -65,7 +65,7 @@ def test_a_buffer_is_used_again_only_when_the_server_has_taken_everything_out(me
 
     def scan() -> None:
         for number in range(count):
-            buffer = buffers.take()
+            buffer = buffers.get()
             buffers.lend(buffer)
             buffers.lend(buffer)
             buffers.give_back(buffer)
@@ -89,7 +89,7 @@ def test_the_end_of_a_scan_waits_for_the_server(memory: SharedMemory) -> None:
     buffers = SharedBuffers(memory.fd, BLOCK)
     buffers.finish()  # nothing to wait for
     for _ in range(2):
-        buffers.lend(buffers.take())
+        buffers.lend(buffers.get())
     thread = threading.Thread(target=buffers.finish, daemon=True)
     thread.start()
     buffers.taken_out()
@@ -103,7 +103,7 @@ def test_the_end_of_a_scan_waits_for_the_server(memory: SharedMemory) -> None:
 def test_a_server_that_takes_nothing_out_is_lost(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharedbuffers, "STALL_S", 0.1)
     buffers = SharedBuffers(memory.fd, BLOCK)
-    buffers.lend(buffers.take())
+    buffers.lend(buffers.get())
     with pytest.raises(ConnectionLost, match=r"the server took nothing for 0\.1 s"):
         buffers.finish()
 

@@ -135,7 +135,7 @@ def test_what_is_taken_is_right_and_little_of_what_is_skipped_is_sent(
             for takes, blocks in steps:
                 if takes:
                     blocks = min(blocks, WINDOW // 2 // size)
-                    digests = found.feed.take(blocks)
+                    digests = found.feed.read(blocks)
                     assert digests == table[position * size : (position + blocks) * size]
                     needed += len(digests)
                 else:
@@ -154,11 +154,11 @@ def test_a_long_way_is_skipped_without_being_sent() -> None:
     with pair(table, size) as found:
 
         def go() -> None:
-            assert found.feed.take(10) == table[: 10 * size]
+            assert found.feed.read(10) == table[: 10 * size]
             found.feed.skip(900_000)
-            assert found.feed.take(8192) == table[900_010 * size : 908_202 * size]
+            assert found.feed.read(8192) == table[900_010 * size : 908_202 * size]
             found.feed.skip(10_000_000)
-            assert found.feed.take(8192) == b""
+            assert found.feed.read(8192) == b""
 
         within_limit(go)
         assert sum(length for _, length in found.sent) <= 2 * wire.TABLE_WINDOW
@@ -170,7 +170,7 @@ def test_a_scan_that_skips_nothing_has_the_next_digests_before_it_needs_them() -
     with pair(table, 32) as found:
 
         def go() -> None:
-            assert b"".join(found.feed.take(8192) for _ in range(13)) == table
+            assert b"".join(found.feed.read(8192) for _ in range(13)) == table
 
         within_limit(go)
         assert sum(length for _, length in found.sent) == len(table)
@@ -198,7 +198,7 @@ def test_the_feed_asks_for_more_in_time_and_takes_no_more_than_that() -> None:
     feed = TableFeed(server, size, count)
     taken = b""
     for blocks in (1, 8192, 0, 5000, *[8192] * 10, 8192):
-        taken += feed.take(blocks)
+        taken += feed.read(blocks)
         assert server.wanted[-1] <= len(taken) + wire.TABLE_WINDOW
     assert taken == table[: len(taken)]
     assert len(taken) == min(1 + 5000 + 12 * 8192, count) * size
@@ -217,11 +217,11 @@ def test_behind_the_end_of_the_table_nothing_is_waited_for() -> None:
     """An image that grew, of whose older part all stayed the same."""
     feed = TableFeed(Server(lambda start, stop: feed.feed(start, bytes(64))), 32, 100_000)
     feed.skip(100_000)
-    within_limit(lambda: [feed.take(8192) for _ in range(3)])
+    within_limit(lambda: [feed.read(8192) for _ in range(3)])
     feed = TableFeed(Server(lambda start, stop: feed.feed(start, bytes(64))), 32, 100_000)
-    assert feed.take(2) == bytes(64)
+    assert feed.read(2) == bytes(64)
     feed.skip(50_000)
-    within_limit(lambda: feed.take(0))
+    within_limit(lambda: feed.read(0))
 
 
 @pytest.mark.parametrize(("part", "words"), [(0, "another part"), (-32, "another part"), (32, "another part")])
@@ -237,9 +237,9 @@ def test_another_part_than_was_asked_for_is_refused(part: int, words: str) -> No
         feed.feed(start, b"x" * 64)
 
     feed = TableFeed(Server(answer), 32, 1_000_000)
-    assert feed.take(2) == bytes(64)
+    assert feed.read(2) == bytes(64)
     feed.skip(500_000)
-    assert feed.take(2) == b"x" * 64
+    assert feed.read(2) == b"x" * 64
 
 
 def test_what_was_on_its_way_when_something_was_skipped_is_no_trouble() -> None:
@@ -253,9 +253,9 @@ def test_what_was_on_its_way_when_something_was_skipped_is_no_trouble() -> None:
         feed.feed(start, table[start : start + 64])
 
     feed = TableFeed(Server(answer), 32, 200_000)
-    assert feed.take(2) == table[:64]
+    assert feed.read(2) == table[:64]
     feed.skip(100_000)
-    assert feed.take(2) == table[100_002 * 32 : 100_004 * 32]
+    assert feed.read(2) == table[100_002 * 32 : 100_004 * 32]
 
 
 def test_a_table_that_cannot_be_read_any_more_fails_the_sender(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ class LockedChain(WritableChain):
         super()._begin()
         self._lock()
 
-    def _take(self, inventory: Inventory) -> None:
-        super()._take(inventory)
+    def _read_inventory(self, inventory: Inventory) -> None:
+        super()._read_inventory(inventory)
         self._begun = []  # the lock is ours, and may be new
 
     def __enter__(self) -> "LockedChain":

@@ -77,7 +77,7 @@ class OutputFile:
         assert self._fd is not None, "finished already"
         return self._fd
 
-    def take_in(self) -> None:
+    def read_back(self) -> None:
         """Count what another process has written through the descriptor, with its checksum; raises `StorageError`."""
         self._checksum, self.size = Checksum(self._checksum.algorithm), 0
         with _named("read", self.path):

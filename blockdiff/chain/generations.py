@@ -188,7 +188,7 @@ class Chain:
         self.directory = Directory(parent or ".", self.is_written)
         try:
             self._begin()
-            self._take(inventory or Inventory(self.directory, [self.base]))
+            self._read_inventory(inventory or Inventory(self.directory, [self.base]))
         except BaseException:
             self.close()
             raise
@@ -212,9 +212,9 @@ class Chain:
 
     def reload(self) -> None:
         """Look at the directory again."""
-        self._take(Inventory(self.directory, [self.base]))
+        self._read_inventory(Inventory(self.directory, [self.base]))
 
-    def _take(self, inventory: Inventory) -> None:
+    def _read_inventory(self, inventory: Inventory) -> None:
         self.has_version_file = inventory.has_version(self.base)
         self.version = inventory.version(self.base)
         self._periods = inventory.periods(self.base)

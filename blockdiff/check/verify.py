@@ -159,7 +159,7 @@ class Verifier:
             self._try(generation.check_files),
             self._try(lambda: self._chain.check_manifest(generation)),
             self._try(lambda: self._chain.check_parent(generation)),
-            self._try(lambda: self._take_delta(generation)),
+            self._try(lambda: self._read_delta(generation)),
         ]
         if not any(errors):
             errors.append(self._try(lambda: self._compare(generation)))
@@ -182,7 +182,7 @@ class Verifier:
             return error
         return None
 
-    def _take_delta(self, generation: Generation) -> None:
+    def _read_delta(self, generation: Generation) -> None:
         """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end.
 
         Raises `DamagedError` as well where it can be read but is not what was written: younger generations, which are
@@ -196,7 +196,7 @@ class Verifier:
                 reader = stack.enter_context(merge.read_delta(generation, file))
                 self._prepare(generation, reader)
                 self._carried_end = 0
-                self._take_runs(generation, reader, carried)
+                self._read_runs(generation, reader, carried)
         except (DamagedError, StorageError):
             self._lost = f"generation {generation.number}, which is damaged"
             if self._newest is not None:
@@ -230,7 +230,7 @@ class Verifier:
                 raise
             return self._newest.digest
 
-    def _take_runs(self, generation: Generation, reader: DeltaReader, carried: bytearray) -> None:
+    def _read_runs(self, generation: Generation, reader: DeltaReader, carried: bytearray) -> None:
         assert self._newest is not None
         hasher = Hasher(self._newest.digest, reader.block_size)
 

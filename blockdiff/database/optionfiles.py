@@ -52,9 +52,9 @@ class _Reader:
             elif group is None:
                 raise UsageError(f"{place}: an option before the first group")
             elif group in self._groups:
-                self._take(line, private, path)
+                self._read_line(line, private, path)
 
-    def _take(self, line: str, private: bool, path: str) -> None:
+    def _read_line(self, line: str, private: bool, path: str) -> None:
         name, value = _option(line)
         if name == "password" and value and not private:
             raise UsageError(

@@ -97,14 +97,14 @@ class _Cursor:
         if isinstance(self._pieces, Generator):
             self._pieces.close()
 
-    def take(self, count: int, what: str) -> memoryview:
+    def read(self, count: int, what: str) -> memoryview:
         """Return exactly `count` bytes; raises `DamagedError` that names `what` where the delta ends before."""
-        view = self.take_up_to(count)
+        view = self.read_up_to(count)
         if len(view) < count:
             raise self.damaged(f"it ends in the middle of {what}")
         return view
 
-    def take_up_to(self, count: int) -> memoryview:
+    def read_up_to(self, count: int) -> memoryview:
         """Return `count` bytes, or what is left of the delta."""
         view, self._view = self._view[:count], self._view[count:]
         if len(view) < count:
@@ -155,7 +155,7 @@ class DeltaReader:
         self._cursor.close()
 
     def _read_header(self) -> None:
-        first = self._cursor.take(4, "its header")
+        first = self._cursor.read(4, "its header")
         self.block_size = int(_U32.unpack(first)[0])
         self.format = 1
         if self.block_size == 0:
@@ -164,7 +164,7 @@ class DeltaReader:
             raise self._cursor.damaged(f"its block size is {self.block_size}")
 
     def _read_header_2(self, first: bytes) -> None:
-        rest = bytes(self._cursor.take(_HEADER_2.size - 4, "its header"))
+        rest = bytes(self._cursor.read(_HEADER_2.size - 4, "its header"))
         magic, self.block_size, self.image_size = _HEADER_2.unpack(first + rest)
         if magic != _MAGIC:
             raise self._cursor.damaged("it is no delta")
@@ -184,13 +184,13 @@ class DeltaReader:
         size, expected = self.block_size, 0
         parts: list[memoryview] = []
         start = length = 0
-        while head := self._cursor.take_up_to(_OFFSET.size):
+        while head := self._cursor.read_up_to(_OFFSET.size):
             if len(head) < _OFFSET.size:
                 raise self._cursor.damaged("it ends in the middle of a record")
             offset = int(_OFFSET.unpack(head)[0])
             if offset < expected or offset % size or offset + size > MAX_IMAGE_SIZE:
                 raise self._cursor.damaged(f"a record has the offset {offset}")
-            data = self._cursor.take_up_to(size)
+            data = self._cursor.read_up_to(size)
             if not data:
                 raise self._cursor.damaged("it ends in the middle of a record")
             if parts and (offset != expected or length >= _RUN_BYTES or len(parts) >= _RUN_BLOCKS):
@@ -213,7 +213,7 @@ class DeltaReader:
         assert self.image_size is not None
         position = 0
         while True:
-            kind, offset, length = _RECORD.unpack(self._cursor.take(_RECORD.size, "a record"))
+            kind, offset, length = _RECORD.unpack(self._cursor.read(_RECORD.size, "a record"))
             if kind == _END:
                 self._read_end(offset, length)
                 return
@@ -224,16 +224,16 @@ class DeltaReader:
                 raise self._cursor.damaged(f"a record covers {length} bytes at offset {offset}")
             if stop % self.block_size and stop != self.image_size:
                 raise self._cursor.damaged(f"a record covers {length} bytes, not whole blocks, at offset {offset}")
-            data = self._cursor.take(length, "a record") if kind == _DATA else None
+            data = self._cursor.read(length, "a record") if kind == _DATA else None
             self.blocks_carried += block_count(length, self.block_size)
             position = stop
             yield Run(offset, length, data)
 
     def _read_end(self, blocks: int, carried: int) -> None:
-        self.table_sha256 = bytes(self._cursor.take(_SHA256_SIZE, "its end mark")).hex()
+        self.table_sha256 = bytes(self._cursor.read(_SHA256_SIZE, "its end mark")).hex()
         if blocks != block_count(self.image_size or 0, self.block_size) or carried != self.blocks_carried:
             raise self._cursor.damaged("its end mark has other counts than its records")
-        if self._cursor.take_up_to(1):
+        if self._cursor.read_up_to(1):
             raise self._cursor.damaged("something follows its end mark")
 
 

@@ -83,7 +83,7 @@ class DeltaWriter:
         self._table = TableWriter(table, hasher, digesttable.sparse_count(hasher, delta_format, image_size))
         self._head_size = deltafile.HEAD_SIZE if delta_format == 2 else 0
         self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES + (MEMBER_BLOCKS + 1) * self._head_size)
-        self._current = _Member(self._pool.take())
+        self._current = _Member(self._pool.get())
         self._full_members: list[_Member] = []
         self._changed_blocks = 0
         self._changed_bytes = 0
@@ -149,7 +149,7 @@ class DeltaWriter:
     def _close_member(self) -> None:
         if self._current.runs:
             self._full_members.append(self._current)
-            self._current = _Member(self._pool.take())
+            self._current = _Member(self._pool.get())
 
     def _encode(self, member: _Member) -> _Encoded:
         """What the worker threads do: hash, encode and compress."""

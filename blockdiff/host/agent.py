@@ -103,7 +103,7 @@ class Agent:
         """The reader thread: take frames until the server is gone, then stop the main thread."""
         try:
             while True:
-                self._take(self._link.receive())
+                self._handle(self._link.receive())
         except BlockdiffError as error:
             self._failure = error
         except Exception as error:  # noqa: BLE001  # the boundary: without this thread nobody notices the server's end
@@ -113,7 +113,7 @@ class Agent:
         if not self._finished:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _take(self, frame: wire.Frame) -> None:
+    def _handle(self, frame: wire.Frame) -> None:
         if frame.kind in (wire.REQUEST, wire.TAKE, wire.SCAN, wire.SNAPSHOTS):
             fields = self._link.read_json(frame)
             if frame.kind == wire.SCAN:

@@ -66,7 +66,7 @@ class SharedBuffers(pipeline.BufferPool):
             self._taken += 1
             self._changed.notify()
 
-    def take(self) -> memoryview:
+    def get(self) -> memoryview:
         """Return a buffer; there is always one, because `give_back` waits."""
         return self._free.pop()
 

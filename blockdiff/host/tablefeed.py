@@ -43,7 +43,7 @@ class TableFeed(OldDigests):
             self._fed = offset + len(data)
             self._arrived.notify()
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         """Return the digests of the next `count` blocks, or as many as the table still has."""
         wanted = min(count * self._digest_size, self._total - self._taken)
         if not wanted:  # what was skipped last need not arrive, so there is nothing to wait for

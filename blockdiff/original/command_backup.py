@@ -56,8 +56,8 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
         with signals.held():  # a signal comes when its files are known to what removes them
             new = stack.enter_context(chain.begin(codec.SUFFIXES[compression], "." + _DIGEST))
         _run(command, new, base)
-        new.delta.take_in()
-        new.table.take_in()
+        new.delta.read_back()
+        new.table.read_back()
         found = _check(new, old, compression)
         delta, table = new.stored()
         manifest = Manifest(

@@ -127,7 +127,7 @@ class _Log:
         self._mail.write(data)
         self._file.write(data)
 
-    def take(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Append what the command said, line by line."""
         self._rest += data
         if b"\n" in data:
@@ -139,7 +139,7 @@ class _Log:
     def end(self) -> None:
         """Append the last line of the command where it had no end."""
         if self._rest:
-            self.take(b"\n")
+            self.write(b"\n")
 
 
 def run_logged(
@@ -186,7 +186,7 @@ def _run(command: Sequence[str], log: _Log) -> int:
             raise ProcessError(f"cannot run {printable(command[0])}: {error.strerror}", "is it on the PATH?") from error
 
     with process.started(start) as child:
-        said = process.Output(child, log.take)
+        said = process.Output(child, log.write)
         while not said.wait(_PATIENCE_S):
             pass
         status = child.returncode

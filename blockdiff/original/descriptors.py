@@ -56,7 +56,7 @@ class PipeSource(dump.Image):
         step = batch_size(block_size)
         offset = 0
         while self.size is None:
-            buffer = self._pool.take()
+            buffer = self._pool.get()
             done = 0
             while done < step:
                 try:
@@ -125,7 +125,7 @@ class _InOrder(dump.OldDigests):
         self._table = table
         self._next = 0
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         """See `OldDigests`."""
         self._next += count
         return self._table.digests(self._next - count, count)

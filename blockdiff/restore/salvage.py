@@ -48,7 +48,7 @@ def salvage(
                 break
             _note(notes, older)
             try:
-                salvager.take(older)
+                salvager.read_delta(older)
             except (DamagedError, StorageError) as error:
                 notes.append(error.message)
         return salvager.finish(notes)
@@ -102,23 +102,23 @@ class _Salvage:
         self._image_size = known.image_size if known is not None else None
         self._end: int | None = None
 
-    def take(self, generation: Generation) -> None:
-        """Take what is missing and this delta has."""
+    def read_delta(self, generation: Generation) -> None:
+        """Write what is missing and is in this delta."""
         known = generation.manifest
         reader = Salvager(self._table.block_size, known.delta_format if known is not None else 1)
         with merge.open_delta(generation) as file:
             where = generation.path(generation.delta_suffix)
             for piece in codec.sound_pieces(file, where, generation.compression):
                 for run in reader.runs(piece.data, piece.begins_file, piece.begins_member):
-                    self._take_run(run)
+                    self._write_run(run)
             for run in reader.last():
-                self._take_run(run)
+                self._write_run(run)
         claimed = reader.image_size if generation is self._generation else None
         size = self._table.block_size
         if self._image_size is None and claimed is not None and block_count(claimed, size) == self._table.count:
             self._image_size = claimed
 
-    def _take_run(self, run: Run) -> None:
+    def _write_run(self, run: Run) -> None:
         size = self._table.block_size
         first = run.offset // size
         stop = min(first + block_count(run.length, size), self._table.count)
@@ -128,9 +128,9 @@ class _Salvage:
                 continue
             offset, length = start * size, min(end * size, run.offset + run.length) - start * size
             data = None if run.data is None else run.data[offset - run.offset : offset - run.offset + length]
-            self._take_part(Run(offset, length, data))
+            self._write_part(Run(offset, length, data))
 
-    def _take_part(self, run: Run) -> None:
+    def _write_part(self, run: Run) -> None:
         """Write the blocks of a run that are missing and have the digests of the table."""
         size, digest_size = self._table.block_size, self._table.digest_size
         first = run.offset // size

@@ -255,7 +255,7 @@ class BufferPool:
         self.size = size
         self._free: List[memoryview] = []
 
-    def take(self) -> memoryview:
+    def get(self) -> memoryview:
         """Return a buffer of `size` bytes with arbitrary content."""
         try:
             return self._free.pop()

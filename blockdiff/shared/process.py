@@ -106,15 +106,15 @@ class Output:
                 return True
             if self._until is not None and now > self._until:
                 for _ in ("what is there", "its end"):  # we may have stood still, and not have looked since it ended
-                    self._take(0.0)
+                    self._collect(0.0)
                 if self._selector.get_map():
                     self._let_be()
                 return True
             if now > deadline:
                 return False
-            self._take(min(_LOOK_S, max(0.0, deadline - now)))
+            self._collect(min(_LOOK_S, max(0.0, deadline - now)))
 
-    def _take(self, timeout_s: float) -> None:
+    def _collect(self, timeout_s: float) -> None:
         if not self._selector.get_map():
             try:
                 self._child.wait(timeout_s)
