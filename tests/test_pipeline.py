@@ -223,8 +223,8 @@ def test_who_stops_drawing_ahead_early_does_not_wait_and_what_is_drawn_from_is_c
 #: At 2000 moments, ends work under way by an exception out of a signal handler, and says so.
 INTERRUPTING = """
 import signal, sys
-from blockdiff import pipeline
-from blockdiff.errors import Interrupted
+from blockdiff.shared import pipeline
+from blockdiff.shared.errors import Interrupted
 
 armed = []
 

@@ -8,8 +8,8 @@ TIMEOUT_S = 30.0
 
 BEGIN = """
 import os, signal, time
-from blockdiff import signals
-from blockdiff.errors import Interrupted
+from blockdiff.shared import signals
+from blockdiff.shared.errors import Interrupted
 
 def wait():
     time.sleep(600)
@@ -68,7 +68,9 @@ def test_a_signal_whose_exception_got_lost_in_a_destructor_is_sent_again() -> No
 
 
 def test_other_exceptions_in_destructors_are_reported_as_ever() -> None:
-    script = "from blockdiff import signals\nclass Last:\n    def __del__(self): 1 / 0\nsignals.unwind()\nLast()\n"
+    script = (
+        "from blockdiff.shared import signals\nclass Last:\n    def __del__(self): 1 / 0\nsignals.unwind()\nLast()\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=TIMEOUT_S, check=True)
     assert b"Exception ignored in" in done.stderr and b"ZeroDivisionError" in done.stderr
 
@@ -113,7 +115,7 @@ def test_a_child_that_is_being_started_when_a_signal_comes_is_ended() -> None:
     """As Python itself does not: what is raised while it waits for the new program leaves the child alone."""
     lines = (
         "import subprocess",
-        "from blockdiff import process",
+        "from blockdiff.shared import process",
         "children = []",
         "def start():",
         "    children.append(subprocess.Popen(['sleep', '600']))",
