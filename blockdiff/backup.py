@@ -37,7 +37,7 @@ from blockdiff.transport.connection import Connection
 class VolumeOptions:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    `keep`, `audit`: see `sources.Wish`. `pauses`: what applies changes on a replica stands still under the lock.
+    `keep`, `audit`: see `sources.Reading`. `pauses`: what applies changes on a replica stands still under the lock.
     """
 
     snapshot_size: str = "20%"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff.host.sources import LiveSource, Wish
+from blockdiff.host.sources import LiveSource, Reading
 from blockdiff.host.witness import Witness
 from blockdiff.shared import devices
 from tests import loop
@@ -28,7 +28,7 @@ def seen(path: Path, meanwhile: Callable[[], object] = lambda: None) -> tuple[ob
     with LiveSource(os.fsencode(path)) as source:
         source.prepare()
         source.take()
-        file, _claimed = source.open(Wish())
+        file, _claimed = source.open(Reading())
         file.fill(next(file.pieces(4096)), memoryview(bytearray(2 * MIB)))
         meanwhile()
         found = source.finish()
@@ -108,7 +108,7 @@ def test_what_is_written_before_the_moment_does_not_count(image: Path) -> None:
         source.prepare()
         write(image, 2 * MIB)
         source.take()
-        file, _claimed = source.open(Wish())
+        file, _claimed = source.open(Reading())
         assert file.size == image.stat().st_size
         assert source.finish() == {"touched": False, "how": ""}
 
@@ -230,7 +230,7 @@ def test_what_is_read_of_a_mounted_device_is_what_lies_on_the_disk(tmp_path: Pat
         with LiveSource(os.fsencode(device)) as source:
             source.prepare()
             source.take()
-            file, _claimed = source.open(Wish())
+            file, _claimed = source.open(Reading())
             image = bytearray()
             for piece in file.pieces(4096):
                 image += bytes(piece.length)

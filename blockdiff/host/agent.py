@@ -26,7 +26,7 @@ from blockdiff.host.freeze import Freeze
 from blockdiff.host.relay import Relay
 from blockdiff.host.restraint import Throttle, lower_priority
 from blockdiff.host.sharedbuffers import MIN_RUN, SharedBuffers
-from blockdiff.host.sources import LiveSource, Source, VolumeSource, Wish, locate
+from blockdiff.host.sources import LiveSource, Reading, Source, VolumeSource, locate
 from blockdiff.host.tablefeed import TableFeed
 from blockdiff.shared import blocks, pipeline, signals, trace, wire
 from blockdiff.shared.errors import (
@@ -205,11 +205,12 @@ class Agent:
             raise ProtocolError("block size {} is out of range".format(block_size))
         hasher = blocks.Hasher(blocks.digest_named(wire.text(order, "digest")), block_size)
         limit = wire.integers(order, "bandwidth")[0] if order.get("bandwidth") is not None else None
-        wish = Wish(*(bool(order.get(name)) for name in Wish._fields))
-        if wish.full != (self._feed is None):
+        hinted, audited, full = (bool(order.get(name)) for name in ("hinted", "audited", "full"))
+        reading = Reading(hinted, audited, full)
+        if full != (self._feed is None):
             raise ProtocolError("a full scan has no digest table, and every other has one")
         self._shared = _shared(order, batch_size(block_size))
-        file, claimed = source.open(wish)
+        file, claimed = source.open(reading)
         if order.get("stream") is not None:
             file.stream, file.streams = wire.integers(order, "stream", "streams")
             if file.stream >= file.streams:

@@ -19,8 +19,8 @@ from blockdiff.shared.errors import ProcessError, SourceError
 from blockdiff.shared.extents import Extent
 
 
-class Wish(NamedTuple):
-    """How a thin volume is to be read; others are read from end to end whatever is wished.
+class Reading(NamedTuple):
+    """How a thin volume is to be read; others are read from end to end in any case.
 
     With `hinted` only what changed since the snapshot that the last run kept, with `audited` all of it, and that is
     held against what changed since then; where it is a `full` generation only what is mapped.
@@ -63,7 +63,7 @@ class Source(ABC):
         """Take care of what was made, as soon as nobody is held still any more: others may be read first."""
 
     @abstractmethod
-    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+    def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """Return what to read, and what an audit is to be held against."""
 
     def opened(self) -> Dict[str, object]:
@@ -102,7 +102,7 @@ class LiveSource(Source):
         self._file = self._stack.enter_context(dump.FileSource(self._path))
         self._witness = witness.Witness(self._file)
 
-    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+    def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """See `Source`."""
         return self._file, None
 
@@ -179,13 +179,13 @@ class VolumeSource(Source):
         """See `Source`: a snapshot fills from its making on, and is extended."""
         self._snapshot.watch()
 
-    def open(self, wish: Wish) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
+    def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """Open the snapshot, with what is known of its extents."""
         self._found = self._snapshot.look()
-        extents = self._extents(wish, self._found) if self._origin.is_thin else None
-        claimed = extents if wish.audited else None
+        extents = self._extents(reading, self._found) if self._origin.is_thin else None
+        claimed = extents if reading.audited else None
         path = os.fsencode(self._snapshot.path)
-        file = dump.FileSource(path, None if wish.audited else extents)
+        file = dump.FileSource(path, None if reading.audited else extents)
         return self._stack.enter_context(file), claimed
 
     def opened(self) -> Dict[str, object]:
@@ -193,17 +193,17 @@ class VolumeSource(Source):
         uuid = self._found.uuid if self._found is not None else None
         return {"snapshot": uuid, "path": self._snapshot.path, "extents": self._extents_from}
 
-    def _extents(self, wish: Wish, new: lvs.Volume) -> Optional[List[Extent]]:
+    def _extents(self, reading: Reading, new: lvs.Volume) -> Optional[List[Extent]]:
         """Return what is known of the volume's extents; None, and a note that says why, where nothing is."""
         try:
-            if wish.full:
+            if reading.full:
                 self._extents_from = "mapped"
                 return thin.mapped_extents(new)
-            if not (wish.hinted or wish.audited):
+            if not (reading.hinted or reading.audited):
                 return None
             if self._kept is None:
                 raise thin.HintError("the snapshot that the last run kept is not there")
-            self._extents_from = "audited" if wish.audited else "changed"
+            self._extents_from = "audited" if reading.audited else "changed"
             return thin.changed_extents(self._kept, new)
         except thin.HintError as error:
             self._extents_from = ""

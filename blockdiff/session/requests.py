@@ -46,7 +46,7 @@ class ScanRequest:
     """How to scan a source: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s.
 
     This is number `stream`, from 0, of `streams` that scan it together (`blockdiff.session.streams`). The rest is about
-    thin volumes: see `sources.Wish`.
+    thin volumes: see `sources.Reading`.
     """
 
     block_size: int
