@@ -265,7 +265,7 @@ class Database:
         self._session.limit(seconds)
 
     def unlogged(self) -> bool | None:
-        """See `mysqlfiles.unlogged`."""
+        """See `datafiles.unlogged`."""
         return datafiles.unlogged(self._session.rows)
 
     @contextmanager
