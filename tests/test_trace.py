@@ -7,14 +7,18 @@ import stat
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from blockdiff.shared import trace, tracewriter, wire
-from blockdiff.shared.errors import ProtocolError
-from tests import commands
+from blockdiff.shared.errors import ConnectionLost, ProtocolError
+from blockdiff.transport import bundle
+from blockdiff.transport.advice import Place
+from blockdiff.transport.child import ChildConnection
+from tests import agents, commands
+from tests.interpreters import INTERPRETERS
 from tests.mariadb import MariaDB
 from tests.sshd import Sshd
 
@@ -182,6 +186,41 @@ def test_without_a_trace_nothing_that_writes_one_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60, check=True)
     assert done.stdout == b"False\n"
     assert (trace.report, trace.link) == (None, None)
+
+
+@pytest.fixture
+def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let this very process write a trace."""
+    file = tracewriter.TraceFile(str(tmp_path / "trace"))
+    monkeypatch.setattr(trace, "report", file.add)
+    monkeypatch.setattr(trace, "link", file.link)
+    return tmp_path / "trace"
+
+
+def agents_words(command: Sequence[str], file: Path) -> list[str]:
+    """Start an agent, ask it for nothing sensible, and return what it says of itself until its end."""
+    child = ChildConnection(command, Place("host", "host"))
+    with child:
+        conversation = agents.Conversation(child)
+        conversation.link.send_json(wire.REQUEST, {})
+        with pytest.raises(ProtocolError):
+            conversation.next()
+        with pytest.raises(ConnectionLost):
+            conversation.next()
+    return [what.partition(" s: ")[2].partition(",")[0] for who, what in read(file) if who == "agent 1"]
+
+
+@pytest.mark.parametrize("version", INTERPRETERS)
+def test_an_agent_on_any_python_says_what_it_does(asked_for: Path, version: str) -> None:
+    said = agents_words([str(INTERPRETERS[version]), *bundle.local_command()[1:]], asked_for)
+    assert said[0].startswith(f"python {version}.")
+    # a thread of its own receives: it may be faster
+    assert set(said[1:]) == {"sent HELLO", "received REQUEST", "sent ERROR"}
+
+
+def test_an_agent_that_a_key_is_pinned_to_says_what_it_does(asked_for: Path) -> None:
+    said = agents_words(["sh", "-c", f"exec {bundle.pinned_command(['/x'])}"], asked_for)
+    assert set(said[1:]) == {"sent HELLO", "received REQUEST", "sent ERROR"}
 
 
 def test_what_an_agent_says_is_made_harmless(tmp_path: Path) -> None:

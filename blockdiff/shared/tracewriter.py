@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from typing import Callable, Deque, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 from blockdiff.shared import wire
 from blockdiff.shared.errors import ConnectionLost, printable
@@ -60,14 +60,14 @@ class TraceFile:
 
     def link(
         self,
-        stream: wire.Carrier,
+        carrier: wire.Carrier,
         silence_s: float,
         stall_s: "Optional[float]",
         crc32: "Callable[[wire.Buffer, int], int]",
     ) -> wire.Link:
         """Return the server's end of a connection, which is traced."""
         self._links += 1
-        return _ServerLink(self, self._links, stream, silence_s, stall_s, crc32)
+        return _ServerLink(self, self._links, carrier, silence_s, stall_s, crc32)
 
 
 def _open(path: str) -> int:
@@ -124,12 +124,12 @@ class _TracedLink(wire.Link):
     def __init__(
         self,
         report: "Callable[[str], None]",
-        stream: wire.Carrier,
+        carrier: wire.Carrier,
         silence_s: float = wire.SILENCE_S,
         stall_s: "Optional[float]" = None,
         crc32: "Callable[[wire.Buffer, int], int]" = zlib.crc32,
     ) -> None:
-        super().__init__(stream, silence_s, stall_s, crc32)
+        super().__init__(carrier, silence_s, stall_s, crc32)
         self._report = report
         self._out, self._in = _Counter("sent", report), _Counter("received", report)
 
@@ -163,7 +163,7 @@ class _ServerLink(_TracedLink):
         self,
         file: TraceFile,
         number: int,
-        stream: wire.Carrier,
+        carrier: wire.Carrier,
         silence_s: float,
         stall_s: "Optional[float]",
         crc32: "Callable[[wire.Buffer, int], int]",
@@ -171,7 +171,7 @@ class _ServerLink(_TracedLink):
         self._file = file
         self._number = number
         self._taken = 0
-        super().__init__(self._add, stream, silence_s, stall_s, crc32)
+        super().__init__(self._add, carrier, silence_s, stall_s, crc32)
 
     def _add(self, text: str) -> None:
         self._file.add(text, "server {}".format(self._number))
@@ -196,11 +196,11 @@ class AgentLink(_TracedLink):
     So the thread that receives never sends, and never waits for a server that takes nothing.
     """
 
-    def __init__(self, stream: wire.Carrier) -> None:
-        self._lines: Deque[str] = deque()
+    def __init__(self, carrier: wire.Carrier) -> None:
+        self._lines: "deque[str]" = deque()
         self._begun = time.monotonic()
         self._reporting = threading.Lock()
-        super().__init__(self.report, stream)
+        super().__init__(self.report, carrier)
         self.report("python {} on {}, process {}".format(sys.version.split()[0], sys.platform, os.getpid()))
 
     def report(self, text: str) -> None:
