@@ -29,8 +29,8 @@ class Target:
 def page(results: Results, targets: Sequence[Target], tools: Sequence[Tool], size: int, rounds: int) -> str:
     """Return the part of ``docs/benchmarks.md`` that a run writes."""
     lines = [
-        f"Image: {size // _MIB} MiB. {rounds} rounds, in turn. Wall time (the median), its spread (longest minus shortest),",
-        "CPU seconds of all processes, peak memory of the largest process, and size of what was stored.",
+        f"Image: {size // _MIB} MiB. {rounds} rounds, in turn. Wall time (the median), its spread (longest minus",
+        "shortest), CPU seconds of all processes, peak memory of the largest process, and size of what was stored.",
         "",
         f"Machine: {os.cpu_count()} CPUs ({_cpu()}), {_memory_gib()} GiB, Linux {platform.release()}.",
         f"* Python {platform.python_version()}",
