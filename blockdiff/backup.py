@@ -308,12 +308,15 @@ def _scan(
         watcher.begin(found.opened.size)
         with signals.held():  # a signal comes when its files are known to what removes them
             new = stack.enter_context(source.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
-        writer = DeltaWriter(new.delta, new.table, plan.delta_format, hasher, found.opened.size, compress, plan.old)
 
         def show(offset: int) -> None:
             watcher.update(offset, found.bytes_received)
 
-        written = writer.write(found.changes(writer.allocate, show))
+        size = found.opened.size
+        with DeltaWriter(new.delta, new.table, plan.delta_format, hasher, size, compress, plan.old) as writer:
+            for run in found.changes(writer.allocate, show):
+                writer.add(run)
+            written = writer.finish()
         return _Scanned(new, found.opened, written, found.totals, found.bytes_received - before)
 
 

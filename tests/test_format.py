@@ -51,17 +51,15 @@ def write(
 ) -> tuple[bytes, bytes]:
     """Return the delta and the table that our writer makes of these runs, in blocks of 4 bytes with MD5."""
     delta, table = io.BytesIO(), io.BytesIO()
-    writer = DeltaWriter(delta, table, delta_format, Hasher(digest_named("md5"), 4), image_size, bytes, old)
-
-    def received() -> Iterator[Run]:
+    hasher = Hasher(digest_named("md5"), 4)
+    with DeltaWriter(delta, table, delta_format, hasher, image_size, bytes, old) as writer:
         for offset, length, data in runs:
             room = None
             if data is not None:
                 room = writer.allocate(length)
                 room[:] = data
-            yield Run(offset, length, room)
-
-    writer.write(received())
+            writer.add(Run(offset, length, room))
+        writer.finish()
     return delta.getvalue(), table.getvalue()
 
 
@@ -436,8 +434,9 @@ def test_long_runs_of_zeros_stay_one_small_record_or_a_few() -> None:
     """A tebibyte of zeros: version 2 does not write them down, and holds no more digests at once than must be."""
     delta, table = io.BytesIO(), io.BytesIO()
     size = 1 << 40
-    writer = DeltaWriter(delta, table, 2, Hasher(digest_named("md5"), 4 << 20), size, bytes, None)
-    written = writer.write([Run(0, size, None)])
+    with DeltaWriter(delta, table, 2, Hasher(digest_named("md5"), 4 << 20), size, bytes, None) as writer:
+        writer.add(Run(0, size, None))
+        written = writer.finish()
     assert (written.blocks, written.changed_blocks, written.changed_bytes) == (size >> 22, size >> 22, size)
     assert len(delta.getvalue()) < 1000
     assert sum(length for _, length, data in read(delta.getvalue())[1] if data is None) == size

@@ -4,7 +4,8 @@ The digests in the new table are computed here, from the bytes that go into the 
 whoever sent it. Blocks that did not change keep the digests of the previous table.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,11 +58,12 @@ class Written:
 
 
 class DeltaWriter:
-    """Writes one delta and its digest table.
+    """Writes one delta and its digest table: `add` takes the runs, `finish` ends both. A context manager.
 
     `old` is the previous generation's table, None for a full one. `allocate` gives the room that a run's data is to be
-    received in; the run must then be the next one that `write` is given. `image_size` in bytes may be None at first for
-    a version 1 delta, and must be set when the runs are at their end.
+    received in; the run must then be the next one that is added. `image_size` in bytes may be None at first for a
+    version 1 delta, and must be set before `finish`. Each raises what the sinks raise, and `ProtocolError` if blocks
+    are missing that the previous table does not have; what one run brings about, a later call may raise.
     """
 
     def __init__(
@@ -85,8 +87,23 @@ class DeltaWriter:
         self._pool = pipeline.BufferPool(MAX_MEMBER_BYTES + (MEMBER_BLOCKS + 1) * self._head_size)
         self._current = _Member(self._pool.get())
         self._full_members: list[_Member] = []
+        workers = pipeline.worker_count()
+        self._encoders = pipeline.Follower[_Encoded](workers + 2, workers)
+        self._output = pipeline.Follower[object]()
+        self._stack = ExitStack()
         self._changed_blocks = 0
         self._changed_bytes = 0
+
+    def __enter__(self) -> "DeltaWriter":
+        self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
+        with ExitStack() as stack:
+            stack.enter_context(self._output)
+            stack.enter_context(self._encoders)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
     def allocate(self, length: int) -> memoryview:
         """Return room for `length` bytes, at most `MAX_MEMBER_BYTES`, of the next run."""
@@ -96,19 +113,24 @@ class DeltaWriter:
         self._current.used = start + length
         return self._current.buffer[start : start + length]
 
-    def write(self, runs: Iterable[Run]) -> Written:
-        """Write all `runs`, ascending, and what ends the files.
+    def add(self, run: Run) -> None:
+        """Write a run, which begins after the end of the one before."""
+        for piece in self._pieces(run):
+            member = self._current
+            member.runs.append(piece)
+            member.weight += piece.length if self._takes_room(piece) else 0
+            member.used += self._head_size if piece.data is None else 0
+            member.blocks += block_count(piece.length, self._hasher.block_size)
+            if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
+                self._close_member()
+            self._encode_full_members()  # within this loop: a run of zeros may be of any length
 
-        Raises `ProtocolError` if blocks are missing that the previous table does not have; whatever `runs` or the sinks
-        raise comes through.
-        """
-        self._delta.write(self._compress(deltafile.header(self._format, self._hasher.block_size, self.image_size)))
-        with pipeline.Follower() as follower:
-            for encoded in pipeline.in_order(self._encode, self._members(runs)):
-                follower.give(partial(self._delta.write, encoded.data))
-                for offset, length, digests in encoded.digests:
-                    self._append_digests(offset, length, digests)
-            follower.finish()
+    def finish(self) -> Written:
+        """Write what is left of the runs, and what ends the files."""
+        self._close_member()
+        self._encode_full_members()
+        self._store(self._encoders.finish())
+        self._output.finish()
         assert self.image_size is not None, "the image's size must be known at its end"
         blocks = block_count(self.image_size, self._hasher.block_size)
         self._keep_until(blocks)
@@ -117,21 +139,6 @@ class DeltaWriter:
         if end:
             self._delta.write(self._compress(end))
         return Written(blocks, self._changed_blocks, self._changed_bytes)
-
-    def _members(self, runs: Iterable[Run]) -> Iterator[_Member]:
-        for run in runs:
-            for piece in self._pieces(run):
-                member = self._current
-                member.runs.append(piece)
-                member.weight += piece.length if self._takes_room(piece) else 0
-                member.used += self._head_size if piece.data is None else 0
-                member.blocks += block_count(piece.length, self._hasher.block_size)
-                if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
-                    self._close_member()
-                yield from self._full_members  # within this loop: a run of zeros may be of any length
-                self._full_members.clear()
-        self._close_member()
-        yield from self._full_members
 
     def _takes_room(self, run: Run) -> bool:
         return run.data is not None or self._format == 1
@@ -151,6 +158,11 @@ class DeltaWriter:
             self._full_members.append(self._current)
             self._current = _Member(self._pool.get())
 
+    def _encode_full_members(self) -> None:
+        for member in self._full_members:
+            self._store(self._encoders.give(partial(self._encode, member)))
+        self._full_members.clear()
+
     def _encode(self, member: _Member) -> _Encoded:
         """What the worker threads do: hash, encode and compress."""
         digests = [(run.offset, run.length, self._hasher.run_digests(run.length, run.data)) for run in member.runs]
@@ -166,6 +178,12 @@ class DeltaWriter:
             deltafile.put_head(member.buffer, position, run)
             position += deltafile.HEAD_SIZE + (0 if run.data is None else run.length)
         return member.buffer[:position]
+
+    def _store(self, members: list[_Encoded]) -> None:
+        for encoded in members:
+            self._output.give(partial(self._delta.write, encoded.data))
+            for offset, length, digests in encoded.digests:
+                self._append_digests(offset, length, digests)
 
     def _append_digests(self, offset: int, length: int, digests: bytes) -> None:
         self._keep_until(offset // self._hasher.block_size)

@@ -149,17 +149,13 @@ def dump_local(path: str | None, block_size: int | None, compression: str) -> st
         source: dump.FileSource | PipeSource
         source = PipeSource(0, pool) if path is None else _open_source(path, pool, stack)
         watched = witness.Witness(source) if isinstance(source, dump.FileSource) else None
-        writer = ends.writer(source.size)
-
-        def runs() -> Iterator[Run]:
-            hasher = Hasher(_MD5, ends.block_size)
-            old = _InOrder(ends.old) if ends.old is not None else None
-            for batch in dump.scan(source, hasher, pool, old):
+        old = _InOrder(ends.old) if ends.old is not None else None
+        with ends.writer(source.size) as writer:
+            for batch in dump.scan(source, Hasher(_MD5, ends.block_size), pool, old):
                 for run in batch.runs:
-                    yield _kept(run, writer)
+                    writer.add(_kept(run, writer))
             writer.image_size = source.size
-
-        writer.write(runs())
+            writer.finish()
         ends.finish()
         return watched.look().how if watched is not None else ""
 
@@ -228,8 +224,10 @@ def _scan(session: Session, ends: _Protocol, opened: Callable[[str], None] = lam
     scan = ScanRequest(ends.block_size, _MD5, ends.old)
     source = session.scan(scan)
     opened(source.path)
-    writer = ends.writer(source.size)
-    writer.write(session.changes(scan, source.size, writer.allocate))
+    with ends.writer(source.size) as writer:
+        for run in session.changes(scan, source.size, writer.allocate):
+            writer.add(run)
+        writer.finish()
     session.finish()
     return source.path
 

@@ -84,21 +84,22 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
         crew.dismiss()
 
 
-class Follower:
-    """A thread that does what it is given, in order, while the caller goes on; at most `behind` tasks wait for it.
+class Follower(Generic[Result]):
+    """Threads that do what they are given while the caller goes on; at most `behind` tasks wait for them.
 
-    What a task raises is raised by one of the next calls. A context manager: without `finish`, what was not begun is
-    not done; what was is waited for.
+    Tasks are begun in order, and what they return is handed back in order. What a task raises is raised by one of the
+    next calls. A context manager: without `finish`, what was not begun is not done; what was is waited for.
     """
 
-    def __init__(self, behind: int = 4) -> None:
+    def __init__(self, behind: int = 4, threads: int = 1) -> None:
         self._behind = behind
+        self._threads = threads
         self._crew = Crew()
-        self._pending: "Deque[Task[object]]" = deque()
+        self._pending: "Deque[Task[Result]]" = deque()
 
-    def __enter__(self) -> "Follower":
+    def __enter__(self) -> "Follower[Result]":
         try:
-            self._crew.start(1)
+            self._crew.start(self._threads)
         except BaseException:
             self._crew.dismiss()
             raise
@@ -109,16 +110,21 @@ class Follower:
         self._crew.dismiss()
         self._crew.wait()
 
-    def give(self, work: Callable[[], object]) -> None:
-        """Let the thread do `work` when it has done all else; waits while it is too far behind."""
-        while len(self._pending) >= self._behind:
-            self._pending.popleft().result()
+    def give(self, work: Callable[[], Result]) -> List[Result]:
+        """Let a thread do `work` when it comes to it; waits while too much is waiting, and returns what is done."""
+        done = self._take_until(self._behind - 1)
         self._pending.append(self._crew.give(work))
+        return done
 
-    def finish(self) -> None:
-        """Wait until everything is done."""
-        while self._pending:
-            self._pending.popleft().result()
+    def finish(self) -> List[Result]:
+        """Wait until everything is done; return what was not handed back yet."""
+        return self._take_until(0)
+
+    def _take_until(self, left: int) -> List[Result]:
+        done: "List[Result]" = []
+        while len(self._pending) > left or (self._pending and self._pending[0].is_done()):
+            done.append(self._pending.popleft().result())
+        return done
 
 
 class Task(Generic[Result]):
