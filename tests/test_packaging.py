@@ -96,6 +96,16 @@ def test_a_wheel_has_the_package_its_man_pages_and_nothing_that_an_older_build_l
     check_rendered([tmp_path / name for name in pages])
 
 
+def test_what_a_build_needs_has_the_bounds_of_what_is_installed() -> None:
+    words = (ROOT / "pyproject.toml").read_text().partition("requires = [")[2].partition("]")[0].replace('"', "")
+    needed = [word.strip() for word in words.split(",")]
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert {word for word in needed if not word.startswith("setuptools")} <= set(
+        setup["options"]["install_requires"].split()
+    )
+
+
 def check_rendered(pages: Sequence[Path]) -> None:
     """Fail where a page is not roff without faults, or has not all that --help says."""
     for page in pages:
