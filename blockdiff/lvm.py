@@ -39,6 +39,8 @@ WATCH_INTERVAL_S = 2.0
 EXTEND_AT_PERCENT = 70.0
 #: Begins the tag that names the process that a snapshot is for.
 PROCESS_TAG = TAG + "_pid_"
+# States of a `Snapshot`: there may be one from the moment when lvcreate is about to be run to the try to remove it.
+_UNMADE, _MADE, _KEPT, _CLOSED = "unmade", "made", "kept", "closed"
 _PROCESS = re.compile(PROCESS_TAG + r"([0-9]{1,10})_[0-9]+_[0-9a-f]+")
 
 
@@ -133,11 +135,11 @@ class Snapshot:
 
     `size` is for thick volumes (see `lvcheck.check`). To enter it makes the snapshot, and nothing else is done in that
     time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or
-    read to the end, and on the way out `ProcessError` where it cannot be removed. `__exit__` may be called in any
+    read to the end, and on the way out `ProcessError` where it cannot be removed. `close` may be called in any
     state.
 
     `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
-    thin one), `notes` are what the user should know, `removal_begun` is whether its removal has been tried.
+    thin one), `notes` are what the user should know.
     """
 
     def __init__(self, origin: Volume, size: str, *extra_tags: str) -> None:
@@ -150,12 +152,9 @@ class Snapshot:
         self._selection = 'lv_name="{}"'.format(self._name)
         self._process_tag = process_tag(os.getpid())
         self._command = self._lvcreate(size, extra_tags)
-        self.removal_begun = False
-        self._may_exist = False
-        self._kept = False
+        self._state = _UNMADE
         self._stopped = threading.Event()
         self._watcher: "Optional[threading.Thread]" = None
-        self._can_grow = True
 
     def _lvcreate(self, size: str, extra_tags: Sequence[str]) -> List[str]:
         command = ["lvcreate", "-y", "-s", "-p", "r", "-n", self._name]
@@ -168,22 +167,29 @@ class Snapshot:
         return [*command, self.origin.full_name]
 
     def __enter__(self) -> "Snapshot":
-        self._may_exist = True
+        self.make()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close(error)
+
+    def make(self) -> None:
+        """Make the snapshot, and do nothing else; raises `SourceError`."""
+        self._state = _MADE
         begun = time.monotonic()
         try:
             lvs.change(self._command, self.origin.group, CREATE_TIMEOUT_S)
             self.created_s = time.monotonic() - begun
         except ProcessError as error:
             hints = [error.hint, *self._clean_up_quickly()]
-            self._may_exist = False  # what is left all the same is for the next run's sweep
+            self._state = _CLOSED  # what is left all the same is for the next run's sweep
             raise SourceError(
                 "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message),
                 "; ".join(hint for hint in hints if hint) or None,
             ) from error
         except BaseException:  # a signal: lvcreate has ended by now
-            self.__exit__(None, None, None)
+            self.close()
             raise
-        return self
 
     def _clean_up_quickly(self) -> List[str]:
         """Remove what a failed lvcreate left, and return hints where it left more than that."""
@@ -201,8 +207,12 @@ class Snapshot:
             hints.append("{}; {}".format(error.message, error.hint))
         return hints
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if not self._may_exist or self._kept:
+    def close(self, error: object = None) -> None:
+        """Remove the snapshot, once, unless it was kept.
+
+        Raises `ProcessError` where it is still there; where `error` is what ends the run, that has a hint instead.
+        """
+        if self._state != _MADE:
             self._stop_watching()
             return
         try:
@@ -214,11 +224,10 @@ class Snapshot:
             error.hint = "; ".join(part for part in parts if part)
 
     def _end(self) -> None:
-        self.removal_begun = True
+        self._state = _CLOSED
         self._stop_watching()
         for found in lvs.volumes(self.origin.group, self._selection):
             self._remove(found)
-        self._may_exist = False
 
     def _remove(self, found: Volume, timeout_s: Optional[float] = None) -> None:
         if found.is_ours_of(self.origin):
@@ -300,13 +309,13 @@ class Snapshot:
         )
 
     def keep(self) -> None:
-        """Leave the snapshot on the host: `__exit__` and the sweeps of later runs will not touch it.
+        """Leave the snapshot on the host: `close` and the sweeps of later runs will not touch it.
 
         Raises `ProcessError`; it is removed as ever then.
         """
         command = ["lvchange", "--deltag", self._process_tag, "--addtag", KEPT_TAG]
         lvs.change([*command, "{}/{}".format(self.origin.group, self._name)], self.origin.group)
-        self._kept = True
+        self._state = _KEPT
 
     def _note_level(self, found: Volume) -> None:
         if found.data_percent is not None and not self.origin.is_thin:
@@ -314,6 +323,7 @@ class Snapshot:
 
     def _watch(self) -> None:
         """Keep an eye on the fill level of a thick snapshot, and extend it while the group has room."""
+        can_grow = True
         while not self._stopped.wait(WATCH_INTERVAL_S):
             try:
                 found = self._find()
@@ -322,20 +332,24 @@ class Snapshot:
             if found is None or found.invalid:
                 return
             self._note_level(found)
-            if self._can_grow and (found.data_percent or 0.0) >= EXTEND_AT_PERCENT:
-                self._extend(found)
+            if can_grow and (found.data_percent or 0.0) >= EXTEND_AT_PERCENT:
+                can_grow = self._extend(found)
 
-    def _extend(self, found: Volume) -> None:
-        """Make the snapshot half as large again; where that fails, the run goes on, and fails if it overflows."""
+    def _extend(self, found: Volume) -> bool:
+        """Make the snapshot half as large again, and return whether that went well.
+
+        Where it did not, the run goes on, and fails if the snapshot overflows.
+        """
         more = min(max(found.size // 2, found.extent_size), found.group_free)
         try:
             if more == 0:
                 raise ProcessError("no room in the volume group {}".format(found.group))
             lvs.change(["lvextend", "-L", "+{}b".format(more), found.full_name], found.group)
         except ProcessError as error:
-            self._can_grow = False
             self.notes.append(
                 "the snapshot of {} is {:g}% full and cannot be extended: {}".format(
                     self.origin.full_name, found.data_percent or 0.0, error.message
                 )
             )
+            return False
+        return True

@@ -588,23 +588,24 @@ def test_a_failed_lvcreate_is_told_though_lvm_is_dumb_afterwards(fake: FakeLvm) 
 def test_a_signal_just_before_a_snapshot_is_removed_leaves_none(
     fake: FakeLvm, monkeypatch: pytest.MonkeyPatch, error: "Exception | None"
 ) -> None:
-    """The stack of those that are to be left knows it no more, and its removal has not begun."""
-    leave, calls = lvm.Snapshot.__exit__, []
+    """Its removal was to begin, and has not."""
+    close, calls = lvm.Snapshot.close, []
 
-    def interrupted(snapshot: lvm.Snapshot, *exception: object) -> None:
-        calls.append(exception)
+    def interrupted(snapshot: lvm.Snapshot, error: object = None) -> None:
+        calls.append(error)
         if len(calls) == 1:
             raise Interrupted("told to stop")
-        leave(snapshot, None, None, None)
+        close(snapshot)
 
-    monkeypatch.setattr(lvm.Snapshot, "__exit__", interrupted)
+    monkeypatch.setattr(lvm.Snapshot, "close", interrupted)
     with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         source.take()
         if error is not None:
             raise error
-        source._stack.close()
-    assert len(calls) == 2
+        assert isinstance(source, sources.VolumeSource)
+        source._snapshot.close()
+    assert len(fake.calls("lvremove")) == 1
     assert fake.names() == ["lv"]
 
 
@@ -624,15 +625,14 @@ def test_what_went_wrong_first_is_told_though_the_snapshot_cannot_be_removed(
 
 
 def test_a_signal_just_after_a_snapshot_was_made_leaves_none(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its `__enter__` is done, and the stack of those that are to be left does not know yet."""
-    enter = lvm.Snapshot.__enter__
+    make = lvm.Snapshot.make
 
-    def interrupted(snapshot: lvm.Snapshot) -> lvm.Snapshot:
-        enter(snapshot)
+    def interrupted(snapshot: lvm.Snapshot) -> None:
+        make(snapshot)
         assert len(fake.names()) == 2
         raise Interrupted("told to stop")
 
-    monkeypatch.setattr(lvm.Snapshot, "__enter__", interrupted)
+    monkeypatch.setattr(lvm.Snapshot, "make", interrupted)
     with pytest.raises(Interrupted), sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         source.take()
@@ -672,7 +672,7 @@ def test_an_exit_in_any_state_is_fine(fake: FakeLvm) -> None:
     snapshot = lvm.Snapshot(origin, "20%")
     with snapshot:
         pass
-    snapshot.__exit__(None, None, None)
+    snapshot.close()
     assert fake.names() == ["lv"]
 
 

@@ -9,8 +9,7 @@ A source goes through the same steps whatever it is: `prepare` while writers go 
 import os
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Dict, List, NamedTuple, Optional, Tuple, Type
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from blockdiff import dump, lvm
 from blockdiff.host import leftovers, lvcheck, lvs, thin, witness
@@ -43,10 +42,8 @@ class Source(ABC):
     def __enter__(self) -> "Source":
         return self
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._stack.close()
 
     @abstractmethod
     def prepare(self) -> Dict[str, object]:
@@ -131,22 +128,27 @@ class VolumeSource(Source):
         self._size = size
         self._tag = lvs.TAG + "_owner_" + owner
         self._chain_tags = [leftovers.chain_tag(chain)] if chain else []
-        self._taken: Optional[lvm.Snapshot] = None
+        self._prepared: Optional[lvm.Snapshot] = None
         self._kept_uuid = kept
         self._kept: Optional[lvs.Volume] = None
         self._keep = keep
-        self._found: Optional[lvs.Volume] = None
-        self._extents_from = ""
+        self._opened: Dict[str, object] = {}
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             super().__exit__(kind, error, trace)
+            self._leave(error)
         finally:
-            # a signal may have come when the stack knew it no more
-            if self._taken is not None and not self._taken.removal_begun:
-                self._taken.__exit__(kind, error, trace)
+            self._leave(error)  # a signal may have come just before
+
+    def _leave(self, error: object = None) -> None:
+        if self._prepared is not None:
+            self._prepared.close(error)
+
+    @property
+    def _snapshot(self) -> lvm.Snapshot:
+        assert self._prepared is not None, "`prepare` comes first"
+        return self._prepared
 
     def prepare(self) -> Dict[str, object]:
         """Sweep what earlier runs left, and see whether there is room."""
@@ -155,7 +157,7 @@ class VolumeSource(Source):
             self._sweep()
             self._origin = lvcheck.find(self._path)  # what was removed made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
-        self._snapshot = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
+        self._prepared = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
         self.group = self._origin.group
         return {"uuid": self._origin.uuid, "segtype": self._origin.segtype}
 
@@ -171,9 +173,7 @@ class VolumeSource(Source):
 
     def take(self) -> None:
         """Make the snapshot."""
-        self._taken = self._snapshot
-        self._stack.push(self._snapshot)  # before it is made: a signal may come in between
-        self._snapshot.__enter__()
+        self._snapshot.make()
 
     def watch(self) -> None:
         """See `Source`: a snapshot fills from its making on, and is extended."""
@@ -181,34 +181,30 @@ class VolumeSource(Source):
 
     def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
         """Open the snapshot, with what is known of its extents."""
-        self._found = self._snapshot.look()
-        extents = self._extents(reading, self._found) if self._origin.is_thin else None
+        found = self._snapshot.look()
+        extents, how = self._extents(reading, found) if self._origin.is_thin else (None, "")
         claimed = extents if reading.audited else None
-        path = os.fsencode(self._snapshot.path)
-        file = dump.FileSource(path, None if reading.audited else extents)
+        self._opened = {"snapshot": found.uuid, "path": self._snapshot.path, "extents": how}
+        file = dump.FileSource(os.fsencode(self._snapshot.path), None if reading.audited else extents)
         return self._stack.enter_context(file), claimed
 
     def opened(self) -> Dict[str, object]:
         """See `Source`."""
-        uuid = self._found.uuid if self._found is not None else None
-        return {"snapshot": uuid, "path": self._snapshot.path, "extents": self._extents_from}
+        return self._opened
 
-    def _extents(self, reading: Reading, new: lvs.Volume) -> Optional[List[Extent]]:
-        """Return what is known of the volume's extents; None, and a note that says why, where nothing is."""
+    def _extents(self, reading: Reading, new: lvs.Volume) -> "Tuple[Optional[List[Extent]], str]":
+        """Return what is known of the volume's extents, and how; None, and a note that says why, where nothing is."""
         try:
             if reading.full:
-                self._extents_from = "mapped"
-                return thin.mapped_extents(new)
+                return thin.mapped_extents(new), "mapped"
             if not (reading.hinted or reading.audited):
-                return None
+                return None, ""
             if self._kept is None:
                 raise thin.HintError("the snapshot that the last run kept is not there")
-            self._extents_from = "audited" if reading.audited else "changed"
-            return thin.changed_extents(self._kept, new)
+            return thin.changed_extents(self._kept, new), "audited" if reading.audited else "changed"
         except thin.HintError as error:
-            self._extents_from = ""
             self.notes.append("everything is read: {}".format(error))
-            return None
+            return None, ""
 
     def explain(self) -> Optional[SourceError]:
         """See `Source`: a snapshot that overflowed is all read errors from then on."""
@@ -226,6 +222,7 @@ class VolumeSource(Source):
             if self._keep:
                 self._snapshot.keep()
             self._stack.close()
+            self._snapshot.close()
             if self._kept is not None:
                 lvm.remove(self._kept)
         except ProcessError as error:  # the image is sound all the same

@@ -351,8 +351,9 @@ took = time.monotonic() - begun
 lvm.REMOVE_TIMEOUT_S = 1
 with lvm.Snapshot(find(path), "50%") as other:
     fd = os.open(other.look().path, os.O_RDONLY)
-    message = refusal(lambda: other.__exit__(None, None, None))
+    message = refusal(other.close)
     os.close(fd)
+    lvm.remove(other.look())  # it tries once
 json.dump([took, message], sys.stdout)
 """,
     )
