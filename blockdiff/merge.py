@@ -12,14 +12,11 @@ from typing import BinaryIO, Protocol
 from blockdiff.chain.generations import Generation
 from blockdiff.format import codec, deltafile
 from blockdiff.format.deltafile import DeltaReader
-from blockdiff.format.digesttable import TableReader
+from blockdiff.format.digesttable import PART_BLOCKS, TableReader, first_difference
 from blockdiff.shared import pipeline, trace
 from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.shared.errors import DamagedError, printable
 from blockdiff.shared.runs import Run
-
-#: Blocks that are looked at in one step.
-_PART_BLOCKS = 65536
 
 
 class Target(Protocol):
@@ -139,8 +136,8 @@ class _Merger:
         base = run.offset // size
         stop = min(base + block_count(run.length, size), self._table.count)
         for first, last in stretches(self._done, 0, base, stop):
-            for start in range(first, last, _PART_BLOCKS):
-                yield self._part(run, start - base, min(start + _PART_BLOCKS, last) - base)
+            for start in range(first, last, PART_BLOCKS):
+                yield self._part(run, start - base, min(start + PART_BLOCKS, last) - base)
             self._done[first:last] = b"\1" * (last - first)
             self.remaining -= last - first
 
@@ -165,7 +162,7 @@ class _Merger:
             found = self._hasher.digests(run.data)
             digests = b"".join(found)
         if digests != expected:
-            bad = next(i for i in range(count) if found[i] != expected[i * digest_size : (i + 1) * digest_size])
+            bad = first_difference(digests, expected, digest_size)
             raise DamagedError(
                 f"{generation.path(generation.delta_suffix)} is damaged: the block at offset {(first + bad) * size} "
                 f"does not match the digest table of generation {self._generation.number}",

@@ -12,13 +12,11 @@ from blockdiff.chain.generations import Chain, Generation
 from blockdiff.chain.inventory import MANIFEST_SUFFIX
 from blockdiff.check.verify import CheckedFile, short_runs
 from blockdiff.format.deltafile import DeltaReader
-from blockdiff.format.digesttable import TableReader
+from blockdiff.format.digesttable import PART_BLOCKS, TableReader, first_difference
 from blockdiff.shared.blocks import Hasher, block_count, digest_named, shown_size
 from blockdiff.shared.errors import DamagedError, printable
 
 Proof = Callable[[Chain, int, Callable[[int], object]], None]
-
-_COMPARE_BLOCKS = 65536
 
 
 class _Nowhere:
@@ -119,14 +117,11 @@ def _check_form(generation: Generation, reader: DeltaReader, table: TableReader)
 def _check_rest(generation: Generation, table: TableReader, old: TableReader, carried: bytearray) -> None:
     """Compare the digests of what the delta does not carry with those of the table before."""
     for first, last in merge.stretches(carried, 0):
-        for start in range(first, last, _COMPARE_BLOCKS):
-            count = min(_COMPARE_BLOCKS, last - start)
+        for start in range(first, last, PART_BLOCKS):
+            count = min(PART_BLOCKS, last - start)
             new, before = table.digests(start, count), old.digests(start, min(count, max(0, old.count - start)))
             if new != before:
-                size = table.digest_size
-                bad = next(
-                    i for i in range(count) if new[i * size : i * size + size] != before[i * size : i * size + size]
-                )
+                bad = first_difference(new, before, table.digest_size)
                 raise _unproven(generation, (start + bad) * table.block_size, "its digest changed all the same")
 
 

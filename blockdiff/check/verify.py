@@ -17,14 +17,12 @@ from blockdiff.chain.inventory import MANIFEST_SUFFIX
 from blockdiff.format import checksum
 from blockdiff.format.checksum import Checksum
 from blockdiff.format.deltafile import DeltaReader, Sink
-from blockdiff.format.digesttable import TableReader, TableWriter, sparse_count
+from blockdiff.format.digesttable import PART_BLOCKS, TableReader, TableWriter, first_difference, sparse_count
 from blockdiff.format.manifest import Manifest
 from blockdiff.shared import trace
 from blockdiff.shared.blocks import DIGEST_SIZES, Digest, Hasher, block_count, digest_named
 from blockdiff.shared.errors import BlockdiffError, DamagedError, StorageError
 from blockdiff.shared.runs import Run
-
-_COMPARE_BLOCKS = 65536
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class _Newest:
         """Return a copy that knows only the blocks that are marked in `carried`, and close this one."""
         copy = _Newest(self.digest, self.block_size)
         for first, last in merge.stretches(carried, 1):
-            for start in range(first, last, _COMPARE_BLOCKS):
-                copy.put(start, self.get(start, min(_COMPARE_BLOCKS, last - start)))
+            for start in range(first, last, PART_BLOCKS):
+                copy.put(start, self.get(start, min(PART_BLOCKS, last - start)))
         self.close()
         return copy
 
@@ -140,8 +138,8 @@ class Verifier:
         assert newest is not None, "a delta was read"
         hasher = Hasher(newest.digest, newest.block_size)
         writer = TableWriter(sink, hasher, sparse_count(hasher, known.delta_format, known.image_size))
-        for first in range(0, known.blocks, _COMPARE_BLOCKS):
-            writer.append(newest.get(first, min(_COMPARE_BLOCKS, known.blocks - first)))
+        for first in range(0, known.blocks, PART_BLOCKS):
+            writer.append(newest.get(first, min(PART_BLOCKS, known.blocks - first)))
         writer.finish()
         return checksum.of_sha256(writer.sha256()) == known.table.checksum
 
@@ -278,8 +276,8 @@ class Verifier:
                 raise DamagedError(
                     f"{generation.path(generation.table_suffix)} does not fit the delta and the manifest"
                 )
-            for first in range(0, table.count, _COMPARE_BLOCKS):
-                expected = table.digests(first, _COMPARE_BLOCKS)
+            for first in range(0, table.count, PART_BLOCKS):
+                expected = table.digests(first, PART_BLOCKS)
                 found = self._newest.get(first, len(expected) // table.digest_size)
                 if found != expected:
                     raise self._differs(generation, table, first, expected, found)
@@ -288,10 +286,10 @@ class Verifier:
         self, generation: Generation, table: TableReader, first: int, expected: bytes, found: bytes
     ) -> DamagedError:
         size = table.digest_size
-        bad = next(i for i in range(0, len(expected), size) if expected[i : i + size] != found[i : i + size])
-        offset = (first + bad // size) * table.block_size
+        bad = first_difference(found, expected, size)
+        offset = (first + bad) * table.block_size
         hint = "restore the damaged files from a copy"
-        if found[bad : bad + size] != bytes(size):
+        if found[bad * size : (bad + 1) * size] != bytes(size):
             where = generation.path(generation.table_suffix)
             return DamagedError(f"the block at offset {offset} does not match {where}", hint)
         if self._lost is None:
@@ -314,7 +312,7 @@ def _most_blocks(generation: Generation) -> int:
 
 def short_runs(reader: DeltaReader) -> Iterator[Run]:
     """Yield the delta's runs in parts whose digests fit in the memory."""
-    step = _COMPARE_BLOCKS * reader.block_size
+    step = PART_BLOCKS * reader.block_size
     for run in reader.runs():
         for start in range(0, run.length, step):
             length = min(step, run.length - start)

@@ -19,6 +19,8 @@ from blockdiff.shared.errors import DamagedError, StorageError
 GROUP = 1024
 #: Bytes of digests up to which a table is written in the plain form: a small one is not worth another.
 PLAIN_LIMIT = 1 << 20
+#: Blocks whose digests are read and compared in one step.
+PART_BLOCKS = 65536
 
 _U32 = struct.Struct("<I")
 _MAGIC = b"\0\0\0\0BDt2"
@@ -244,6 +246,12 @@ class TableWriter:
 def _bitmap(flags: bytearray) -> bytes:
     """Return 0s and 1s, eight to a byte, the lowest bit first."""
     return bytes(sum(flag << bit for bit, flag in enumerate(flags[i : i + 8])) for i in range(0, len(flags), 8))
+
+
+def first_difference(digests: bytes, others: bytes, digest_size: int) -> int:
+    """Return the index of the first digest that differs; raises `StopIteration` where none does."""
+    ends = range(digest_size, max(len(digests), len(others)) + 1, digest_size)
+    return next(i for i, end in enumerate(ends) if digests[end - digest_size : end] != others[end - digest_size : end])
 
 
 def sparse_count(hasher: Hasher, delta_format: int, image_size: int | None) -> int | None:

@@ -15,7 +15,7 @@ from blockdiff.chain.commit import LockedChain, NewGeneration
 from blockdiff.chain.generations import Generation
 from blockdiff.format import codec
 from blockdiff.format.deltafile import DeltaReader
-from blockdiff.format.digesttable import TableReader
+from blockdiff.format.digesttable import PART_BLOCKS, TableReader
 from blockdiff.format.manifest import Manifest, Parent, Source
 from blockdiff.original.descriptors import DELTA_FD, NEW_TABLE_FD, OLD_TABLE_FD
 from blockdiff.restore import inuse
@@ -24,7 +24,6 @@ from blockdiff.shared.blocks import Hasher, block_count, digest_named
 from blockdiff.shared.errors import ChainError, DamagedError, ProcessError, printable
 
 _DIGEST = "md5"
-_COMPARE_BLOCKS = 65536
 #: How often it is looked whether what a command left running is done, in seconds.
 _LOOK_S = 0.05
 
@@ -167,8 +166,8 @@ def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Fi
 
 def _check_kept(table: TableReader, old: TableReader | None, first: int, stop: int) -> None:
     """Blocks that the delta does not carry must have the digests that they had."""
-    for start in range(first, stop, _COMPARE_BLOCKS):
-        count = min(_COMPARE_BLOCKS, stop - start)
+    for start in range(first, stop, PART_BLOCKS):
+        count = min(PART_BLOCKS, stop - start)
         known = old.digests(start, count) if old is not None and old.block_size == table.block_size else b""
         if table.digests(start, count) != known:
             raise DamagedError(

@@ -11,12 +11,10 @@ from blockdiff import merge
 from blockdiff.chain.generations import Chain, Generation
 from blockdiff.format import codec
 from blockdiff.format.deltafile import Salvager
-from blockdiff.format.digesttable import TableReader
+from blockdiff.format.digesttable import PART_BLOCKS, TableReader
 from blockdiff.shared.blocks import DIGEST_SIZES, Hasher, block_count, digest_named
 from blockdiff.shared.errors import DamagedError, StorageError
 from blockdiff.shared.runs import Run
-
-_PART_BLOCKS = 65536
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,8 @@ class _Salvage:
         size = self._table.block_size
         first = run.offset // size
         stop = min(first + block_count(run.length, size), self._table.count)
-        for start in range(first, stop, _PART_BLOCKS):
-            end = min(start + _PART_BLOCKS, stop)
+        for start in range(first, stop, PART_BLOCKS):
+            end = min(start + PART_BLOCKS, stop)
             if self._done.find(0, start, end) < 0:
                 continue
             offset, length = start * size, min(end * size, run.offset + run.length) - start * size
