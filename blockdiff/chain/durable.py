@@ -16,6 +16,7 @@ from types import TracebackType
 from blockdiff.chain import owner, sharing
 from blockdiff.format import checksum
 from blockdiff.format.checksum import Checksum
+from blockdiff.shared import locks
 from blockdiff.shared.blocks import MAX_IMAGE_SIZE
 from blockdiff.shared.errors import DamagedError, StorageError
 
@@ -296,13 +297,7 @@ class Directory:
     def is_locked(self, name: str) -> bool:
         """Return whether a process holds a lock on a file, as far as the system tells; takes none."""
         found = self._found(name)
-        try:
-            with open("/proc/locks", encoding="ascii") as file:
-                held = [line.split() for line in file if " FLOCK " in line]
-        except OSError:
-            return False
-        # of device and inode the second is enough: file systems in layers give other devices here than to stat()
-        return found is not None and any(words[5].endswith(f":{found.st_ino}") for words in held if len(words) > 5)
+        return found is not None and bool(locks.holders(found.st_ino, "FLOCK"))
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
         """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken.

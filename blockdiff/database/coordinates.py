@@ -206,17 +206,17 @@ def from_fields(given: object) -> Coordinates:
     channels = values["replica_channels"]
     if not isinstance(channels, list | tuple):
         raise ValueError("replica_channels")
-    flavour = _is_text(values, "flavour")
+    flavour = _string(values, "flavour")
     if flavour not in (MARIADB, MYSQL):
         raise ValueError("flavour")
     if (values["binlog_file"] is None) != (values["binlog_position"] is None):
         raise ValueError("binlog_position")
     return Coordinates(
-        server_version=_is_text(values, "server_version"),
+        server_version=_string(values, "server_version"),
         flavour=flavour,
-        binlog_file=None if values["binlog_file"] is None else _is_text(values, "binlog_file"),
-        binlog_position=None if values["binlog_position"] is None else _is_count(values, "binlog_position"),
-        gtid=None if values["gtid"] is None else _is_text(values, "gtid"),
+        binlog_file=None if values["binlog_file"] is None else _string(values, "binlog_file"),
+        binlog_position=None if values["binlog_position"] is None else _count(values, "binlog_position"),
+        gtid=None if values["gtid"] is None else _string(values, "gtid"),
         replica_channels=tuple(_channel_from_fields(channel) for channel in channels),
     )
 
@@ -224,12 +224,12 @@ def from_fields(given: object) -> Coordinates:
 def _channel_from_fields(given: object) -> Channel:
     values = _exactly(given, Channel, "replica_channels")
     return Channel(
-        name=_is_text(values, "name"),
-        source_host=_is_text(values, "source_host"),
-        source_port=_is_count(values, "source_port"),
-        file=_is_text(values, "file"),
-        position=_is_count(values, "position"),
-        gtid=None if values["gtid"] is None else _is_text(values, "gtid"),
+        name=_string(values, "name"),
+        source_host=_string(values, "source_host"),
+        source_port=_count(values, "source_port"),
+        file=_string(values, "file"),
+        position=_count(values, "position"),
+        gtid=None if values["gtid"] is None else _string(values, "gtid"),
     )
 
 
@@ -241,14 +241,14 @@ def _exactly(given: object, kind: type[Coordinates] | type[Channel], name: str) 
     return given
 
 
-def _is_text(values: Mapping[str, object], name: str) -> str:
+def _string(values: Mapping[str, object], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
         raise ValueError(name)
     return value
 
 
-def _is_count(values: Mapping[str, object], name: str) -> int:
+def _count(values: Mapping[str, object], name: str) -> int:
     value = values[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(name)

@@ -6,6 +6,7 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 import os
 import time
 
+from blockdiff.shared import locks
 from blockdiff.shared.errors import SourceError, printable
 
 #: How long the other process may take to let go of the file, in seconds: the system itself makes it do so after 45.
@@ -35,13 +36,11 @@ def open_for_reading(path: bytes) -> int:
 
 
 def _holder(inode: int) -> str:
-    """Return who has a lease on the file, as the kernel's list of locks tells."""
-    try:
-        with open("/proc/locks", encoding="ascii") as file:
-            for words in map(str.split, file):
-                if words[1] in ("LEASE", "DELEG") and words[5].rpartition(":")[2] == str(inode):
-                    with open("/proc/{}/comm".format(words[4]), encoding="utf-8", errors="replace") as name:
-                        return "{} (process {})".format(printable(name.read().strip(), 100), words[4])
-    except (OSError, IndexError):
-        pass  # the list is there for a message only
+    """Return who has a lease on the file, for a message."""
+    for process in locks.holders(inode, "LEASE", "DELEG"):
+        try:
+            with open("/proc/{}/comm".format(process), encoding="utf-8", errors="replace") as name:
+                return "{} (process {})".format(printable(name.read().strip(), 100), process)
+        except OSError:
+            break  # it has ended, or cannot be seen from here
     return "another process"
