@@ -30,7 +30,7 @@ class Inventory:
 
     def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:
         if bases is None:
-            bases = [name.removesuffix(_VERSION_SUFFIX) for name in directory.names() if _is_version_file(name)]
+            bases = _with_version(directory)
         # before the names, so that a run that ends meanwhile is found by its manifest
         self._versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
         self._found: dict[str, dict[int, set[str]]] = {}
@@ -42,6 +42,11 @@ class Inventory:
             base, number, suffix = _parts(name)
             if base:
                 self._found.setdefault(base, {}).setdefault(number, set()).add(suffix)
+
+    @classmethod
+    def of_periods(cls, directory: Directory, base: str) -> "Inventory":
+        """Return an inventory for `periods(base)`: it reads no ``.ver`` of other chains. Raises `StorageError`."""
+        return cls(directory, [each for each in _with_version(directory) if _is_period(each, base)])
 
     def has_version(self, base: str) -> bool:
         """Return whether there is a ``NAME.ver``."""
@@ -92,8 +97,10 @@ def _is_period(name: str, base: str) -> bool:
     return name.startswith(base) and _PERIOD.fullmatch(name, len(base)) is not None
 
 
-def _is_version_file(name: str) -> bool:
-    return name.endswith(_VERSION_SUFFIX) and not name.startswith(".")
+def _with_version(directory: Directory) -> list[str]:
+    """Return the NAMEs that have a ``NAME.ver``."""
+    files = [name for name in directory.names() if name.endswith(_VERSION_SUFFIX) and not name.startswith(".")]
+    return [name.removesuffix(_VERSION_SUFFIX) for name in files]
 
 
 def _version(directory: Directory, base: str) -> int | StorageError | None:

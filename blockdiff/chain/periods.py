@@ -82,9 +82,8 @@ def later(name: str, period: str) -> str | None:
     """
     if not period:
         return None
-    place = Place(os.path.dirname(name))
-    base = os.path.basename(name)
-    found = place.inventory.periods(base.removesuffix(period))
-    return max(
-        (os.path.join(place.path, each) for each in found if len(each) == len(base) and each > base), default=None
-    )
+    path, base = os.path.split(name)
+    of = base.removesuffix(period)
+    with Directory(path or ".") as directory:
+        found = Inventory.of_periods(directory, of).periods(of)
+    return max((os.path.join(path, each) for each in found if len(each) == len(base) and each > base), default=None)
