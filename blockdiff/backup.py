@@ -238,9 +238,9 @@ def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> 
         moment = replace(moment, apart_s=round(session.apart_s, 3))
     if sum(held is not True for held in holds) > 1:
         found = (
-            f"the snapshots of this run were made one after the other, within {session.apart_s:.2f} s, and nothing held"
-            " all writers still: what was written to one and then to another may be in the second alone; hold them"
-            " still with --before and --after"
+            f"the snapshots of this run were made one after the other, within {session.apart_s:.2f} s, while writers"
+            " continued: of two writes to different volumes, only the later one may be there; stop them with --before"
+            " and --after"
         )
         moment = replace(moment, warnings=[*moment.warnings, found])
     return [moment if held is not False else replace(moment, quiesced=None) for held in holds]
@@ -384,7 +384,7 @@ def _clock_warnings(chain: Chain, made: Manifest, period: str) -> list[str]:
         warnings.append(f"generation {made.generation}: {why}")
     if (later := periods.later(chain.name, period)) is not None:
         warnings.append(
-            f"{printable(later)} is there, and of a later period than {printable(chain.name)}: is the clock right?"
+            f"{printable(later)} exists, and is of a later period than {printable(chain.name)}: is the clock right?"
         )
     return warnings
 

@@ -102,7 +102,7 @@ class FileSource(Image):
             if self.size == 0:
                 raise SourceError(
                     "{} is empty: there is nothing to back up".format(self._shown),
-                    "is it the right path, and is the device behind it attached?",
+                    "is the path right, and is its device attached?",
                 )
             # kernel read-ahead would reach into the next piece and make it look as if it had been cached before
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)

@@ -88,11 +88,11 @@ def sweep(snapshots: Sequence[Volume]) -> List[str]:
     for snapshot in snapshots:
         try:
             remove(snapshot, SWEEP_TIMEOUT_S)
-            notes.append("removed the snapshot {}, which a run before this one left".format(snapshot.full_name))
+            notes.append("removed the snapshot {}, which an earlier run left".format(snapshot.full_name))
         except ProcessError as error:
             if isinstance(error.__cause__, LateError):
                 raise
-            notes.append("a run before this one left a snapshot: {}; {}".format(error.message, error.hint))
+            notes.append("an earlier run left a snapshot: {}; {}".format(error.message, error.hint))
     return notes
 
 
@@ -123,7 +123,7 @@ def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
         except ProcessError as error:
             failure = failure or error
         if time.monotonic() > deadline:
-            why = failure.message if failure is not None else "lvremove said that all went well"
+            why = failure.message if failure is not None else "lvremove reported success"
             raise ProcessError(
                 "cannot remove the snapshot {}: {}".format(snapshot.full_name, why), by_hand
             ) from failure
@@ -259,7 +259,7 @@ class Snapshot:
             raise self._overflow(found)
         if found is None or not found.is_read_only or found.state != "a":
             raise SourceError(
-                "lvcreate said that all went well, but {}/{} {}".format(
+                "lvcreate reported success, but {}/{} {}".format(
                     self.origin.group,
                     self._name,
                     "is not there" if found is None else "has the attributes " + found.attributes,
@@ -300,10 +300,8 @@ class Snapshot:
     def _overflow(self, found: Volume) -> SourceError:
         least = min(full_size(self.origin), 2 * found.size)
         return SourceError(
-            "the snapshot of {} overflowed: its {} were too little".format(
-                self.origin.full_name, shown_size(found.size)
-            ),
-            "--snapshot-size {}M is the least to try, {}M is sure to do".format(
+            "the snapshot of {} overflowed: {} was too small".format(self.origin.full_name, shown_size(found.size)),
+            "use at least --snapshot-size {}M; {}M is always enough".format(
                 -(-least >> 20), -(-full_size(self.origin) >> 20)
             ),
         )

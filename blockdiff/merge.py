@@ -75,7 +75,7 @@ def stretches(flags: bytearray, value: int, start: int = 0, stop: int | None = N
 
 
 class _Merger:
-    """One restore: the digest table that everything is held against, and which blocks are done."""
+    """One restore: the digest table that everything is checked against, and which blocks are done."""
 
     def __init__(self, generation: Generation, table: TableReader, target: Target) -> None:
         self._generation = generation
@@ -194,7 +194,7 @@ def merge(
 ) -> int:
     """Write the image of ``generations[0]`` to `target`, and return its size in bytes.
 
-    `generations` are newest first (`Chain.needed`). `advance` is told the length of each part that was written. Raises
+    `generations` are newest first (`Chain.needed`). `advance` gets the length of each part that was written. Raises
     `DamagedError` where what is there does not give the exact image; the target is then not to be trusted.
     """
     newest = generations[0]

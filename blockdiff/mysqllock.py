@@ -29,7 +29,7 @@ SIGNALLED = 255
 #: How much longer than the wait for the lock we wait for the server's word that it is over, in seconds.
 _GRACE_S = 5.0
 _POLL_INTERVAL_S = 0.25
-_HOLD_HINT = "raise --max-hold if writers may stand still for that long"
+_HOLD_HINT = "raise --max-hold if writers may wait that long"
 _BACKUP_STAGE = (("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"), ("BACKUP STAGE END",))
 _READ_LOCK = (("FLUSH TABLES WITH READ LOCK",), ("UNLOCK TABLES",))
 _SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
@@ -160,8 +160,8 @@ class Held:
                 self._begun = True
         except TimedOut as error:
             raise DatabaseError(
-                f"{self._session.place}: the lock was not to be had within {time.monotonic() - started:.1f} s",
-                f"something there stands in its way; --lock-wait (now {limits.lock_wait_s:g} s) waits longer",
+                f"{self._session.place}: could not get the lock within {time.monotonic() - started:.1f} s",
+                f"another session is in its way; a larger --lock-wait (now {limits.lock_wait_s:g} s) waits longer",
             ) from error
         self._since = time.monotonic()
         self.waited_s = self._since - started
@@ -193,8 +193,8 @@ class Database:
         if not self._session.is_open:
             return ""
         return (
-            f"the login to {self._session.place} went over the network without encryption: the password was proven and"
-            " not told, but whoever reads along can try to guess it; ?ssl-ca=FILE or mysql+ssh:// encrypt"
+            f"the login to {self._session.place} went over the network without encryption: the password was not"
+            " sent, but somebody who reads along can try to guess it; ?ssl-ca=FILE or mysql+ssh:// encrypt"
         )
 
     def __enter__(self) -> "Database":
@@ -298,7 +298,7 @@ class Database:
         """Let no statement take longer than until `deadline`. Raises `TimedOut` where that has passed."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            raise TimedOut(f"{self._session.place}: no time is left for the lock")
+            raise TimedOut(f"{self._session.place}: there was no time left for the lock")
         # the server applies this to each of the several locks behind one statement ...
         settings = f"lock_wait_timeout={math.ceil(left_s)}"
         if self._limits_statements:  # ... and this to all of them together
@@ -321,8 +321,9 @@ class Database:
                 raise DatabaseError(
                     f"{self._session.place}: a statement ({_first_word(row)}) of the user "
                     f"{printable(str(row['User']), 100)} in session {row['Id']} has been running for {_age_s(row)} s",
-                    f"the lock could stall every writer behind it; --long-query (now {self._limits.long_query_s:g} s) "
-                    f"lets older ones be, --lock-wait (now {self._limits.lock_wait_s:g} s) waits longer",
+                    "a lock queued behind it stalls every writer; a larger --long-query "
+                    f"(now {self._limits.long_query_s:g} s) ignores it, a larger --lock-wait "
+                    f"(now {self._limits.lock_wait_s:g} s) waits longer",
                 )
             time.sleep(_POLL_INTERVAL_S)
 

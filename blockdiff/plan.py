@@ -71,8 +71,8 @@ def make_plan(
         return _full_plan(base, parent, options)
     if base is None:
         raise DamagedError(
-            f"{chain.path_of('.ver')} says {last}, but generation {last} is not there",
-            "restore its files from a copy, or begin anew inside the chain with --full",
+            f"{chain.path_of('.ver')} says {last}, but generation {last} is missing",
+            "restore its files from a copy, or store everything again in this chain with --full",
         )
     _check_base(chain, base)
     here = Source(address.machine, path, "")
@@ -111,8 +111,8 @@ def _refusal(chain: Chain, here: Source) -> ChainError | None:
         return None
     return ChainError(
         f"{printable(chain.name)} holds backups of {printable(str(known[-1]))}, not of {printable(str(here))}",
-        "use another NAME; where the same source has another name now: blockdiff repair NAME --source SOURCE; "
-        "where this one takes the place of the other: --full",
+        "use another NAME; if the same source was renamed: blockdiff repair NAME --source SOURCE; "
+        "if this source replaces the other: --full",
     )
 
 
@@ -124,12 +124,12 @@ def check_volume(plan: Plan, name: str, found: str | None) -> None:
     if plan.elsewhere is not None:
         if found != plan.volume:
             raise plan.elsewhere
-        plan.notes.append("the source is the volume that the chain is of, under another path: its LV UUID is the same")
+        plan.notes.append("the source is the chain's volume under another path: its LV UUID is the same")
         return
     if plan.volume is not None and found is not None and plan.volume != found:
         raise ChainError(
             f"{printable(name)} holds backups of the volume with the LV UUID {plan.volume}, this one has {found}",
-            "it was created anew under the old name: use another NAME, or say --full to go on in this chain",
+            "it was created again under the old name: use another NAME, or --full to go on in this chain",
         )
 
 
@@ -151,7 +151,7 @@ def _check_base(chain: Chain, base: Generation) -> None:
     if chain.needs_older(oldest):
         raise DamagedError(
             f"generation {oldest.number - 1} of {printable(chain.name)} is missing",
-            "restore its files from a copy, or begin anew inside the chain with --full",
+            "restore its files from a copy, or store everything again in this chain with --full",
         )
 
 
@@ -162,7 +162,7 @@ def _format_of(base: Generation) -> int:
         found = reader.format
     if found != 1:  # only the original's chains do without
         raise DamagedError(
-            f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or begin anew with --full"
+            f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or store everything again with --full"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""How long work tells whoever watches how far it is. This watcher keeps it to itself."""
+"""How long work reports how far it is. This one reports to nobody."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,20 +19,20 @@ from blockdiff.shared.grant import ELSEWHERE
 _SHOWN = 20
 #: Why a generation has no coordinates.
 _MOVED = (
-    "this generation has no coordinates: the binary log grew while the database was locked, as where a statement that"
-    " waits is aborted; the next run tries again"
+    "this generation has no coordinates: the binary log grew while the database was locked, as when a waiting"
+    " statement is aborted; the next run tries again"
 )
 _AHEAD = (
-    "this generation has no coordinates: the database is a replica with tables that do not undo (MyISAM, Aria), and its"
-    " copy may have rows that its position does not; --replica-pause stops its SQL thread for that moment"
+    "this generation has no coordinates: the database is a replica with tables without transactions (MyISAM, Aria), and"
+    " its copy may have rows that its position does not; --replica-pause stops its SQL thread for that moment"
 )
 _MAYBE_AHEAD = (
-    "this generation has no coordinates: the database is a replica, and this login does not see whether it has tables"
-    " that do not undo (MyISAM, Aria): GRANT SELECT ON *.*, or --replica-pause to stop its SQL thread for that moment"
+    "this generation has no coordinates: the database is a replica, and this login cannot see whether it has tables"
+    " without transactions (MyISAM, Aria): GRANT SELECT ON *.*, or use --replica-pause to stop its SQL thread"
 )
 _STOPPED = (
-    "the SQL thread of the replica stands still (channel {}): if nobody stopped it, a run whose machine died did, and"
-    " START SLAVE is needed"
+    "the SQL thread of the replica is stopped (channel {}): if you did not stop it, a run that died did: execute"
+    " START SLAVE"
 )
 #: Stops the appliers of channels for as long as it lasts.
 Pause = Callable[[mysqllock.Database, Sequence[str]], AbstractContextManager[None]]
@@ -44,7 +44,7 @@ _SLASHES = 3
 class Moment:
     """How the moment of the image was taken, `took_s` seconds long; the sources of one run at most `apart_s` apart.
 
-    `notes` belong into the manifest, and `warnings` as well: these are what the operator must be told.
+    `notes` belong into the manifest, and `warnings` as well: these are what the operator must know.
     """
 
     took_s: float
@@ -127,7 +127,7 @@ class DatabaseQuiesce(Quiesce):
         self._unlogged = ready.unlogged
         if _is_unknown(data):
             self._notes.append(
-                "whether all files of the database are in this run was not checked: the kernel does not tell on which"
+                "whether all files of the database are in this run was not checked: the kernel does not say on which"
                 f" device {where} is"
             )
         needed_paths, others = self._server.files.needed, dict(self._server.files.others)
@@ -150,9 +150,9 @@ class DatabaseQuiesce(Quiesce):
         _refuse_missing([place for place in needed if place.source is None], ready.devices)
         if len({place.device for place in needed}) > 1 and not self._freezes:
             raise SourceError(
-                "the database keeps its files on several volumes, whose snapshots are not made at once",
+                "the database keeps its files on several volumes, whose snapshots are not made at the same time",
                 # not fsfreeze: device-mapper cannot suspend what is frozen already (Linux before 6.8)
-                "stop it meanwhile: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
+                "stop it then: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
             )
 
     def holds(self, source: int) -> bool | None:
@@ -211,10 +211,10 @@ def _refuse_missing(places: Sequence[Outside], devices: Mapping[str, str]) -> No
     more = f", and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     found = dict.fromkeys(_volume(place, devices) for place in places)
     volumes = [f"--also NAME={volume}" for volume in found if volume.count("/") == _SLASHES]
-    hint = f"take the other volumes as well: {' '.join(volumes)}" if volumes else ""
+    hint = f"add the other volumes: {' '.join(volumes)}" if volumes else ""
     if len(volumes) < len(found):
         hint += "; " if hint else ""
-        hint += "what is on no logical volume has to be moved to one"
+        hint += "move what is not on a logical volume to one"
     raise SourceError(f"the database needs files that are not in this run: {', '.join(shown)}{more}", hint)
 
 

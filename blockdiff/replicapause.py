@@ -1,4 +1,4 @@
-"""Stop what applies changes on a replica for the moment of a backup, and start it again whatever becomes of us.
+"""Stop what applies changes on a replica for the moment of a backup, and start it again even if we die.
 
 No end of a session starts it again. So a process of its own, the guard, logs in before anything is stopped, by a
 connection of its own, and waits at the end of a pipe. It starts what was stopped: when we say so, and when we are gone.
@@ -49,7 +49,7 @@ def paused(account: Account, way: Way, database: mysqllock.Database, channels: S
     """Let nothing apply the changes that come by `channels` within the `with` statement.
 
     Raises `DatabaseError` where that cannot be, or where they cannot be started again; nothing is stopped where there
-    is no guard.
+    is not a guard.
     """
     with _guard(account, way, channels) as child:
         try:
@@ -79,7 +79,7 @@ def _guard(account: Account, way: Way, channels: Sequence[str]) -> Iterator["sub
         said = _answer(child, READY_S)
         if said != _READY:
             raise DatabaseError(
-                f"nothing was stopped: what would start the applier again cannot log in: {_words(said)}",
+                f"nothing was stopped: what would start the SQL thread again cannot log in: {_words(said)}",
                 "--replica-pause logs in twice, and over SSH it connects twice",
             )
         yield child
@@ -109,7 +109,7 @@ def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, chann
     except DatabaseError as error:
         raise DatabaseError(
             f"the replica's SQL thread is stopped and could not be started again: {error.message}",
-            "START SLAVE (or START REPLICA) there, now",
+            "execute START SLAVE (or START REPLICA) there now",
         ) from error
 
 

@@ -67,17 +67,17 @@ def test_a_url_says_who_and_where(url: str, account: Account) -> None:
         ("mysql://u:hushed@[h/", "not valid"),
         ("mysql://u:hushed@h/?password=hushed", "more than a database name"),
         ("mysql://u:hushed@h/a/b", "more than a database name"),
-        ("postgres://u:hushed@h/", "neither mysql://"),
-        ("mysql:u:hushed@h", "neither mysql://"),
-        ("hushed", "neither mysql://"),
-        ("mysql://u@h/?socket=/x", "a socket is of this machine, and not of h"),
-        ("mysql://u:hushed@h/", "has a password in it, which others see in the list of processes"),
-        ("mysql://u:hushed@/?socket=/run/db.sock", "has a password in it"),
-        ("mysql+ssh://u:hushed@/", "has a password in it"),
+        ("postgres://u:hushed@h/", "must be mysql://"),
+        ("mysql:u:hushed@h", "must be mysql://"),
+        ("hushed", "must be mysql://"),
+        ("mysql://u@h/?socket=/x", "a socket is on this machine, not on h"),
+        ("mysql://u:hushed@h/", "contains a password, which others can see in the list of processes"),
+        ("mysql://u:hushed@/?socket=/run/db.sock", "contains a password"),
+        ("mysql+ssh://u:hushed@/", "contains a password"),
         ("mysql+ssh://u@h/", "takes no host, port or TLS"),
         ("mysql+ssh://u@/?ssl-ca=/ca.pem", "takes no host, port or TLS"),
         ("mysql://u@h/?ssl-mode=odd", "ssl-mode=ODD is unknown"),
-        ("mysql://u@h/?ssl-mode=VERIFY_CA", "needs an authority of your own"),
+        ("mysql://u@h/?ssl-mode=VERIFY_CA", "needs your own authority"),
         ("mysql://u@h/?ssl-crl=/crl", "more than a database name"),
     ],
 )
@@ -148,7 +148,7 @@ def test_localhost_is_the_socket_where_there_is_one_and_no_port_is_given(bare: P
 @pytest.mark.parametrize("port", ["0", "65536", "x", "", "²"])
 def test_a_port_in_an_option_file_that_is_none_is_an_error(bare: Path, port: str) -> None:
     path = option_file(bare / "my.cnf", f"[client]\nport={port}\n")
-    with pytest.raises(UsageError, match="which is no port"):
+    with pytest.raises(UsageError, match="which is not a port"):
         from_options(LoginOptions(defaults_file=path))
 
 

@@ -108,7 +108,7 @@ def test_a_path_through_a_link_means_what_it_means_to_the_system(
 
 @pytest.mark.parametrize("name", ["web1:/dev/vg/lv", "root@web1:/x", "ssh://web1/x", "[::1]:/x"])
 def test_a_name_that_is_a_source_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="stands in the place of NAME, and is a source") as caught:
+    with pytest.raises(UsageError, match="is in the place of NAME, but is a source") as caught:
         check_name(name)
     assert caught.value.hint == "NAME comes first: blockdiff backup NAME SOURCE"
 
@@ -161,7 +161,7 @@ def test_logins(text: str, expected: Address) -> None:
 
 @pytest.mark.parametrize("text", ["", "host:22", "host:/x", "a@b@c", "user@", "/x"])
 def test_what_is_no_login_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="cannot make out the host") as caught:
+    with pytest.raises(UsageError, match="cannot understand the host") as caught:
         parse_login(text)
     assert caught.value.hint == "use [user@]host"
 

@@ -97,7 +97,7 @@ def test_a_server_that_never_asks_for_anything_ends_the_agent() -> None:
         link.read_json(link.receive())
         frame = link.receive()
         assert frame.kind == wire.ERROR
-        assert link.read_json(frame)["message"] == "no word of the server for 0.1 s"
+        assert link.read_json(frame)["message"] == "nothing from the server for 0.1 s"
         assert child.wait(agents.PROMPTLY_S) == (1,)
 
 

@@ -118,7 +118,7 @@ def test_a_source_of_any_name_is_granted_as_it_is(sshd: Sshd, key: Path, chain: 
 def test_a_source_with_a_line_end_is_refused_when_it_is_granted(key: Path, end: str) -> None:
     result = commands.run("blockdiff", "authorize", "--key", key.with_suffix(".pub"), f"/srv/a{end}b")
     assert (result.returncode, result.stdout) == (2, b"")
-    assert b"cannot be granted: it has a line end in it" in result.stderr and result.stderr.count(b"\n") == 2
+    assert b"cannot be granted: it contains a line end" in result.stderr and result.stderr.count(b"\n") == 2
 
 
 def test_what_a_link_means_is_told_where_others_than_root_may_make_one(key: Path) -> None:
@@ -133,7 +133,7 @@ def test_what_a_link_means_is_told_where_others_than_root_may_make_one(key: Path
 def test_a_key_that_is_pinned_to_another_agent_says_so(sshd: Sshd, key: Path, chain: SmallChain) -> None:
     line = authorize(key, chain.source)
     sshd.allow(line.replace(bundle.agent_id(), "0" * 64))
-    refused(backup(sshd, key, chain), "accepts the agent of another version of blockdiff only", "blockdiff authorize")
+    refused(backup(sshd, key, chain), "accepts only the agent of another version of blockdiff", "blockdiff authorize")
 
 
 def test_a_forged_agent_is_not_run() -> None:
@@ -192,9 +192,7 @@ def test_a_link_that_a_pinned_key_follows_is_noted(sshd: Sshd, key: Path, chain:
     real, chain.source = chain.source, link
     result = backup(sshd, key, chain, "--json")
     assert result.returncode == 0, result
-    assert json.loads(result.stdout)["notes"] == [
-        f"{link} leads to {real} through a symbolic link: grant that in its place"
-    ]
+    assert json.loads(result.stdout)["notes"] == [f"{link} leads to {real} through a symbolic link: grant that instead"]
 
 
 @pytest.mark.parametrize(

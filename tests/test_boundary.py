@@ -176,7 +176,7 @@ NO_PLACE = "there is no directory for temporary files: none of /proc, /tmp, /var
 def test_no_directory_for_temporary_files_is_named(chain: SmallChain) -> None:
     result = commands.run("blockdiff", "verify", chain.name, under=mounts.without_places(), env={"TMPDIR": "/proc"})
     assert (result.returncode, result.stdout) == (1, b"")
-    assert result.stderr.decode() == f"blockdiff: {NO_PLACE}\n  set TMPDIR to a directory that can\n"
+    assert result.stderr.decode() == f"blockdiff: {NO_PLACE}\n  set TMPDIR to a writable directory\n"
 
 
 def test_no_directory_for_the_old_table_is_named() -> None:
@@ -191,7 +191,7 @@ def test_a_current_directory_that_is_gone_is_named(tmp_path: Path) -> None:
     words = ["sh", "-c", script, "sh", str(tmp_path / "gone")]
     result = commands.run("blockdiff", "backup", "name", tmp_path / "source", under=words)
     assert result.returncode == 1
-    said = "blockdiff: the current directory is not there any more\n  change to one that is\n"
+    said = "blockdiff: the current directory no longer exists\n  change to one that exists\n"
     assert result.stderr.decode().endswith(said), result
 
 
@@ -232,7 +232,7 @@ def test_what_the_system_refuses_is_a_sentence_with_the_path(error: str, said: s
 def test_a_fault_has_a_traceback_only_for_those_who_ask(environment: Mapping[str, str]) -> None:
     result = of_raising("ValueError('odd')")
     first, hint = result.stderr.splitlines()
-    assert result.returncode == 1 and first == "blockdiff: this is a fault in blockdiff: ValueError: odd"
+    assert result.returncode == 1 and first == "blockdiff: this is a bug in blockdiff: ValueError: odd"
     assert "BLOCKDIFF_TRACE=FILE" in hint
     result = of_raising("ValueError('odd')", environment)
     assert "Traceback (most recent call last)" in result.stderr and first in result.stderr

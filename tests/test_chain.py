@@ -93,10 +93,10 @@ def test_two_deltas_of_one_generation_need_a_manifest_to_tell(chain: SmallChain)
         chain.file(f".2{suffix}").write_bytes(b"stray")
     chain.assert_sound()
     chains.without_manifests(chain)
-    with pytest.raises(DamagedError, match=r"the delta of .*disk\.2 is there more than once: .*disk\.2\.zst"):
+    with pytest.raises(DamagedError, match=r"the delta of .*disk\.2 exists more than once: .*disk\.2\.zst"):
         chain.restored(2)
     chain.file(".2.zst").unlink()
-    with pytest.raises(DamagedError, match=r"the digest table of .*disk\.2 is there more than once: .*disk\.2\.md5"):
+    with pytest.raises(DamagedError, match=r"the digest table of .*disk\.2 exists more than once: .*disk\.2\.md5"):
         chain.restored(2)
 
 

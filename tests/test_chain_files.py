@@ -131,7 +131,7 @@ def test_links_to_a_disk_that_is_not_mounted_are_told_and_nothing_is_set_aside(
 def test_a_link_in_a_directory_that_others_may_write_to_is_not_followed(chain: SmallChain, tmp_path: Path) -> None:
     moved_away(chain, tmp_path / "other disk")
     chain.directory.chmod(0o777)
-    said = "is a symbolic link, and is not followed: others may write to the backup directory"
+    said = "is a symbolic link, and is not followed: other users can write to the backup directory"
     for arguments in (("list", chain.name), ("status", chain.name), ("verify", chain.name)):
         done = run(*arguments)
         assert done.returncode in (2, 5) and said in (done.stdout + done.stderr).decode()

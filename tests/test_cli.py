@@ -65,10 +65,10 @@ def test_a_relative_source_is_bound_to_its_absolute_path(chain: SmallChain, word
 def test_name_and_source_in_the_wrong_order_or_place_are_refused(chain: SmallChain, tmp_path: Path) -> None:
     for name in ("root@web1:/dev/vg/lv", "ssh://web1/dev/vg/lv"):
         said = refused(2, "backup", name, chain.name)
-        assert f"{name} stands in the place of NAME, and is a source" in said
+        assert f"{name} is in the place of NAME, but is a source" in said
         assert "NAME comes first: blockdiff backup NAME SOURCE" in said
     said = refused(2, "backup", chain.name, "web1")
-    assert "cannot make out the source web1: there is no such file here" in said
+    assert "cannot understand the source web1: there is no such file here" in said
     assert "the path on the host must begin with /" in refused(2, "backup", chain.name, "web1:images/x")
     (tmp_path / "backups").mkdir()
     said = refused(2, "backup", tmp_path / "backups", "/dev/null")
@@ -250,11 +250,11 @@ def test_what_a_name_says_never_reaches_the_terminal_as_it_is(chain: SmallChain)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--block-size", "0"], "is no size"),
-        (["--block-size", "-5"], "is no size"),
-        (["--block-size", "5X"], "is no size"),
-        (["--block-size", "1.5K"], "is no size"),
-        (["--block-size", ""], "is no size"),
+        (["--block-size", "0"], "is not a size"),
+        (["--block-size", "-5"], "is not a size"),
+        (["--block-size", "5X"], "is not a size"),
+        (["--block-size", "1.5K"], "is not a size"),
+        (["--block-size", ""], "is not a size"),
         (["--block-size", "5M"], "the block size 5242880 is not between 1 and 4194304 bytes"),
         (["--digest", "crc32"], "'crc32' is not one of"),
         (["--compression", "lzop"], "'lzop' is not one of"),
@@ -264,7 +264,7 @@ def test_what_a_name_says_never_reaches_the_terminal_as_it_is(chain: SmallChain)
         (["--compression", "none", "--level", "1"], "none has no level 1"),
         (["--format", "3"], "'3' is not one of"),
         (["--chain", "yearly"], "'yearly' is not one of"),
-        (["--bwlimit", "fast"], "is no size"),
+        (["--bwlimit", "fast"], "is not a size"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -280,9 +280,9 @@ def test_missing_words_exit_2(arguments: list[str]) -> None:
 
 
 def test_a_source_that_is_none_and_a_name_that_is_none_exit_2(chain: SmallChain) -> None:
-    assert "cannot make out the source relative/path" in refused(2, "backup", chain.name, "relative/path")
+    assert "cannot understand the source relative/path" in refused(2, "backup", chain.name, "relative/path")
     assert "cannot end like" in refused(2, "backup", f"{chain.name}@3", "/dev/null")
-    assert "is no NAME for a chain" in refused(2, "verify", f"{chain.directory}/")
+    assert "is not a NAME for a chain" in refused(2, "verify", f"{chain.directory}/")
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_a_lock_ends_with_its_run_though_a_child_is_just_being_started(chain: Sm
 
 @pytest.mark.parametrize("name", ["", ".", "..", "x/", "x/.", "x/..", "nul\0"])
 def test_what_is_no_name_is_a_usage_error(name: str) -> None:
-    with pytest.raises(UsageError, match="is no NAME for a chain"):
+    with pytest.raises(UsageError, match="is not a NAME for a chain"):
         LockedChain(name)
 
 
@@ -340,7 +340,7 @@ def test_a_version_file_that_is_behind_is_put_right_at_once(chain: SmallChain) -
     chain.file(".ver").write_bytes(b"0\n")
     with LockedChain(chain.name) as locked:
         assert chain.file(".ver").read_bytes() == b"1\n"
-        assert "was put right" in locked.notes[0]
+        assert "was corrected" in locked.notes[0]
 
 
 def test_a_file_that_is_replaced_is_whole_and_what_was_there_is_set_aside(chain: SmallChain) -> None:

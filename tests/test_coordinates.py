@@ -126,7 +126,7 @@ def test_a_version_is_read(text: str, flavour: str, numbers: tuple[int, int, int
 
 @pytest.mark.parametrize("text", ["", "8.4", "eight.four.three", "8.4.²"])
 def test_a_version_that_is_none_is_an_error(text: str) -> None:
-    with pytest.raises(DatabaseError, match="which says nothing"):
+    with pytest.raises(DatabaseError, match="which is not understood"):
         Version.parse(text)
 
 
@@ -211,7 +211,7 @@ def test_a_replica_is_seeded_in_the_dialect_of_the_server(given: Coordinates, ex
 def test_the_statement_tells_what_a_copy_needs_before() -> None:
     assert "--   CHANGE MASTER TO MASTER_USER=..., MASTER_PASSWORD=..., MASTER_HOST=...;" in replica_statement(MARIADB)
     assert "SOURCE_PASSWORD=..., SOURCE_HOST=...;" in replica_statement(MYSQL)
-    assert "a server_id of its own, and execute" in replica_statement(MARIADB)
+    assert "its own server_id, and execute" in replica_statement(MARIADB)
     assert "delete its auto.cnf" in replica_statement(MYSQL)
 
 
@@ -225,7 +225,7 @@ def test_strings_are_quoted() -> None:
 def test_control_characters_in_a_manifest_of_old_are_not_printed(field: str, text: str) -> None:
     for example in (MYSQL, MARIADB):
         given = replace(example, binlog_file=text) if field == "binlog_file" else replace(example, gtid=text)
-        with pytest.raises(DatabaseError, match="have control characters in them") as caught:
+        with pytest.raises(DatabaseError, match="contain control characters") as caught:
             replica_statement(given)
         assert caught.value.message.isprintable()
 

@@ -503,7 +503,7 @@ def test_files_of_another_chain_over_existing_ones_are_found(chain: SmallChain, 
         if error is None and n != number:
             assert chain.restored(n) == DAYS[n - 1]
     before = chain.files()
-    with pytest.raises(DamagedError, match="was not built on the generation"):
+    with pytest.raises(DamagedError, match="was not built on the existing generation"):
         chain.add(DAYS[0])
     assert chain.files() == before
 
@@ -565,7 +565,7 @@ def test_the_damaged_generation_that_is_needed_is_named_and_what_to_do(chain: Sm
     said = result.stderr.decode()
     assert result.returncode == 5
     assert said.startswith("blockdiff: generation 3 needs generation 2, which is damaged: ") and "disk.2.gz" in said
-    assert f"restore a generation that is sound (blockdiff verify {chain.name} tells), or what is sound of" in said
+    assert f"restore a sound generation (blockdiff verify {chain.name} says which), or what is sound of" in said
     assert f"of this one: blockdiff restore --salvage {chain.name}@3 FILE; do that before blockdiff repair\n" in said
 
 
@@ -578,7 +578,7 @@ def test_blocks_that_are_in_no_delta_are_told_in_sizes(chain: SmallChain, tmp_pa
     )
     assert ", and generation 1 is missing" in said
     said = commands.run("blockdiff", "restore", f"{chain.name}@1", tmp_path / "out").stderr.decode()
-    assert "generation 1 of" in said and f"blockdiff list {chain.name} shows what is there" in said
+    assert "generation 1 of" in said and f"blockdiff list {chain.name} shows which exist" in said
 
 
 def test_a_full_generation_needs_none_that_is_damaged(chain: SmallChain) -> None:

@@ -332,7 +332,7 @@ def test_a_replica_with_tables_that_do_not_undo_has_no_coordinates_and_a_warning
         result = chain.add(None, options(through_ssh(mariadb)))
         assert applier(mariadb) == "Yes"
     (warning,) = result.warnings
-    assert "is a replica with tables that do not undo (MyISAM, Aria)" in warning and "--replica-pause" in warning
+    assert "is a replica with tables without transactions (MyISAM, Aria)" in warning and "--replica-pause" in warning
     assert result.manifest.database is None and result.manifest.notes == [warning]
 
 
@@ -349,10 +349,10 @@ def test_what_a_login_does_not_see_of_a_replica_is_not_taken_for_nothing(
     url = f"mysql://{network_user}@127.0.0.1:{mariadb.port}/"
     with applying(mariadb):
         (warning,) = chain.add(None, options(url)).warnings
-        assert "this login does not see whether it has tables that do not undo" in warning
+        assert "this login cannot see whether it has tables without transactions" in warning
         mariadb.run("GRANT SELECT ON *.* TO net@'%'")
         (warning,) = chain.add(None, options(url)).warnings
-        assert "is a replica with tables that do not undo" in warning
+        assert "is a replica with tables without transactions" in warning
 
 
 # --- failures

@@ -170,7 +170,7 @@ def test_a_plain_table_of_no_blocks() -> None:
     ],
 )
 def test_a_file_that_can_be_no_plain_table_is_refused(content: bytes, said: str) -> None:
-    with pytest.raises(DamagedError, match=f"^the table is damaged: {said} are no table of {SIZE}-byte digests"):
+    with pytest.raises(DamagedError, match=f"^the table is damaged: {said} are not a table of {SIZE}-byte digests"):
         reader(content)
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_can_be_no_sparse_table_is_refused(what: str) -> None:
         assert table.count == 2 * GROUP + 17
     with pytest.raises(DamagedError, match=r"^the table is damaged: ") as caught:
         reader(DAMAGED[what])
-    assert caught.value.hint == "restore it from a copy, or begin anew with --full"
+    assert caught.value.hint == "restore it from a copy, or store everything again with --full"
 
 
 def test_what_the_originals_commands_may_read_and_what_is_small_stays_plain() -> None:

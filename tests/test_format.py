@@ -217,10 +217,10 @@ def test_a_manifest_of_another_version_or_with_unfit_fields_is_refused() -> None
             manifest.from_bytes(sealed({**fields, "blockdiff_manifest": version}), "m")
     optional = {"image_size", "bytes_read", "bytes_received", "run", "snapshot", "quiesced", "database", "notes"}
     for name in set(fields) - {"blockdiff_manifest", "sha256", "parent"} - optional:
-        with pytest.raises(DamagedError, match="is missing or unfit"):
+        with pytest.raises(DamagedError, match="is missing or not valid"):
             manifest.from_bytes(sealed({**fields, name: None}), "m")
     for name, value in (("generation", -1), ("blocks", True), ("full", 1), ("image_size", "3"), ("parent", {"x": 1})):
-        with pytest.raises(DamagedError, match="is missing or unfit"):
+        with pytest.raises(DamagedError, match="is missing or not valid"):
             manifest.from_bytes(sealed({**fields, name: value}), "m")
 
 
@@ -275,7 +275,7 @@ BROKEN = {
     "block size 0": (delta_2(block_size=0), "its block size is 0"),
     "block size too large": (delta_2(block_size=MAX_BLOCK_SIZE + 1), "its block size is 4194305"),
     "image too large": (delta_2(image_size=MAX_IMAGE_SIZE + 1), "its image size is 9223372036854775808"),
-    "another magic": (b"\0\0\0\0BDv3" + bytes(12), "it is no delta"),
+    "another magic": (b"\0\0\0\0BDv3" + bytes(12), "it is not a delta"),
 }
 
 
@@ -321,7 +321,7 @@ def test_a_reader_closes_what_makes_its_pieces_in_any_case() -> None:
         assert ends == []
     assert ends == ["closed"]
     broken = pieces(b"\0\0\0\0junk" * 5)
-    with pytest.raises(DamagedError, match="it is no delta"):
+    with pytest.raises(DamagedError, match="it is not a delta"):
         DeltaReader(broken, "the delta")
     assert ends == ["closed", "closed"]
 
@@ -386,7 +386,7 @@ def test_neighbouring_records_of_version_1_become_runs_of_bounded_length(block_s
     [b"", b"\4\0\0", b"\4\0\0\0" + bytes(15), bytes(4), b"\1\0\x40\0", b"\4\0\0\0" + bytes(17)],
 )
 def test_a_file_that_can_be_no_digest_table_is_refused(content: bytes) -> None:
-    with pytest.raises(DamagedError, match=r"the table is damaged: .* are no table of 16-byte digests"):
+    with pytest.raises(DamagedError, match=r"the table is damaged: .* are not a table of 16-byte digests"):
         table_reader(content)
 
 

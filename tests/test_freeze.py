@@ -173,7 +173,7 @@ def test_a_command_that_does_not_end_is_stopped_with_all_that_it_started(
     give_no_time(monkeypatch, slow)
     before, after = (slow, log.command("after")) if option == "--before" else (None, slow)
     with (
-        pytest.raises(SourceError, match=rf"^the command of {option} failed: .* was not done after 0\.2 s$"),
+        pytest.raises(SourceError, match=rf"^the command of {option} failed: .* did not end within 0\.2 s$"),
         Freeze(before, after),
     ):
         assert option == "--after"
@@ -185,7 +185,7 @@ def test_a_command_that_ignores_to_be_stopped_is_killed(log: Log, monkeypatch: p
     stubborn = "trap '' TERM; (sleep 100); sleep 100"
     give_no_time(monkeypatch, stubborn)
     monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
-    with pytest.raises(SourceError, match="was not done after"), Freeze(stubborn, log.command("after")):
+    with pytest.raises(SourceError, match="did not end within"), Freeze(stubborn, log.command("after")):
         pytest.fail("it is not frozen")
     assert log.words() == ["after"]
 

@@ -250,15 +250,15 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     ),
     "a negative total": (
         [complete, lambda a: a.end(SIZE, BLOCKS, -1)],
-        "field read of a control frame is missing or unfit",
+        "field read of a control frame is missing or not valid",
     ),
     "a total that is true": (
         [complete, lambda a: a.end(SIZE, True)],
-        "field changed_blocks of a control frame is missing or unfit",
+        "field changed_blocks of a control frame is missing or not valid",
     ),
     "empty totals": (
         [complete, lambda a: a.json(wire.TOTALS, {})],
-        "field image_size of a control frame is missing or unfit",
+        "field image_size of a control frame is missing or not valid",
     ),
     "no totals": ([complete, lambda a: a.json(wire.END, {})], "sent an unexpected frame of kind END"),
     "totals that are a list": (
@@ -271,15 +271,15 @@ ENDS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     ),
     "notes that are none": (
         [complete, lambda a: a.end(SIZE, BLOCKS, notes="removed")],
-        "field notes of a control frame is missing or unfit",
+        "field notes of a control frame is missing or not valid",
     ),
     "a fill level beyond all numbers": (
         [complete, lambda a: a.end(SIZE, BLOCKS, level_permille=10**400)],
-        "field level_permille of a control frame is missing or unfit",
+        "field level_permille of a control frame is missing or not valid",
     ),
     "a fill level that is none": (
         [complete, lambda a: a.end(SIZE, BLOCKS, level_permille="full")],
-        "field level_permille of a control frame is missing or unfit",
+        "field level_permille of a control frame is missing or not valid",
     ),
     "totals again": (
         [complete, lambda a: a.totals(SIZE, BLOCKS), lambda a: a.totals(SIZE, BLOCKS)],
@@ -489,14 +489,16 @@ def test_a_source_of_impossible_size_is_refused(server: Server, size: int) -> No
 
 @pytest.mark.parametrize("size", [-1, True, False, None, "5", 1.5, [5], {}, 1 << 63, 1 << 64, 10**400], ids=repr)
 def test_a_source_whose_size_is_no_number_of_bytes_is_refused(server: Server, size: object) -> None:
-    words = "field size of a control frame is missing or unfit"
+    words = "field size of a control frame is missing or not valid"
     assert broken(server.refuse(lambda agent: agent.source(size))) == words
 
 
 def test_a_source_of_unknown_kind_is_refused(server: Server) -> None:
     error = server.refuse(lambda agent: agent.source(SIZE, ESCAPES))
     assert broken(error).startswith("claims a \\x1b]0")
-    assert broken(server.refuse(lambda a: a.source(SIZE, None))) == "field kind of a control frame is missing or unfit"
+    assert (
+        broken(server.refuse(lambda a: a.source(SIZE, None))) == "field kind of a control frame is missing or not valid"
+    )
 
 
 def test_something_else_in_place_of_the_source_is_refused(server: Server) -> None:
@@ -510,12 +512,12 @@ def test_something_else_in_place_of_the_source_is_refused(server: Server) -> Non
 HELLOS: dict[str, tuple[dict[str, object], str]] = {
     "an older protocol": ({"protocol": 2}, "speaks protocol 2 instead of 3"),
     "a newer protocol": ({"protocol": 4}, "speaks protocol 4 instead of 3"),
-    "a protocol in words": ({"protocol": "1"}, "field protocol of a control frame is missing or unfit"),
-    "a protocol that is true": ({"protocol": True}, "field protocol of a control frame is missing or unfit"),
-    "a negative protocol": ({"protocol": -1}, "field protocol of a control frame is missing or unfit"),
-    "no protocol": ({"protocol": None}, "field protocol of a control frame is missing or unfit"),
-    "no Python": ({"python": 3.9}, "field python of a control frame is missing or unfit"),
-    "no host name": ({"hostname": ["evil"]}, "field hostname of a control frame is missing or unfit"),
+    "a protocol in words": ({"protocol": "1"}, "field protocol of a control frame is missing or not valid"),
+    "a protocol that is true": ({"protocol": True}, "field protocol of a control frame is missing or not valid"),
+    "a negative protocol": ({"protocol": -1}, "field protocol of a control frame is missing or not valid"),
+    "no protocol": ({"protocol": None}, "field protocol of a control frame is missing or not valid"),
+    "no Python": ({"python": 3.9}, "field python of a control frame is missing or not valid"),
+    "no host name": ({"hostname": ["evil"]}, "field hostname of a control frame is missing or not valid"),
 }
 
 

@@ -114,7 +114,7 @@ def test_a_server_that_asks_for_the_password_gets_none(how: str) -> None:
         result = lock(server)
     said = result.stderr.decode()
     assert result.returncode == 1
-    assert f"whoever answers there asks for the password itself ({how.partition(' ')[0]})" in said
+    assert f"the server asks for the password itself ({how.partition(' ')[0]})" in said
     assert "?ssl-ca=FILE" in said and "mysql+ssh://" in said
     first, *others = server.received
     assert SECRET.encode() not in b"".join(server.received)
@@ -231,7 +231,7 @@ def test_a_server_that_has_not_gets_nothing(
     certificates: Path, encrypted: "Callable[[str], FakeServer]", server_has: str, authority: str | None, reason: str
 ) -> None:
     tls = Tls(None if authority is None else str(certificates / f"{authority}.pem"))
-    with encrypted(server_has) as server, pytest.raises(DatabaseError, match=f"no TLS with it: .*({reason})") as caught:
+    with encrypted(server_has) as server, pytest.raises(DatabaseError, match=f"TLS failed: .*({reason})") as caught:
         login(server, tls=tls)
     assert "ssl-ca" in str(caught.value.hint)
     assert SECRET.encode() not in b"".join(server.received)
@@ -303,7 +303,7 @@ def endless_columns(wire: Wire) -> None:
 def test_an_endless_answer_ends_the_run(answer: "Callable[[Wire], None]") -> None:
     with FakeServer(answering("VERSION()", answer)) as server:
         error = refused(server, PATIENT)
-    assert error.message == f"the database on 127.0.0.1:{server.port}: more than 4 MiB came for one answer"
+    assert error.message == f"the database on 127.0.0.1:{server.port}: one answer had more than 4 MiB"
 
 
 def test_too_many_rows_end_the_run() -> None:
@@ -314,7 +314,7 @@ def test_too_many_rows_end_the_run() -> None:
         wire.raw(rows)
 
     with FakeServer(answering("VERSION()", answer)) as server:
-        assert refused(server, PATIENT).message.endswith(": 100001 rows came for one answer")
+        assert refused(server, PATIENT).message.endswith(": one answer had 100001 rows")
 
 
 def test_an_answer_that_never_comes_to_its_end_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_an_answer_that_never_comes_to_its_end_ends_the_run(monkeypatch: pytest.
 
     with FakeServer(answering("VERSION()", answer)) as server:
         monkeypatch.setattr(bounds, "ANSWER_LIMIT", 1 << 40)
-        assert "no whole answer came within 0.2 s" in refused(server, Limits(lock_wait_s=0.1)).message
+        assert "no complete answer came within 0.2 s" in refused(server, Limits(lock_wait_s=0.1)).message
 
 
 @pytest.mark.parametrize("sent", [b"\x05\0\0\0SSH-2", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x01\0\0\0\x0a"])
@@ -358,7 +358,7 @@ def test_a_request_for_a_file_of_ours_is_refused(tmp_path: Path) -> None:
         result = lock(server)
     said = result.stderr.decode()
     assert result.returncode == 1 and "Traceback" not in said
-    assert f"the database on 127.0.0.1:{server.port} does not keep to MySQL's protocol" in said
+    assert f"the database on 127.0.0.1:{server.port} does not follow MySQL's protocol" in said
     assert SECRET.encode() not in b"".join(server.received)
 
 

@@ -62,6 +62,6 @@ def test_who_does_not_let_go_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with leased(path, "holds on") as holder, pytest.raises(SourceError) as caught:
         name = Path(f"/proc/{holder.pid}/comm").read_text().strip()
         FileSource(os.fsencode(path))
-    words = f"cannot open {path}: {name} (process {holder.pid}) has a lease on it and did not let go for 0.2 s"
+    words = f"cannot open {path}: {name} (process {holder.pid}) has a lease on it and did not release it for 0.2 s"
     assert caught.value.message == words
-    assert caught.value.hint == "run again when that program is done with it"
+    assert caught.value.hint == "run again when that program has closed it"

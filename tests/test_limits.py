@@ -63,5 +63,5 @@ def test_a_limit_on_memory(tmp_path: Path) -> None:
     ends = swept(tmp_path, [f"--as={memory * MIB}" for memory in MEMORIES])
     assert ends[0][0] != 0 and ends[-1][0] == 0
     said = [said for _status, said in ends]
-    assert not any("this is a fault in blockdiff" in each or "the agent failed" in each for each in said)
+    assert not any("this is a bug in blockdiff" in each or "the agent failed" in each for each in said)
     assert any("there is not enough memory" in each and "ulimit -v" in each for each in said)

@@ -198,7 +198,7 @@ def test_commands_that_need_one_chain_name_those_of_a_name(tmp_path: Path) -> No
     chain = months(tmp_path)
     before = chain.files()
     said = (
-        f"blockdiff: there is no chain {chain.name}, but those that `backup --chain` began: "
+        f"blockdiff: there is no chain {chain.name}, only those that `backup --chain` began: "
         f"{chain.name}-202610, {chain.name}-202611\n  name one of them\n"
     )
     for arguments in (
@@ -218,7 +218,7 @@ def test_a_chain_beside_newer_ones_of_its_name_is_not_verified_in_their_place_wi
     for path in chain.directory.glob("disk-202610.*"):
         path.rename(chain.directory / path.name.replace("-202610", ""))
     done = commands.run("blockdiff", "verify", chain.name)
-    said = f"blockdiff: warning: {chain.name}-202611 is newer than {chain.name}: name it where that one is meant\n"
+    said = f"blockdiff: warning: {chain.name}-202611 is newer than {chain.name}: use that name if you mean it\n"
     assert (done.returncode, done.stderr.decode()) == (3, said)
     done = commands.run("blockdiff", "list", chain.name)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
@@ -233,7 +233,9 @@ def test_a_first_run_that_is_at_work_is_not_a_chain_that_is_not_there(tmp_path: 
         for arguments in (("list", chain.name), ("verify", chain.name), ("restore", chain.name, tmp_path / "out")):
             done = commands.run("blockdiff", *arguments)
             assert done.returncode == 4
-            assert f"the first run of {chain.name} is at work: no generation is complete yet" in done.stderr.decode()
+            assert (
+                f"the first run of {chain.name} is still running: no generation is complete yet" in done.stderr.decode()
+            )
         done = commands.run("blockdiff", "list", chain.directory)
         assert re.split(" {2,}", done.stdout.decode().splitlines()[1])[-1] == "first run at work"
     done = commands.run("blockdiff", "list", chain.name)
@@ -302,7 +304,7 @@ def test_a_period_that_the_clock_went_back_to_is_a_warning(tmp_path: Path) -> No
     SmallChain(chain.directory, chain.source, "disk-209901").add(DAYS[0])
     done = commands.run("blockdiff", "backup", "--chain", "monthly", chain.name, chain.source)
     assert done.returncode == 3
-    assert f"warning: {chain.name}-209901 is there, and of a later period than {chain.name}-20" in done.stderr.decode()
+    assert f"warning: {chain.name}-209901 exists, and is of a later period than {chain.name}-20" in done.stderr.decode()
     assert commands.run("blockdiff", "backup", "--chain", "daily", chain.name, chain.source).returncode == 0
 
 

@@ -95,7 +95,7 @@ def test_a_mounted_device_that_is_written_to_is_a_warning(chain: SmallChain, pla
         status, made, said = backed_up(chain, "--bwlimit", "64K")
     assert said == (
         f"blockdiff: warning: {chain.source} is mounted on {place} and was written to while it was read: use --lvm, or "
-        "hold it still with --before and --after; this generation may mix several moments\n"
+        "freeze it with --before and --after; this generation may not be one point in time\n"
     )
     assert (status, made["consistency"], made["quiesced"]) == (3, "changing", None)
 
@@ -103,7 +103,7 @@ def test_a_mounted_device_that_is_written_to_is_a_warning(chain: SmallChain, pla
 def test_a_mounted_device_that_nobody_wrote_to_is_a_warning_as_well(chain: SmallChain, place: Path) -> None:
     status, made, said = backed_up(chain)
     assert said == (
-        f"blockdiff: warning: {chain.source} is mounted on {place}: use --lvm, or hold it still with --before and "
+        f"blockdiff: warning: {chain.source} is mounted on {place}: use --lvm, or freeze it with --before and "
         "--after; what was not on the disk yet when it was read is missing\n"
     )
     assert (status, made["consistency"]) == (3, "live")
@@ -129,8 +129,8 @@ def test_a_device_that_tells_nothing_is_a_warning(chain: SmallChain, tmp_path: P
         finally:
             counting.write_text("1")
     assert said == (
-        f"blockdiff: warning: {chain.source} does not let it be known whether it was written to: use --lvm, or hold it "
-        "still with --before and --after; this generation may mix several moments, if it was\n"
+        f"blockdiff: warning: {chain.source} does not report whether it was written to: use --lvm, or freeze it "
+        "with --before and --after; if it was, this generation may not be one point in time\n"
     )
     assert (status, made["consistency"]) == (3, "live")
 
@@ -142,7 +142,7 @@ def test_an_image_that_is_mounted_is_a_warning(chain: SmallChain, tmp_path: Path
         status, made, said = backed_up(chain)
     assert said == (
         f"blockdiff: warning: {chain.source} is mounted on {tmp_path}/place ({device.name}): back up a snapshot, or "
-        "hold it still with --before and --after; what was not on the disk yet when it was read is missing\n"
+        "freeze it with --before and --after; what was not on the disk yet when it was read is missing\n"
     )
     assert (status, made["consistency"]) == (3, "live")
 
@@ -160,8 +160,8 @@ def test_a_file_whose_mtime_is_put_back_is_a_warning(chain: SmallChain) -> None:
         status, made, said = backed_up(chain, "--bwlimit", "64K")
     assert (status, made["consistency"]) == (3, "changing")
     assert said.endswith(
-        " while it was read: back up a snapshot, or hold it still with --before and --after; "
-        "this generation may mix several moments\n"
+        " while it was read: back up a snapshot, or freeze it with --before and --after; "
+        "this generation may not be one point in time\n"
     )
 
 
@@ -256,8 +256,8 @@ def test_what_is_written_to_although_it_should_be_held_is_a_warning(chain: Small
     assert result.manifest.consistency == "changing"
     (warning,) = result.warnings
     assert warning == (
-        f"{chain.source} was written to while it was read: --before did not hold it still; "
-        "this generation may mix several moments"
+        f"{chain.source} was written to while it was read: --before did not freeze it; "
+        "this generation may not be one point in time"
     )
 
 

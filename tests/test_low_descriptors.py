@@ -84,9 +84,9 @@ def test_backup_and_its_command_get_their_own_descriptors(caller: str, tmp_path:
             "0>/dev/null 6>/dev/null",
             "descriptor 0 is not open for reading: there is no image to read",
         ),
-        ("blockdiff_dump", "6>&-", "descriptor 6 is not open for writing: the new digest table has nowhere to go"),
-        ("blockdiff_dump", "6</dev/null", "descriptor 6 is not open for writing: the new digest table has nowhere"),
-        ("blockdiff_dump", "6>/dev/null >&-", "descriptor 1 is not open for writing: the delta has nowhere to go"),
+        ("blockdiff_dump", "6>&-", "descriptor 6 is not open for writing: the new digest table has no output"),
+        ("blockdiff_dump", "6</dev/null", "descriptor 6 is not open for writing: the new digest table has no output"),
+        ("blockdiff_dump", "6>/dev/null >&-", "descriptor 1 is not open for writing: the delta has no output"),
         ("blockdiff_dump", "3>/dev/null 6>&-", "descriptor 6 is not open for writing: the new digest table has"),
         (
             "blockdiff_dump",

@@ -134,14 +134,14 @@ def test_only_root_can_ask_lvm(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(SourceError) as caught:
         find("/dev/vg/lv")
-    assert caught.value.message == "LVM tells nobody but root whether /dev/vg/lv is a logical volume"
+    assert caught.value.message == "only root can see whether /dev/vg/lv is a logical volume"
     assert "log in as root" in str(caught.value.hint)
 
 
 def test_a_lock_that_is_held_is_named(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lvs, "COMMAND_TIMEOUT_S", 0.5)
     fake.order("lvs", "late")
-    with pytest.raises(SourceError, match=r"^lvs was not done after 0.5 s: another LVM command seems to hold the lock"):
+    with pytest.raises(SourceError, match=r"^lvs did not end within 0.5 s: another LVM command seems to hold the lock"):
         find("/dev/vg/lv")
 
 
@@ -167,7 +167,7 @@ def test_a_udev_that_stands_still_is_no_lock(fake: FakeLvm, monkeypatch: pytest.
     monkeypatch.setattr(lvm, "CREATE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(lvs, "is_waiting_for_udev", lambda begun: begun > 0)
     fake.order("lvcreate", "late")
-    said = r"lvcreate was not done after 0.5 s: it waits for udev, which does not answer$"
+    said = r"lvcreate did not end within 0.5 s: it waits for udev, which does not answer$"
     with pytest.raises(SourceError, match=said) as caught, lvm.Snapshot(find("/dev/vg/lv"), "20%"):
         pass
     assert "systemd-udevd" in str(caught.value.hint)
@@ -288,10 +288,10 @@ def test_sound_sizes_are_understood(fake: FakeLvm, text: str) -> None:
 @pytest.mark.parametrize("text", ["0", "0%", "-1", "1.5G", "20 %", "G", "1E", "%", "1000000000000000000", "1M\n", "٣"])
 def test_other_sizes_are_refused(fake: FakeLvm, text: str) -> None:
     origin = find("/dev/vg/lv")
-    with pytest.raises(SourceError, match="is no snapshot size") as caught:
+    with pytest.raises(SourceError, match="is not a snapshot size") as caught:
         lvcheck.check(origin, text)
     assert caught.value.hint == "use 20%, or a number with M or G"
-    with pytest.raises(SourceError, match="is no snapshot size"):
+    with pytest.raises(SourceError, match="is not a snapshot size"):
         lvm.Snapshot(origin, text)
 
 
@@ -338,7 +338,7 @@ def test_without_a_size_and_without_room_there_is_no_snapshot(fake: FakeLvm) -> 
 
 
 def test_the_snapshot_of_a_thick_volume_cannot_be_kept(fake: FakeLvm) -> None:
-    with pytest.raises(SourceError, match=r"^the snapshot of vg/lv cannot be kept: it is no thin volume$"):
+    with pytest.raises(SourceError, match=r"^the snapshot of vg/lv cannot be kept: it is not a thin volume$"):
         lvcheck.check(find("/dev/vg/lv"), "20%", keep=True)
 
 
@@ -514,8 +514,8 @@ def test_an_origin_that_lvcreate_left_suspended_is_told_with_the_command_that_fr
     fake.set("lv", lv_attr="owi-sos---")
     with pytest.raises(SourceError, match="Something is wrong") as caught, lvm.Snapshot(origin, "20%"):
         pass
-    hint = "nothing can write to vg/lv: an LVM command was killed half-way, unless one is at work just now; "
-    assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets it go on"
+    hint = "nothing can write to vg/lv: an LVM command was killed half-way, or is still running; if none is, "
+    assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets writers go on"
     with pytest.raises(SourceError, match=r"^vg/lv is suspended$") as caught:
         lvcheck.check(find("/dev/vg/lv"), "20%")
     assert str(caught.value.hint).startswith(hint)
@@ -546,7 +546,7 @@ def test_an_lvcreate_that_lies_is_caught(fake: FakeLvm) -> None:
     fake.order("lvcreate", "lie")
     with (
         lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot,
-        pytest.raises(SourceError, match=r"^lvcreate said that all went well, but vg/bd_[0-9a-f]{16} is not there$"),
+        pytest.raises(SourceError, match=r"^lvcreate reported success, but vg/bd_[0-9a-f]{16} is not there$"),
     ):
         snapshot.look()
 
@@ -564,7 +564,7 @@ def test_the_lock_of_another_command_ends_the_making(fake: FakeLvm, monkeypatch:
     with (
         pytest.raises(
             SourceError,
-            match=r"^cannot make a snapshot of vg/lv: lvcreate was not done after 0.5 s: another LVM command seems to "
+            match=r"^cannot make a snapshot of vg/lv: lvcreate did not end within 0.5 s: another LVM command seems to "
             "hold the lock of the volume group of vg$",
         ),
         lvm.Snapshot(find("/dev/vg/lv"), "20%"),
@@ -694,11 +694,9 @@ def test_an_overflow_is_told_with_the_size_that_would_have_done(fake: FakeLvm) -
     with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         snapshot.look()
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
-        with pytest.raises(
-            SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$"
-        ) as caught:
+        with pytest.raises(SourceError, match=r"^the snapshot of vg/lv overflowed: 20 MiB was too small$") as caught:
             snapshot.check()
-        assert caught.value.hint == "--snapshot-size 40M is the least to try, 102M is sure to do"
+        assert caught.value.hint == "use at least --snapshot-size 40M; 102M is always enough"
     assert fake.names() == ["lv"]
 
 
@@ -723,9 +721,9 @@ def test_a_thin_pool_that_failed_is_told(fake: FakeLvm) -> None:
 def test_a_snapshot_that_is_full_before_it_is_looked_at_is_told_as_an_overflow(fake: FakeLvm) -> None:
     with lvm.Snapshot(find("/dev/vg/lv"), "20%") as snapshot:
         fake.set(only_snapshot(fake)["lv_name"], lv_attr="sri-I-s---", data_percent="100.00")
-        with pytest.raises(SourceError, match=r"^the snapshot of vg/lv overflowed: its 20 MiB were too little$") as c:
+        with pytest.raises(SourceError, match=r"^the snapshot of vg/lv overflowed: 20 MiB was too small$") as c:
             snapshot.look()
-    assert c.value.hint == "--snapshot-size 40M is the least to try, 102M is sure to do"
+    assert c.value.hint == "use at least --snapshot-size 40M; 102M is always enough"
 
 
 def test_a_check_that_cannot_see_is_no_approval(fake: FakeLvm) -> None:
@@ -789,9 +787,7 @@ def test_a_removal_is_tried_again_while_udev_holds_the_device(fake: FakeLvm) -> 
     assert fake.names() == ["lv"]
 
 
-@pytest.mark.parametrize(
-    ("order", "why"), [("fail", "Something is wrong"), ("lie", "lvremove said that all went well")]
-)
+@pytest.mark.parametrize(("order", "why"), [("fail", "Something is wrong"), ("lie", "lvremove reported success")])
 def test_what_cannot_be_removed_is_told_with_the_command_for_it(
     fake: FakeLvm, monkeypatch: pytest.MonkeyPatch, order: str, why: str
 ) -> None:
@@ -842,7 +838,7 @@ def test_what_is_not_our_snapshot_any_more_is_never_removed(
         try:
             lvm.remove(found)
         except ProcessError as error:
-            assert "lvremove said that all went well" in error.message
+            assert "lvremove reported success" in error.message
         assert fake.calls("lvremove")
         assert found.name in fake.names()
         fake.set(found.name, **before)
@@ -874,7 +870,7 @@ def test_a_snapshot_that_could_not_be_kept_is_removed(fake: FakeLvm) -> None:
 # the sweep
 
 
-REMOVED, LEFT = "removed the snapshot", ", which a run before this one left"
+REMOVED, LEFT = "removed the snapshot", ", which an earlier run left"
 
 
 def swept(origin: lvs.Volume) -> list[str]:

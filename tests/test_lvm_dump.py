@@ -124,7 +124,7 @@ def test_block_size_and_snapshot_size_are_the_environments(
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"SNAPSHOT_SIZE": "much"}, "much is no snapshot size"),
+        ({"SNAPSHOT_SIZE": "much"}, "much is not a snapshot size"),
         ({"BLOCKSIZE": "16k"}, "BLOCKSIZE is '16k', not a number of bytes"),
         ({"LVCREATE_PREFIX": "true"}, "the command in LVCREATE_PREFIX exited with status 0 without executing"),
     ],

@@ -78,9 +78,9 @@ def test_a_manifest_is_read_as_it_was_written(example: manifest.Manifest) -> Non
     ("changes", "message"),
     [
         ({"database": dataclasses.replace(COORDINATES, gtid="1" * (16 << 20))}, "it has 1677.... bytes, 16777216 at"),
-        ({"bytes_read": 1 << 63}, "it is damaged: bytes_read is missing or unfit"),
-        ({"snapshot": dataclasses.replace(THICK, took_s=-1.0)}, "it is damaged: took_s is missing or unfit"),
-        ({"notes": [1]}, "it would say something else"),
+        ({"bytes_read": 1 << 63}, "it is damaged: bytes_read is missing or not valid"),
+        ({"snapshot": dataclasses.replace(THICK, took_s=-1.0)}, "it is damaged: took_s is missing or not valid"),
+        ({"notes": [1]}, "it would be read differently"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(changes: "dict[str, object]", message: str) -> None:
@@ -119,9 +119,9 @@ def test_a_field_that_is_missing_or_of_another_kind_is_refused(name: str, value:
     def change(fields: dict[str, object]) -> None:
         fields[name] = value
 
-    with pytest.raises(DamagedError, match=r"x is damaged: .* is missing or unfit"):
+    with pytest.raises(DamagedError, match=r"x is damaged: .* is missing or not valid"):
         manifest.from_bytes(_signed(change), "x")
-    with pytest.raises(DamagedError, match=r"x is damaged: .* is missing or unfit"):
+    with pytest.raises(DamagedError, match=r"x is damaged: .* is missing or not valid"):
         manifest.from_bytes(_signed(lambda fields: fields.pop(name)), "x")
 
 
@@ -160,7 +160,7 @@ def test_what_is_told_of_snapshot_and_lock_is_whole_or_refused(holder: str, name
             assert name in place
             place[name] = value
 
-        with pytest.raises(DamagedError, match=r"^x is damaged: .* is missing or unfit$"):
+        with pytest.raises(DamagedError, match=r"^x is damaged: .* is missing or not valid$"):
             manifest.from_bytes(_signed(change, SNAPSHOT), "x")
 
 
@@ -197,7 +197,7 @@ def test_a_checksum_that_makes_no_sense_is_refused(name: str, checksum: str) -> 
     def change(fields: dict[str, object]) -> None:
         fields[name] = {**EXAMPLES[name], "checksum": checksum}
 
-    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or unfit$"):
+    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or not valid$"):
         manifest.from_bytes(_signed(change), "x")
 
 
@@ -205,7 +205,7 @@ def test_a_table_that_is_not_known_by_its_sha256_is_refused() -> None:
     def change(fields: dict[str, object]) -> None:
         fields["table"] = {**EXAMPLES["table"], "checksum": "xxh3:" + "0" * 32}
 
-    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or unfit$"):
+    with pytest.raises(DamagedError, match=r"^x is damaged: checksum is missing or not valid$"):
         manifest.from_bytes(_signed(change), "x")
 
 

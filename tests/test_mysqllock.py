@@ -233,7 +233,10 @@ def test_only_statements_of_users_are_waited_for(
 def test_a_lock_that_is_not_to_be_had_is_given_up_and_writers_go_on(mariadb: MariaDB, statements: Statements) -> None:
     with closing(mariadb.connect()) as other, connect(mariadb, Limits(lock_wait_s=1), statements) as database:
         execute(other, "LOCK TABLES shop.myisam WRITE")
-        with pytest.raises(DatabaseError, match=r"was not to be had within [1-4]\.\d s") as caught, database.locked():
+        with (
+            pytest.raises(DatabaseError, match=r"could not get the lock within [1-4]\.\d s") as caught,
+            database.locked(),
+        ):
             pytest.fail("there was a lock")
         assert "--lock-wait (now 1 s)" in str(caught.value.hint)
         assert "lock statement" not in str(caught.value)
@@ -245,7 +248,7 @@ def test_a_lock_that_is_not_to_be_had_is_given_up_and_writers_go_on(mariadb: Mar
 def test_the_whole_wait_is_bounded_where_several_locks_are_behind_one_statement(mariadb: MariaDB) -> None:
     """MariaDB applies lock_wait_timeout to each: another limit holds for all of them."""
     statements = Statements(["SELECT SLEEP(50)"], [])
-    refused = pytest.raises(DatabaseError, match=r"was not to be had within [1-4]\.\d s")
+    refused = pytest.raises(DatabaseError, match=r"could not get the lock within [1-4]\.\d s")
     with connect(mariadb, Limits(lock_wait_s=1), statements) as database, refused, database.locked():
         pytest.fail("there was a lock")
 
@@ -321,7 +324,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mysqllock, "_GRACE_S", 0.1)
     with (
         closing(theirs),
-        pytest.raises(DatabaseError, match="cannot log in to the host's own database as u: no whole answer"),
+        pytest.raises(DatabaseError, match="cannot log in to the host's own database as u: no complete answer"),
     ):
         mysqllock.connect(Account("u", "", through_ssh=True), Limits(lock_wait_s=0.1), sock=ours)
 
@@ -331,7 +334,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     [
         (Account("backup", "secret"), "as backup: Access denied for user 'backup'", "check user and password"),
         (Account("nobody", "secret"), "as nobody: Access denied for user 'nobody'", "check user and password"),
-        (Account("root", "secret", database="none"), "as root: Unknown database 'none'", "the lock needs none"),
+        (Account("root", "secret", database="none"), "as root: Unknown database 'none'", "the lock does not need one"),
     ],
 )
 def test_a_login_that_is_refused_names_itself(

@@ -110,14 +110,14 @@ def test_a_fault_in_a_file_is_told_without_a_secret(tmp_path: Path, text: str, m
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
 def test_a_password_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
     path = write(tmp_path / "my.cnf", "[client]\npassword=secret\n", mode)
-    with pytest.raises(UsageError, match="has a password in it and can be read by others") as caught:
+    with pytest.raises(UsageError, match="contains a password and can be read by others") as caught:
         optionfiles.read(path, GROUPS)
     assert caught.value.hint == f"chmod 600 {path}"
 
 
 def test_an_included_password_that_others_can_read_is_refused(tmp_path: Path) -> None:
     included = write(tmp_path / "one.cnf", "[client]\npassword=secret\n", 0o644)
-    with pytest.raises(UsageError, match=r"one.cnf has a password in it"):
+    with pytest.raises(UsageError, match=r"one.cnf contains a password"):
         options(tmp_path, f"!include {included}")
 
 

@@ -133,7 +133,7 @@ def test_what_a_command_leaves_running_must_not_change_what_was_written(tmp_path
     finally:
         (tmp_path / "go").touch()
     wait_for((tmp_path / "done").exists, "what was left running")
-    assert_refused(result, 1, "ended, but what it wrote is not at its end: ")
+    assert_refused(result, 1, "ended, but its output is still open: ")
     assert b") has it open; the chain is as it was" in result.stderr
     assert snapshot(tmp_path / "backup") == {}
 
@@ -169,7 +169,7 @@ def test_a_first_backup_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 THIRD, THIRD_TABLE = dumped(IMAGES[2], BLOCK, (GOLDEN / "perl-plain.2.md5").read_bytes())
 LIES = {
-    "nothing at all": (b"", b"", "no table of 16-byte digests"),
+    "nothing at all": (b"", b"", "not a table of 16-byte digests"),
     "no delta": (b"", THIRD_TABLE, "it ends in the middle of its header"),
     "no table": (THIRD, b"", "0 bytes with a block size of 0"),
     "a delta that is cut in a block": (THIRD[:-1], THIRD_TABLE, "does not match the new digest table at offset 1536"),
@@ -183,7 +183,7 @@ LIES = {
     ),
     "a table that is too short": (THIRD, THIRD_TABLE[:-16], "does not match the new digest table at offset 1536"),
     "a table that is too long": (THIRD, THIRD_TABLE + bytes(16), "lacks blocks from offset 2048 on"),
-    "a table that ends in a digest": (THIRD, THIRD_TABLE[:-1], "no table of 16-byte digests"),
+    "a table that ends in a digest": (THIRD, THIRD_TABLE[:-1], "not a table of 16-byte digests"),
     "another block size": (b"\0\4\0\0" + THIRD[4:], THIRD_TABLE, "has blocks of 1024 bytes, its table of 512"),
     "an unaligned offset": (THIRD[:4] + b"\1" + THIRD[5:], THIRD_TABLE, "a record has the offset"),
     "a block size of none": (bytes(4), bytes(4), "with a block size of 0"),
@@ -200,7 +200,9 @@ def test_what_a_command_wrote_is_checked_before_it_counts(lie: str, chain: Path,
 
 def test_a_command_that_does_not_compress_as_its_arguments_say_is_refused(chain: Path, tmp_path: Path) -> None:
     before = snapshot(chain.parent)
-    assert_refused(backup(chain, printer(tmp_path, THIRD, THIRD_TABLE), "-z"), 5, "what follows a gzip member is none")
+    assert_refused(
+        backup(chain, printer(tmp_path, THIRD, THIRD_TABLE), "-z"), 5, "what follows a gzip member is not one"
+    )
     assert snapshot(chain.parent) == before
 
 
@@ -231,8 +233,8 @@ def test_a_chain_that_holds_no_md5_tables_is_refused(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path / "backup")
     before = snapshot(tmp_path / "backup")
     result = backup(tmp_path / "backup" / "own-gzip", "blockdiff_dump", GOLDEN / "image.1")
-    assert_refused(result, 1, "own-gzip.4.sha256 is no MD5 table, and the descriptor protocol knows no other")
-    assert b"go on with this chain by `blockdiff backup`" in result.stderr
+    assert_refused(result, 1, "own-gzip.4.sha256 is not an MD5 table, the only kind in the descriptor protocol")
+    assert b"continue this chain with `blockdiff backup`" in result.stderr
     assert snapshot(tmp_path / "backup") == before
 
 
@@ -362,7 +364,7 @@ def test_a_dump_says_where_its_source_is_in_use(
         os.sync()
         result = run(program, *where, device, new=tmp_path / "new", env=ssh)
     shown = f"{sshd.login}:{device}" if where else str(device)
-    said = f"warning: {shown} is mounted on {tmp_path}/place: the dump may mix several moments"
+    said = f"warning: {shown} is mounted on {tmp_path}/place: the dump may not be one point in time"
     assert (result.returncode, result.stderr.decode()) == (0, f"blockdiff: {said}\n")
     assert result.stdout[:4] == BLOCK.to_bytes(4, "little")
 
@@ -412,12 +414,12 @@ def test_ssh_dump_fails_where_the_remote_file_is_missing(sshd: Sshd, ssh: Mappin
         ([], {}, b"Usage: ssh_blockdiff_dump"),
         (["host"], {}, b"Usage: ssh_blockdiff_dump"),
         (["host", "/file", "more"], {}, b"Usage: ssh_blockdiff_dump"),
-        (["host:/file", "/file"], {}, b"cannot make out the host host:/file"),
+        (["host:/file", "/file"], {}, b"cannot understand the host host:/file"),
         (["--", "-oProxyCommand=x", "/file"], {}, b"a host or user cannot begin with a dash"),
         (["-z", "--lzop", "host", "/file"], {}, b"cannot be compressed by both"),
         (["host", "/file"], {"BLOCKSIZE": "-1"}, b"BLOCKSIZE is '-1', not a number of bytes"),
         (["host", "/file"], {"BLOCKSIZE": "5000000"}, b"the block size 5000000 is not between"),
-        (["host", "/file"], {"SSH_BLOCKDIFF_PREFIX": "nice 'ionice"}, b"SSH_BLOCKDIFF_PREFIX is no command line"),
+        (["host", "/file"], {"SSH_BLOCKDIFF_PREFIX": "nice 'ionice"}, b"SSH_BLOCKDIFF_PREFIX is not a command line"),
     ],
 )
 def test_ssh_dump_refuses_wrong_usage(

@@ -62,7 +62,7 @@ def test_another_volume_of_the_same_name_is_refused(chain: SmallChain) -> None:
         plan.check_volume(found, "disk", "other")
     assert caught.value.message == "disk holds backups of the volume with the LV UUID uuid, this one has other"
     assert caught.value.hint == (
-        "it was created anew under the old name: use another NAME, or say --full to go on in this chain"
+        "it was created again under the old name: use another NAME, or --full to go on in this chain"
     )
 
 
@@ -87,7 +87,7 @@ def test_the_same_volume_may_have_another_path(chain: SmallChain) -> None:
     as_if(chain, [ALL])
     found = planned(chain, path="/dev/dm-3", by_volume=True)
     plan.check_volume(found, "disk", "uuid")
-    assert found.notes == ["the source is the volume that the chain is of, under another path: its LV UUID is the same"]
+    assert found.notes == ["the source is the chain's volume under another path: its LV UUID is the same"]
 
 
 @pytest.mark.parametrize("uuid", ["other", None])

@@ -77,14 +77,14 @@ def test_a_command_that_is_not_there_is_named(run: object) -> None:
 
 def test_a_command_that_is_not_done_in_time_is_stopped() -> None:
     mark = processes.new_mark()
-    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$"):
+    with pytest.raises(process.DeadlineError, match=r"did not end within 0\.5 s$"):
         process.run(["sleep", "600"], 0.5, env={**os.environ, **processes.environment(mark)})
     assert processes.marked(mark) == {}
 
 
 @pytest.mark.usefixtures("blocked")
 def test_a_gentle_child_gets_sigint_first(tmp_path: Path) -> None:
-    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s$") as caught:
+    with pytest.raises(process.DeadlineError, match=r"did not end within 0\.5 s$") as caught:
         process.run_gently(noting(tmp_path, signal.SIGINT, 5), 0.5)
     assert (tmp_path / "signals").read_text() == "SIGINT "
     assert caught.value.more == ""
@@ -266,7 +266,7 @@ def test_a_stream_is_consumed_while_it_comes() -> None:
 def test_a_stream_that_does_not_end_is_stopped(closed: str) -> None:
     mark = processes.new_mark()
     env = {**os.environ, **processes.environment(mark)}
-    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.5 s"):
+    with pytest.raises(process.DeadlineError, match=r"did not end within 0\.5 s"):
         process.feed(["sh", "-c", f"{closed} exec sleep 600"], 0.5, lambda data: None, never, env)
     assert processes.marked(mark) == {}
 
@@ -279,7 +279,7 @@ def test_a_child_that_we_may_not_end_is_left_alone(monkeypatch: pytest.MonkeyPat
     """As one that has become another user's, through sudo."""
     with monkeypatch.context() as patch:
         patch.setattr(subprocess.Popen, "send_signal", not_permitted)
-        with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
+        with pytest.raises(process.DeadlineError, match=r"did not end within 0\.1 s"):
             process.run(["sleep", "600"], 0.1)
     child = process.LEFT_ALONE.pop()
     assert child.poll() is None and child.stdout is not None and not child.stdout.closed
@@ -298,7 +298,7 @@ def test_a_session_that_we_may_not_end_is_waited_for(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "killpg", refuse)
     monkeypatch.setattr(process.stop_session, "__defaults__", (0.1,))
     script = f"cd '{tmp_path}'; until [ -e go ]; do sleep 0.01; done; sleep 0.3; head -c 300000 /dev/zero; touch done"
-    with pytest.raises(process.DeadlineError, match=r"was not done after 0\.1 s"):
+    with pytest.raises(process.DeadlineError, match=r"did not end within 0\.1 s"):
         process.run_shell(script, 0.1)
     assert (tmp_path / "done").exists()
 
@@ -317,7 +317,7 @@ def test_what_a_shell_has_started_as_another_user_is_waited_for(
 
     monkeypatch.setattr(os, "killpg", kill)
     script = f"cd '{tmp_path}'; (trap '' TERM; until [ -e go ]; do sleep 0.01; done; sleep 0.3; touch done); true"
-    with pytest.raises(process.DeadlineError, match=r"was not done after 1 s"):
+    with pytest.raises(process.DeadlineError, match=r"did not end within 1 s"):
         process.run_shell(script, 1)
     assert (tmp_path / "done").exists()
 

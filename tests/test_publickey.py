@@ -139,11 +139,11 @@ def test_a_certificate_is_refused(keys: Path) -> None:
         (b"ssh-ed25519\n", "is not a public key"),
         (b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHrR\n", "is not a public key"),
         (b"ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAAIHrRmsdBkJpJxybvBclk0WSnIijZzu6AWIeZNtkpEmMk x\n", "is not a public key"),
-        (b"ssh-dss AAAAB3NzaC1kc3MAAACBAP x\n", "is a DSA key, which sshd no longer takes"),
+        (b"ssh-dss AAAAB3NzaC1kc3MAAACBAP x\n", "is a DSA key, which sshd no longer accepts"),
         (b"\x7fELF\xff\xfe\0", "is not text"),
         (b"ssh-ed25519 \0\n", "is not a public key: it holds control characters"),
         (b"ssh-ed25519 A\rssh-rsa B\n", "is not a public key: it holds control characters"),
-        (b"x" * 70000, "is longer than any"),
+        (b"x" * 70000, "is too long"),
     ],
 )
 def test_what_is_not_a_public_key_is_refused_and_not_shown(tmp_path: Path, content: bytes, words: str) -> None:

@@ -77,7 +77,7 @@ def test_a_directory_on_another_device_is_refused(database: Make, freezes: bool)
     with pytest.raises(SourceError) as caught:
         database("/data", "/re\ndo", freezes=freezes).check(ready(("254:3", 0), ("8:1", None)), Host())
     assert caught.value.message == (r"the database needs files that are not in this run: /re\ndo on device 8:1")
-    assert caught.value.hint == "what is on no logical volume has to be moved to one"
+    assert caught.value.hint == "move what is not on a logical volume to one"
 
 
 def test_all_that_is_missing_is_named_with_what_would_take_it(database: Make) -> None:
@@ -103,14 +103,14 @@ def test_all_that_is_missing_is_named_with_what_would_take_it(database: Make) ->
         + ", and 2 more"
     )
     assert caught.value.hint == (
-        "take the other volumes as well: --also NAME=/dev/vg/redo --also NAME=/dev/vg/far;"
-        " what is on no logical volume has to be moved to one"
+        "add the other volumes: --also NAME=/dev/vg/redo --also NAME=/dev/vg/far;"
+        " move what is not on a logical volume to one"
     )
 
 
 def test_what_lies_on_another_volume_of_the_run_needs_a_freeze(database: Make) -> None:
     found = Ready([], [("254:3", 0)], (), {}, (Outside("/data/shop/t.MYD", "254:5", 1, ""),))
-    with pytest.raises(SourceError, match="on several volumes, whose snapshots are not made at once"):
+    with pytest.raises(SourceError, match="on several volumes, whose snapshots are not made at the same time"):
         database("/data").check(found, Host())
     database("/data", freezes=True).check(found, Host())
 
@@ -150,7 +150,7 @@ def test_several_volumes_need_a_freeze(database: Make) -> None:
     with pytest.raises(SourceError) as caught:
         database("/data", "/redo").check(places, Host())
     assert caught.value.message == (
-        "the database keeps its files on several volumes, whose snapshots are not made at once"
+        "the database keeps its files on several volumes, whose snapshots are not made at the same time"
     )
     assert "--before 'systemctl kill -s STOP" in str(caught.value.hint)
     assert "--after 'systemctl kill -s CONT" in str(caught.value.hint)
@@ -162,7 +162,7 @@ def test_what_the_kernel_does_not_tell_is_no_reason_to_refuse_but_a_note(databas
     host, quiesced = Host(), database("/data", "/redo")
     quiesced.check(ready(("0:45", None), ("254:3", 0)), host)
     (note,) = quiesced.around(host).notes
-    assert note.endswith("was not checked: the kernel does not tell on which device /data is")
+    assert note.endswith("was not checked: the kernel does not say on which device /data is")
 
 
 def test_a_directory_that_the_host_does_not_have_is_a_note(database: Make) -> None:

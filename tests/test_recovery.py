@@ -140,5 +140,5 @@ def test_a_version_file_that_is_behind_after_a_crash_is_put_right(tmp_path: Path
     chain.file(".ver").write_bytes(b"2\n")
     result = chain.add(DAYS[0])
     assert result.manifest.generation == 4
-    assert result.recovered == [f"{chain.file('.ver')} was put right: generation 3 is the last complete one"]
+    assert result.recovered == [f"{chain.file('.ver')} was corrected: generation 3 is the last complete one"]
     chain.assert_sound()

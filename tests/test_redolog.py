@@ -68,8 +68,8 @@ def test_a_log_that_is_never_written_is_given_up(monkeypatch: pytest.MonkeyPatch
         ("0", 1, 60, None),
         ("0", 9, 60, None),
         ("1", 600, 60, None),
-        ("0", 10, 60, r"every 10 s only, .* 10 s are the most \(--max-hold is 60 s\)"),
-        ("0", 3, 3, r"every 3 s only, .* 3 s are the most \(--max-hold is 3 s\)"),
+        ("0", 10, 60, r"only every 10 s, .* 10 s is the limit \(--max-hold is 60 s\)"),
+        ("0", 3, 3, r"only every 3 s, .* 3 s is the limit \(--max-hold is 3 s\)"),
     ],
 )
 def test_a_log_that_is_written_too_seldom_is_seen_before_the_lock(

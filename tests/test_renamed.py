@@ -81,7 +81,7 @@ def test_a_dry_run_only_says_so(chain: SmallChain) -> None:
 def test_what_cannot_be_renamed_is_told(chain: SmallChain, tmp_path: Path) -> None:
     where = ("--source", "web:/x")
     assert "there is no chain" in refused(1, "repair", f"{chain.name}2", *where)
-    assert "cannot make out the source" in refused(2, "repair", chain.name, "--source", "http://web/x")
+    assert "cannot understand the source" in refused(2, "repair", chain.name, "--source", "http://web/x")
     chain.file(".2.json").write_bytes(b"damaged")
     assert "is not a manifest" in refused(5, "repair", chain.name, *where)
     (tmp_path / "new").mkdir()

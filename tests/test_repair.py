@@ -121,7 +121,7 @@ def test_a_manifest_of_another_chain_with_a_generation_that_is_lost_is_set_aside
     assert [deed.text for deed in found.deeds] == [
         f"{chain.file('.1.json')} set aside: it is of another chain",
         f"{chain.file('.2.json')} rebuilt",
-        f"{chain.file('.3.json')} follows another parent",
+        f"{chain.file('.3.json')} has another parent",
     ]
     assert list(found.lost) == [1]
     assert (chain.restored(2), chain.restored(3)) == (DAYS[1], DAYS[2])
@@ -161,7 +161,7 @@ def test_a_manifest_is_rebuilt_and_the_next_ones_follow_it(chain: SmallChain, nu
     found = repaired(chain)
     assert [deed.text for deed in found.deeds] == [
         f"{path} rebuilt",
-        *(f"{chain.file(f'.{later}.json')} follows another parent" for later in range(number + 1, 4)),
+        *(f"{chain.file(f'.{later}.json')} has another parent" for later in range(number + 1, 4)),
     ]
     assert found.lost == {}
     with Chain(chain.name) as opened:
@@ -234,7 +234,7 @@ def test_a_digest_table_that_the_deltas_no_longer_make_is_not_written(chain: Sma
     with Chain(chain.name) as opened:
         (deed,) = repair.examine(opened).deeds
     chain.file(".1.gz").unlink()
-    with LockedChain(chain.name) as locked, pytest.raises(DamagedError, match=r"do not make .*\.2\.sha256 any more"):
+    with LockedChain(chain.name) as locked, pytest.raises(DamagedError, match=r"no longer give .*\.2\.sha256"):
         deed.do(locked)
     assert not chain.file(".2.sha256").exists() and chain.temporary() == []
 

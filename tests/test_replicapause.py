@@ -151,7 +151,7 @@ def test_an_applier_that_cannot_be_started_again_is_said_so(replica: MariaDB, mo
     with mysqllock.connect(account) as database:
         with told as caught, replicapause.paused(account, Way(Address(None, "/")), database, [""]):
             database.__exit__(None, None, None)
-        assert caught.value.hint == "START SLAVE (or START REPLICA) there, now"
+        assert caught.value.hint == "execute START SLAVE (or START REPLICA) there now"
 
 
 def test_an_applier_that_stood_still_already_is_left_so_and_told(chain: SmallChain, replica: MariaDB) -> None:
@@ -159,7 +159,7 @@ def test_an_applier_that_stood_still_already_is_left_so_and_told(chain: SmallCha
     replica.run("STOP SLAVE SQL_THREAD", "START SLAVE IO_THREAD")
     result = chain.add(None, options(through_ssh(replica)))
     (warning,) = result.warnings
-    assert warning.startswith("the SQL thread of the replica stands still (channel '')")
+    assert warning.startswith("the SQL thread of the replica is stopped (channel '')")
     assert result.manifest.database is not None and applier(replica) == "No"
     replica.run("START SLAVE SQL_THREAD")
 

@@ -189,7 +189,7 @@ def test_a_directory_that_cannot_be_synced_is_warned_of(chain: SmallChain, tmp_p
     out = tmp_path / "out"
     result = commands.run("blockdiff", "restore", chain.name, out, under=with_fault("fsync", f"error={number}:when=2"))
     assert result.returncode == 3
-    said = f"warning: {out} is complete, but a power cut soon could take its name away: cannot sync {tmp_path}: "
+    said = f"warning: {out} is complete, but its name may not survive a power cut: cannot sync {tmp_path}: "
     assert said in result.stderr.decode()
     assert out.read_bytes() == DAYS[2]
 
@@ -324,7 +324,7 @@ def test_a_device_that_is_too_small_is_refused(large_tmp_path: Path, device: Pat
         chains.without_manifests(chain)
         said = refused("--force", chain.name, device)
         assert f"cannot write {device}: No space left on device" in said
-        assert f"warning: {device} is a mixture now: " in said and "do not use it before a restore to it is" in said
+        assert f"warning: {device} is incomplete now: " in said and "do not use it before a restore to it is" in said
 
 
 def test_a_device_that_somebody_holds_is_refused(chain: SmallChain, device: Path) -> None:

@@ -113,13 +113,13 @@ def test_a_device_that_a_mounted_loop_device_is_on_is_refused(chain: SmallChain,
             merged = commands.run("blockdiff_merge", device, stdin=chain.file(".1.gz").read_bytes())
         finally:
             subprocess.run(["umount", tmp_path / "mounted"], check=True, timeout=60)
-    said = f"{device} is in use: the loop device {upper} lies on it"
+    said = f"{device} is in use: the loop device {upper} is on it"
     assert said in message and merged.returncode == 1 and said in merged.stderr.decode()
 
 
 def test_a_device_that_a_loop_device_is_on_is_refused(chain: SmallChain, device: Path) -> None:
     with loop.device(device) as upper:
-        assert f"{device} is in use: the loop device {upper} lies on it" in refused("--force", chain.name, device)
+        assert f"{device} is in use: the loop device {upper} is on it" in refused("--force", chain.name, device)
     assert device.read_bytes() == bytes(64 * MIB)
 
 
@@ -153,7 +153,7 @@ def test_a_volume_that_only_device_mapper_knows_to_be_open_is_in_use(
     monkeypatch.setattr(devices, "SYS", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program = tmp_path / "dmsetup"
-    for count, expected in (("0", []), ("2", ["`dmsetup info` counts 2 that have it open, and no process of this"])):
+    for count, expected in (("0", []), ("2", ["`dmsetup info` counts 2 users, but no process of this"])):
         program.write_text(f'#!/bin/sh\n[ "$*" = "info -c --noheadings -o open -j 4095 -m 7" ] && echo {count}\n')
         program.chmod(0o755)
         found = inuse.users_of_device(os.makedev(4095, 7))
@@ -263,6 +263,6 @@ def test_a_restore_that_is_stopped_says_that_the_device_is_a_mixture(
     assert result.returncode not in (0, 3, 5)
     said = result.stderr.decode()
     size = r"(0 bytes|[0-9.]+ [KM]iB) of 16 MiB"
-    assert re.search(rf"warning: {device} is a mixture now: {size} of generation 1 were written over", said), said
+    assert re.search(rf"warning: {device} is incomplete now: {size} of generation 1 were written over", said), said
     assert "stopped by SIGTERM" in said
     assert "holds data" in refused(chain.name, device)

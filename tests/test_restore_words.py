@@ -74,14 +74,14 @@ def test_a_dry_run_says_that_there_is_little_room(chain: SmallChain, tmp_path: P
     with mounts.tmpfs(tmp_path / "small", "size=1m") as small:
         result = commands.run("blockdiff", "restore", "--dry-run", chain.name, small / "out")
         assert result.returncode == 3
-        said = f"the image has 2 MiB, and 1 MiB are free for {small}/out: there is room only if enough of it is zeros"
+        said = f"the image has 2 MiB, but only 1 MiB are free for {small}/out: it fits only if enough of it is zeros"
         assert said in result.stderr.decode()
         commands.done("blockdiff", "restore", chain.name, small / "out")
 
 
 def test_a_dry_run_does_not_go_with_salvage(chain: SmallChain, tmp_path: Path) -> None:
     result = commands.run("blockdiff", "restore", "--dry-run", "--salvage", chain.name, tmp_path / "out")
-    assert result.returncode == 2 and b"leave --dry-run away" in result.stderr
+    assert result.returncode == 2 and b"omit --dry-run" in result.stderr
 
 
 # What was done

@@ -104,7 +104,7 @@ def test_a_server_that_takes_nothing_out_is_lost(memory: SharedMemory, monkeypat
     monkeypatch.setattr(sharedbuffers, "STALL_S", 0.1)
     buffers = SharedBuffers(memory.fd, BLOCK)
     buffers.lend(buffers.get())
-    with pytest.raises(ConnectionLost, match=r"the server took nothing for 0\.1 s"):
+    with pytest.raises(ConnectionLost, match=r"the server read nothing for 0\.1 s"):
         buffers.finish()
 
 

@@ -16,7 +16,7 @@ def chain(tmp_path: Path) -> SmallChain:
     return chains.some_days(tmp_path, 1)
 
 
-OWN = "it is there to be shared: use a directory of your own, such as /var/backup (mkdir -m 700 /var/backup)"
+OWN = "that directory is shared: use your own, such as /var/backup (mkdir -m 700 /var/backup)"
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777, 0o2775])
@@ -27,7 +27,7 @@ def test_a_directory_that_others_may_write_to_is_refused(chain: SmallChain, mode
     result = commands.run("blockdiff", "backup", "disk", chain.source, cwd=chain.directory)
     assert result.returncode == 1
     assert result.stderr.decode() == (
-        f"blockdiff: others may write to the backup directory . (mode {mode:04o}), and so replace backups\n"
+        f"blockdiff: other users can write to the backup directory . (mode {mode:04o}), and so replace backups\n"
         f"  {OWN if mode > 0o777 else f'chmod go-w {chain.directory}'}\n"
     )
     assert chain.files() == before
@@ -49,7 +49,8 @@ def test_a_directory_that_others_may_replace_is_refused(chain: SmallChain, mode:
         result = commands.run("blockdiff", "backup", name, chain.source)
         assert result.returncode == 1
         assert result.stderr.decode() == (
-            f"blockdiff: others may write to {place} (mode {mode:04o}), and so replace {name.parent} and its backups\n"
+            f"blockdiff: other users can write to {place} (mode {mode:04o}),"
+            f" and so replace {name.parent} and its backups\n"
             f"  {OWN if mode > 0o777 else f'chmod go-w {place}'}\n"
         )
     assert list((place / "backups").iterdir()) == []
@@ -77,4 +78,4 @@ def test_a_directory_of_ones_own_in_a_sticky_one_is_taken(chain: SmallChain) -> 
     os.chown(place / "own", 65534, -1)
     result = commands.run("blockdiff", "backup", place / "own" / "disk", chain.source)
     assert result.returncode == 1 and result.stdout == b""
-    assert f"{place}/own belongs to another user (UID 65534), who may replace it and its backups" in str(result.stderr)
+    assert f"{place}/own belongs to another user (UID 65534), who can replace it and its backups" in str(result.stderr)

@@ -171,7 +171,7 @@ def source_that_is(what: str, directory: Path) -> Path:
         (
             "empty",
             "{} is empty: there is nothing to back up",
-            "is it the right path, and is the device behind it attached?",
+            "is the path right, and is its device attached?",
         ),
         ("a fifo", "{} is neither a regular file nor a block device", "name a file, a disk or a logical volume"),
         ("a terminal", "{} is neither a regular file nor a block device", "name a file, a disk or a logical volume"),

@@ -94,13 +94,13 @@ def test_each_is_listed_with_why_it_is_there(fake: FakeLvm, short_tmp_path: Path
     assert (found["vg/bd_kept"]["chain"], found["vg/bd_kept"]["size"]) == (place(chain), 100 * MIB)
     assert found["vg/bd_kept"]["made"] == "2026-11-01T03:05:00+00:00"
     lines = commands.done("blockdiff", "snapshots").decode().splitlines()
-    assert lines[0].split() == ["snapshot", "volume", "size", "made", "chain", "why", "it", "is", "there"]
+    assert lines[0].split() == ["snapshot", "volume", "size", "made", "chain", "why", "it", "exists"]
     ends = {
         "vg/bd_kept": "kept for the next run",
-        "vg/bd_gone": "its volume is gone",
-        "vg/bd_no_chain": "its chain is gone",
-        "vg/bd_dead": "its run died; the next one removes it; somebody has it open",
-        "vg/bd_running": "a run is at work on it",
+        "vg/bd_gone": "its volume no longer exists",
+        "vg/bd_no_chain": "its chain no longer exists",
+        "vg/bd_dead": "its run died; the next one removes it; it is open",
+        "vg/bd_running": "a run is using it",
     }
     for name, end in ends.items():
         (line,) = (line for line in lines if line.startswith(f"{name} "))
@@ -127,7 +127,7 @@ def test_those_that_are_named_are_removed_and_no_others(fake: FakeLvm) -> None:
         ("vg/bd_volume", "vg/bd_volume is not a snapshot that blockdiff made"),
         ("vg/nothing", "vg/nothing is not a snapshot that blockdiff made"),
         ("bd_kept", "bd_kept is not a snapshot that blockdiff made"),
-        ("vg/bd_running", "a run is at work on the snapshot vg/bd_running"),
+        ("vg/bd_running", "a run is using the snapshot vg/bd_running"),
     ],
 )
 def test_what_is_not_ours_or_in_use_is_refused_and_nothing_is_removed(fake: FakeLvm, name: str, words: str) -> None:

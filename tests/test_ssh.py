@@ -250,7 +250,7 @@ def test_the_agent_runs_under_the_prefix(sshd: Sshd, transport: str, chain: chai
 def test_a_prefix_that_the_host_does_not_have_is_named(sshd: Sshd, transport: str, chain: chains.SmallChain) -> None:
     env = {"SSH_BLOCKDIFF_PREFIX": "no-such-program -x"}
     result = run(chain, sshd.url(chain.source), "--transport", transport, *sshd.arguments, env=env)
-    assert_refused(result, chain, "cannot run the agent under SSH_BLOCKDIFF_PREFIX", "no-such-program", "No such file")
+    assert_refused(result, chain, "cannot run the agent with SSH_BLOCKDIFF_PREFIX", "no-such-program", "No such file")
 
 
 def test_bwlimit_holds_the_average_rate(sshd: Sshd, transport: str, chain: chains.SmallChain) -> None:

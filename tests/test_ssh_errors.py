@@ -102,7 +102,7 @@ def test_a_changed_host_key_is_refused_and_the_hint_helps(
     known.write_text(f"[127.0.0.1]:{sshd.port} {kind} {key}\n")
     words = options(IdentityFile=sshd.user_key, UserKnownHostsFile=known)
     said = fails(chain, sshd.url(chain.source), "--transport", transport, *words)
-    assert f"the host key of {sshd.login} has changed: somebody may be in between" in said
+    assert f"the host key of {sshd.login} has changed: the connection may be intercepted" in said
     (remove,) = re.findall("`(.*?)`", said)
     assert remove.startswith("ssh-keygen -R ")
     subprocess.run(f"{remove} -f '{known}'", shell=True, check=True, capture_output=True)

@@ -143,7 +143,7 @@ def test_settings_that_would_keep_the_agent_away_are_overridden(
 )
 def test_options_that_would_keep_the_agent_away_are_refused(sshd: Sshd, chain: chains.SmallChain, option: str) -> None:
     said = said_by(chain, sshd.url(chain.source), [option, *sshd.options], status=2)
-    assert f"--ssh-option {re.split('[= ]', option)[0]} does not go together with the agent" in said
+    assert f"--ssh-option {re.split('[= ]', option)[0]} cannot be used with the agent" in said
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_an_option_that_ssh_does_not_take_is_a_mistake_of_usage(
     sshd: Sshd, chain: chains.SmallChain, option: str, why: str
 ) -> None:
     said = said_by(chain, sshd.url(chain.source), [*sshd.options, option], status=2)
-    assert "ssh does not take what the command line says: " in said
+    assert "ssh does not accept the command line: " in said
     assert why in said
     assert "correct --ssh-option" in said
 
@@ -304,7 +304,7 @@ def test_an_agent_that_never_says_who_it_is_is_given_up_in_time(monkeypatch: pyt
     begun = FakeConnection(drips)
     with pytest.raises(TransportError) as caught, Session(Address("host", "/x"), begun=begun):
         pass
-    assert caught.value.message == "lost the agent on host: what was to come did not come in time"
+    assert caught.value.message == "lost the agent on host: the expected data did not come in time"
 
 
 def test_however_much_ssh_logs_a_run_goes_on(sshd: Sshd, chain: chains.SmallChain, tmp_path: Path) -> None:

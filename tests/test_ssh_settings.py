@@ -30,7 +30,7 @@ def reach(sshd: Sshd, transport: str, *options: str, source: str | None = None) 
 
 ACCEPTED = "accepted"
 UNKNOWN = "is not known"
-CHANGED = "has changed: somebody may be in between"
+CHANGED = "has changed: the connection may be intercepted"
 REVOKED = "is revoked"
 
 
@@ -157,7 +157,7 @@ def test_what_the_file_says_is_what_ssh_would_do(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ProxyJump bastion\n", "sets proxyjump, which paramiko's transport cannot do"),
+        ("ProxyJump bastion\n", "sets proxyjump, which paramiko's transport does not support"),
         ("ProxyCommand nc %h %p\n", "sets proxycommand, which"),
         ("Host *\n  Ciphers aes256-ctr\n", "sets ciphers, which"),
         ("CertificateFile ~/x\n", "sets certificatefile, which"),
@@ -204,7 +204,7 @@ def test_an_option_that_paramiko_does_not_have_is_refused_by_name(option: str) -
         ("ConnectTimeout=1y", "ConnectTimeout cannot be 1y"),
         ("Port", "--ssh-option Port has no value"),
         ("IdentityFile=%d/x", "does not know the tokens in"),
-        ('UserKnownHostsFile="x', "cannot make out the paths"),
+        ('UserKnownHostsFile="x', "cannot understand the paths"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(option: str, words: str) -> None:

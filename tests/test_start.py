@@ -153,7 +153,7 @@ def test_an_agent_that_arrives_damaged_is_not_started(monkeypatch: pytest.Monkey
     error = failure(bundle.local_command())
     assert (error.message, error.hint) == (
         "the agent arrived damaged at host",
-        "run again; if it stays so, suspect the network, or what reads input in the shell's start files there",
+        "run again; if it happens again, suspect the network, or what reads input in the shell's start files there",
     )
 
 
@@ -187,8 +187,7 @@ def test_a_prefix_works_through_the_remote_command(tmp_path: Path) -> None:
 def test_a_prefix_that_is_missing(tmp_path: Path) -> None:
     error = failure(bundle.local_command(), [str(tmp_path / "nothing")])
     assert error.message == (
-        "host cannot run the agent under SSH_BLOCKDIFF_PREFIX: "
-        f"cannot run {tmp_path}/nothing: No such file or directory"
+        f"host cannot run the agent with SSH_BLOCKDIFF_PREFIX: cannot run {tmp_path}/nothing: No such file or directory"
     )
     assert error.hint == "correct the command"
 

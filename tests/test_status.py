@@ -330,11 +330,11 @@ def test_a_clock_that_went_back_is_a_warning(tmp_path: Path) -> None:
     chain.file(".1.json").write_bytes(replace(known, started=later).to_bytes())
     found = look(chain)
     assert found.state == State.WARNING
-    assert f"it was finished at {known.finished}, and it was started later, at {later}" in found.text
+    assert f"it was finished at {known.finished}, but it was started after that, at {later}" in found.text
     chain.file(".1.json").write_bytes(replace(known, finished=later).to_bytes())
     done = commands.run("blockdiff", "backup", chain.name, chain.source)
     assert done.returncode == 3
-    said = f"the generation before it was finished later, at {later}: the clock is wrong, or it was"
+    said = f"the generation before it was finished after that, at {later}: the clock is or was wrong"
     assert "blockdiff: warning: generation 2: it was finished at " in done.stderr.decode()
     assert said in done.stderr.decode() and said in told(chain.name, state=State.WARNING)
 
@@ -357,7 +357,7 @@ def test_a_first_run_that_is_at_work_is_a_warning(tmp_path: Path) -> None:
     chain = chains.new_chain(tmp_path)
     with LockedChain(chain.name):
         line = told(chain.name, state=State.WARNING)
-        assert f"the first run of {chain.name} is at work: no generation is complete yet" in line
+        assert f"the first run of {chain.name} is still running: no generation is complete yet" in line
     line = told(chain.name, state=State.CRITICAL)
     assert f"no generation of {chain.name} is complete: its first run failed or was cut off" in line
 

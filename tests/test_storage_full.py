@@ -147,7 +147,7 @@ def test_a_run_that_needs_its_disk_mounted_refuses_the_root_file_system(tmp_path
         assert result.returncode == 1 and os.listdir(name) == []
         assert result.stderr.decode() == (
             f"blockdiff: {name} is on the root file system: no disk is mounted there\n"
-            "  mount the disk for the backups; if they belong on the root file system, leave --mounted away\n"
+            "  mount the disk for the backups; if they belong on the root file system, omit --mounted\n"
         )
     result = commands.run("blockdiff", "backup", "--mounted", f"{name}/disk", tmp_path / "source")
     assert result.returncode == 1 and b"is the disk mounted? If the directory is new" in result.stderr

@@ -152,7 +152,7 @@ def test_what_sshd_does_not_take_at_once_is_tried_again(
         result = backup.backup(chain.name, parse(server.url(chain.source)), options)
     assert pauses[0] == streams.PAUSES_S[0]
     (note,) = [note for note in result.notes if "MaxStartups" in note]
-    assert note.startswith("the host did not take ") and "use fewer --streams" in note
+    assert note.startswith("the host refused ") and "use fewer --streams" in note
     assert chain.restored() == chain.source.read_bytes()
 
 
@@ -217,4 +217,4 @@ def test_streams_and_kept_snapshots_do_not_go_together(chain: chains.SmallChain)
     words = ("--lvm", "--keep-snapshot", "--streams", "2")
     result = commands.run("blockdiff", "backup", chain.name, *words, str(chain.source))
     assert result.returncode == 2
-    assert b"--streams is for runs that read everything" in result.stderr
+    assert b"--streams cannot be combined with --keep-snapshot" in result.stderr

@@ -167,7 +167,7 @@ def test_an_external_origin_is_refused(fake: FakeLvm) -> None:
 
 def test_a_pool_without_metadata_is_refused(fake: FakeLvm) -> None:
     fake.set("pool", metadata_lv="[elsewhere]")
-    with pytest.raises(HintError, match=r"^the metadata of the thin pool vg/pool is not to be found$"):
+    with pytest.raises(HintError, match=r"^the metadata of the thin pool vg/pool cannot be found$"):
         thin.mapped_extents(volume("bd_new"))
 
 
@@ -203,7 +203,7 @@ def test_a_thin_delta_that_fails_after_it_printed_everything_is_not_believed(fak
 def test_a_thin_delta_that_does_not_end_is_stopped(fake: FakeLvm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thin, "DELTA_TIMEOUT_S", 0.5)
     fake.order("thin_delta", "late")
-    with pytest.raises(HintError, match=r"was not done after 0\.5 s"):
+    with pytest.raises(HintError, match=r"did not end within 0\.5 s"):
         thin.mapped_extents(volume("bd_new"))
     assert held(fake) == "-"
 
@@ -230,7 +230,7 @@ def test_somebody_elses_metadata_snapshot_is_neither_used_nor_released(fake: Fak
     with pytest.raises(HintError) as caught:
         thin.mapped_extents(volume("bd_new"))
     assert caught.value.message == (
-        "somebody holds the metadata snapshot of vg-pool-tpool; if it is a run that was killed: "
+        "the metadata snapshot of vg-pool-tpool is in use; if by a run that was killed: "
         "dmsetup message vg-pool-tpool 0 release_metadata_snap"
     )
     assert held(fake) == "99"
@@ -254,7 +254,7 @@ def test_a_pool_that_failed_is_told(fake: FakeLvm, monkeypatch: pytest.MonkeyPat
     real = thin._dmsetup
     failed = "0 2048 thin-pool Fail"
     monkeypatch.setattr(thin, "_dmsetup", lambda what, path: failed if what == "status" else real(what, path))
-    with pytest.raises(HintError, match=r"^the thin pool vg-pool-tpool is not well: 0 2048 thin-pool Fail$"):
+    with pytest.raises(HintError, match=r"^the thin pool vg-pool-tpool is not healthy: 0 2048 thin-pool Fail$"):
         thin.mapped_extents(volume("bd_new"))
 
 
@@ -325,7 +325,7 @@ def test_whatever_is_printed_is_ranges_or_a_hint_error(text: str) -> None:
 
 def test_a_range_of_a_kind_that_cannot_be_is_refused(fake: FakeLvm) -> None:
     say(fake, delta(("left_only", 1, 1)))
-    with pytest.raises(HintError, match=r"^thin_delta printed a range that cannot be: left_only at 65536$"):
+    with pytest.raises(HintError, match=r"^thin_delta printed an impossible range: left_only at 65536$"):
         thin.mapped_extents(volume("bd_new"))
 
 

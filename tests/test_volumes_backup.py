@@ -231,7 +231,7 @@ def test_no_room_is_told_before_anything_is_made(chain: SmallChain, fake: FakeLv
 def test_a_source_that_is_no_volume_is_a_failed_run(tmp_path: Path, fake: FakeLvm) -> None:
     chain = chains.new_chain(tmp_path)
     chain.source.write_bytes(b"content")
-    said = "source is not a logical volume: lvs exited with status 5" if os.geteuid() == 0 else "nobody but root"
+    said = "source is not a logical volume: lvs exited with status 5" if os.geteuid() == 0 else "only root"
     assert said in failed(chain).message
 
 
@@ -254,7 +254,7 @@ def test_a_snapshot_that_overflows_is_a_failed_run_and_its_room_is_given_back(ch
 
     error = failed(chain, progress=At(overflow))
     assert type(error) is SourceError
-    assert error.message == "localhost: the snapshot of vg/lv overflowed: its 4 MiB were too little"
+    assert error.message == "localhost: the snapshot of vg/lv overflowed: 4 MiB was too small"
     assert "--snapshot-size" in str(error.hint)
     assert fake.snapshots() == []
     chain.assert_sound()
@@ -295,7 +295,7 @@ def test_a_snapshot_that_cannot_be_removed_is_a_warning(
     assert f"lvremove -y vg/{name}" in warning
     assert chain.restored(1) == IMAGE
     fake.order("lvremove", "", 0)
-    assert chain.add(None, LVM).manifest.notes == [f"removed the snapshot vg/{name}, which a run before this one left"]
+    assert chain.add(None, LVM).manifest.notes == [f"removed the snapshot vg/{name}, which an earlier run left"]
     assert fake.snapshots() == []
 
 
@@ -350,7 +350,7 @@ def test_what_a_killed_agent_left_is_removed_by_the_next_run(chain: SmallChain, 
     assert type(failed(chain, progress=At(kill))) is TransportError
     (left,) = [name for name in fake.snapshots() if name != "bd_foreign"]
     made = chain.add(None, LVM).manifest
-    assert made.notes == [f"removed the snapshot vg/{left}, which a run before this one left"]
+    assert made.notes == [f"removed the snapshot vg/{left}, which an earlier run left"]
     assert fake.snapshots() == ["bd_foreign"]
     chain.assert_sound()
 
@@ -366,7 +366,7 @@ def test_what_somebody_holds_open_of_a_dead_run_does_not_fail_the_next(
     with sources.VolumeSource(b"/dev/vg/lv", "20%", "owner", "", "", False) as source:
         source.prepare()
         (note,) = source.notes
-    assert note.startswith("a run before this one left a snapshot: cannot remove the snapshot vg/bd_held: ")
+    assert note.startswith("an earlier run left a snapshot: cannot remove the snapshot vg/bd_held: ")
     assert note.endswith(
         "`fuser -vm /dev/mapper/vg-bd_held` on the host shows who has it open; then "
         "remove it by hand: lvremove -y vg/bd_held"
@@ -399,7 +399,7 @@ def test_kept_snapshots_that_no_run_will_look_at_are_told_with_what_removes_them
     before = fake.names()
     words = ("blockdiff", "backup", chain.name, chain.source, "--lvm")
     result = commands.run(*words)
-    said, removal, opened = "stays on the host, though its", "`blockdiff snapshots --remove vg/", "somebody has it open"
+    said, removal, opened = "is still on the host, although its", "`blockdiff snapshots --remove vg/", "it is open"
     assert result.returncode == 0
     assert result.stderr.decode().splitlines() == [
         f"blockdiff: note: the snapshot vg/bd_orphan {said} volume is gone; {opened}: {removal}bd_orphan` removes it",
@@ -458,8 +458,8 @@ def test_the_second_snapshot_that_overflows_while_the_first_is_read_is_told_as_a
     full = At(lambda: fake.set(snapshot_of(fake, "log"), lv_attr="sri-I-s---", data_percent="100.00"))
     with pytest.raises(SourceError) as caught:
         together(chain, second, progress=full)
-    assert caught.value.message == "localhost: the snapshot of vg/log overflowed: its 4 MiB were too little"
-    assert caught.value.hint == "--snapshot-size 8M is the least to try, 8M is sure to do"
+    assert caught.value.message == "localhost: the snapshot of vg/log overflowed: 4 MiB was too small"
+    assert caught.value.hint == "use at least --snapshot-size 8M; 8M is always enough"
     assert (chain.files(), second.files(), fake.snapshots()) == ({}, {}, [])
 
 
@@ -544,9 +544,9 @@ def test_several_that_nothing_holds_still_are_a_warning(chain: SmallChain, secon
         stdout, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 3
     said = re.fullmatch(
-        r"blockdiff: warning: (the snapshots of this run were made one after the other, within (\d+\.\d\d) s, and "
-        r"nothing held all writers still: what was written to one and then to another may be in the second alone; "
-        r"hold them still with --before and --after)\n",
+        r"blockdiff: warning: (the snapshots of this run were made one after the other, within (\d+\.\d\d) s, while "
+        r"writers continued: of two writes to different volumes, only the later one may be there; "
+        r"stop them with --before and --after)\n",
         stderr.decode(),
     )
     assert said is not None, stderr

@@ -293,7 +293,7 @@ def test_what_is_not_json_is_refused(payload: bytes) -> None:
 def test_a_field_that_is_no_whole_number_is_refused(value: str) -> None:
     fields = control(b'{"good": 5, "size": ' + (f'"{value}"' if value == "1" else value).encode() + b"}")
     assert wire.integers(fields, "good") == (5,)
-    with pytest.raises(ProtocolError, match="field size of a control frame is missing or unfit"):
+    with pytest.raises(ProtocolError, match="field size of a control frame is missing or not valid"):
         wire.integers(fields, "good", "size")
 
 
@@ -302,7 +302,7 @@ def test_a_field_that_is_no_text_is_refused(value: str) -> None:
     fields = control(b'{"good": "a", "name": ' + value.encode() + b"}")
     assert wire.text(fields, "good") == "a"
     for name in ("name", "missing"):
-        with pytest.raises(ProtocolError, match=f"field {name} of a control frame is missing or unfit"):
+        with pytest.raises(ProtocolError, match=f"field {name} of a control frame is missing or not valid"):
             wire.text(fields, name)
 
 

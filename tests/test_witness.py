@@ -37,7 +37,7 @@ def seen(path: Path, meanwhile: Callable[[], object] = lambda: None) -> tuple[ob
 
 NOTHING = (False, "")
 WRITTEN = (True, "was written to while it was read")
-UNKNOWN = (None, "does not let it be known whether it was written to")
+UNKNOWN = (None, "does not report whether it was written to")
 
 
 def number(device: Path) -> str:

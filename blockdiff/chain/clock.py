@@ -27,7 +27,7 @@ def seconds(text: str | None) -> float | None:
 
 
 def went_back(started: str | None, finished: str | None, before: str | None) -> str | None:
-    """Return in words that the clock went back during or before a run, as the times of its manifest tell; or None.
+    """Return in words that the clock went back during or before a run, as the times of its manifest say; or None.
 
     `before` is when the generation before it was finished.
     """
@@ -35,7 +35,7 @@ def went_back(started: str | None, finished: str | None, before: str | None) -> 
     for earlier, what in ((started, "it was started"), (before, "the generation before it was finished")):
         begin = seconds(earlier)
         if begin is not None and end is not None and begin - end > TOLERANCE_S:
-            return f"it was finished at {finished}, and {what} later, at {earlier}: the clock is wrong, or it was"
+            return f"it was finished at {finished}, but {what} after that, at {earlier}: the clock is or was wrong"
     return None
 
 

@@ -21,7 +21,7 @@ from blockdiff.shared.errors import BusyError, DamagedError, StorageError, Usage
 
 
 class WritableChain(Chain):
-    """A chain that we may add to, as far as that can be told without a lock: a run's rehearsal looks at it.
+    """A chain that we may add to, as far as that can be known without a lock: a run's rehearsal looks at it.
 
     Raises `UsageError` for a NAME that readers would take for a generation of another chain, and `StorageError` where
     others may write to the directory, or we may not.
@@ -92,7 +92,7 @@ class LockedChain(WritableChain):
                     "keep backups on a file system with flock(2)",
                 ) from error
             raise BusyError(
-                f"another run is busy with {printable(self.name)}", "let it finish, then run again"
+                f"another run is busy with {printable(self.name)}", "wait until it has finished, then run again"
             ) from error
 
     def _set_uncommitted_aside(self) -> None:
@@ -125,7 +125,7 @@ class LockedChain(WritableChain):
         last = self.last()
         if last and last != self.version:
             self.write_version(last)
-            self.notes.append(f"{self.path_of('.ver')} was put right: generation {last} is the last complete one")
+            self.notes.append(f"{self.path_of('.ver')} was corrected: generation {last} is the last complete one")
         beyond = [generation for number, generation in self.generations.items() if number > last]
         for generation in beyond:
             for suffix in sorted(generation.suffixes):
@@ -308,7 +308,7 @@ class NewGeneration:
                 pass
 
     def _undo_link(self, suffix: str) -> None:
-        # a signal may have come just behind the link; and not every file system can tell that two names are one file
+        # a signal may have come just after the link; and not every file system can tell that two names are one file
         try:
             if suffix in self._linked or self._directory.are_same(self._final(suffix), self._temporary(suffix)):
                 self._directory.unlink(self._final(suffix))

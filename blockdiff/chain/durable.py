@@ -175,7 +175,7 @@ class Directory:
                 return
         raise StorageError(
             f"{self.path} is on the root file system: no disk is mounted there",
-            "mount the disk for the backups; if they belong on the root file system, leave --mounted away",
+            "mount the disk for the backups; if they belong on the root file system, omit --mounted",
         )
 
     def _mount(self) -> str:
@@ -295,7 +295,7 @@ class Directory:
         return fd
 
     def is_locked(self, name: str) -> bool:
-        """Return whether a process holds a lock on a file, as far as the system tells; takes none."""
+        """Return whether a process holds a lock on a file, as far as the system says; takes none."""
         found = self._found(name)
         return found is not None and bool(locks.holders(found.st_ino, "FLOCK"))
 

@@ -124,7 +124,7 @@ class Generation:
     def _only(self, candidates: tuple[str, ...], what: str) -> str:
         found = [suffix for suffix in candidates if suffix in self.suffixes]
         if len(found) != 1:
-            how = "is missing" if not found else "is there more than once: " + ", ".join(map(self.path, found))
+            how = "is missing" if not found else "exists more than once: " + ", ".join(map(self.path, found))
             raise DamagedError(
                 f"the {what} of {self.path()} {how}", "restore it from a copy, or move the wrong one away"
             )
@@ -133,7 +133,7 @@ class Generation:
     def check_files(self) -> None:
         """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has.
 
-        Raises `StorageError` where that cannot be told.
+        Raises `StorageError` where that cannot be known.
         """
         if self.manifest_error is not None:
             raise self.manifest_error
@@ -183,7 +183,7 @@ class Chain:
         parent, self.base = os.path.split(name)
         if self.base in ("", ".", "..") or "\0" in name:
             raise UsageError(
-                f"{printable(name)!r} is no NAME for a chain", "a NAME is a path like /var/backup/web1-disk"
+                f"{printable(name)!r} is not a NAME for a chain", "a NAME is a path like /var/backup/web1-disk"
             )
         self.directory = Directory(parent or ".", self.is_written)
         try:
@@ -227,8 +227,8 @@ class Chain:
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
 
-        Manifests count where ``NAME.ver`` is missing, damaged, or behind them: a manifest is what completes a
-        generation. Those of another chain do not. Raises `DamagedError` where nothing tells.
+        Manifests count where ``NAME.ver`` is missing, damaged, or older than they are: a manifest is what completes a
+        generation. Those of another chain do not. Raises `DamagedError` where it is not known.
         """
         complete = {
             n: generation.manifest.chain
@@ -247,7 +247,7 @@ class Chain:
             return 0
         raise DamagedError(
             f"{self.path_of('.ver')} {'says nothing' if self.has_version_file else 'is missing'}, "
-            "and there are no manifests that tell which generation is the last",
+            "and no manifest says which generation is the last",
             self._version_hint(),
         )
 
@@ -261,7 +261,7 @@ class Chain:
         if not last:
             return "move the files of this NAME away, or use another NAME"
         path = shlex.quote(self.path_of(".ver"))
-        return f"if generation {last} is complete (verify NAME@{last} tells): echo {last} > {path}"
+        return f"if generation {last} is complete (verify NAME@{last} says so): echo {last} > {path}"
 
     def spans(self, last: int) -> Iterator[tuple[int, int]]:
         """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap.
@@ -309,7 +309,7 @@ class Chain:
         expected = (manifest.Parent(parent.number, parent.manifest_sha256), manifest.Parent(parent.number, None))
         if known.chain != parent.manifest.chain or known.parent not in expected:
             raise DamagedError(
-                f"{generation.path(MANIFEST_SUFFIX)} was not built on the generation {parent.number} that is there",
+                f"{generation.path(MANIFEST_SUFFIX)} was not built on the existing generation {parent.number}",
                 "were files of another chain copied in? move them away and restore the right ones from a copy",
             )
 
@@ -330,13 +330,12 @@ class Chain:
         if number is None or number <= self.last():
             raise DamagedError(
                 f"generation {wanted} of {printable(self.name)} is missing",
-                "restore its files from a copy; "
-                f"blockdiff list {shlex.quote(printable(self.name))} shows what is there",
+                f"restore its files from a copy; blockdiff list {shlex.quote(printable(self.name))} shows which exist",
             )
         raise ChainError(f"{printable(self.name)} has no generation {wanted}, the last one is {self.last()}")
 
     def is_busy(self) -> bool:
-        """Return whether a run is at work with the chain, as far as the system tells."""
+        """Return whether a run is at work with the chain, as far as the system says."""
         return self.directory.is_locked(f".{self.base}.lock")
 
     def _nothing_here(self) -> BlockdiffError:
@@ -346,13 +345,16 @@ class Chain:
             shown = [printable(os.path.join(self.directory.path, each)) for each in self._periods[-_SHOWN_PERIODS:]]
             more = "" if len(shown) == len(self._periods) else f" (and {len(self._periods) - len(shown)} older ones)"
             return ChainError(
-                f"there is no chain {name}, but those that `backup --chain` began: {', '.join(shown)}{more}",
+                f"there is no chain {name}, only those that `backup --chain` began: {', '.join(shown)}{more}",
                 "name one of them",
             )
         for each in self._begun:
             if self.directory.is_locked(f".{each}.lock"):
                 path = printable(self.directory.path_of(each))
-                return BusyError(f"the first run of {path} is at work: no generation is complete yet", "let it finish")
+                return BusyError(
+                    f"the first run of {path} is still running: no generation is complete yet",
+                    "wait until it has finished",
+                )
         if os.path.isdir(self.name):
             return ChainError(f"{name} is a directory", f"`blockdiff list {name}` shows the chains in it")
         if self._begun:

@@ -47,7 +47,7 @@ class Place:
         return max(names, key=youth, default=None)
 
     def _source(self, name: str) -> tuple[str | None, str] | None:
-        """Return host and path of what the last generation is of, None where nothing tells."""
+        """Return host and path of what the last generation is of, None where it is not known."""
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 known = generation.manifest
@@ -56,7 +56,7 @@ class Place:
         return None
 
     def _finished(self, name: str) -> float:
-        """Return when the last generation was finished, in seconds since the epoch, 0 where nothing tells."""
+        """Return when the last generation was finished, in seconds since the epoch, 0 where it is not known."""
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 if generation.manifest is not None:

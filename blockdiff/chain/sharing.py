@@ -24,7 +24,8 @@ def refuse_others(path: str) -> None:
     found = os.stat(path)
     if _is_shared(found):
         raise StorageError(
-            f"others may write to the backup directory {printable(path)} (mode {_mode(found)}), and so replace backups",
+            f"other users can write to the backup directory {printable(path)} (mode {_mode(found)}),"
+            " and so replace backups",
             _hint(os.path.abspath(path), found),
         )
     for directory, name in _steps(path):
@@ -39,21 +40,22 @@ def _check(directory: str, entry: str) -> None:
     place = printable(entry)
     if not found.st_mode & stat.S_ISVTX:
         raise StorageError(
-            f"others may write to {printable(directory)} (mode {_mode(found)}), and so replace {place} and its backups",
+            f"other users can write to {printable(directory)} (mode {_mode(found)}),"
+            f" and so replace {place} and its backups",
             _hint(directory, found),
         )
     owner = os.lstat(entry).st_uid
     if owner not in (0, os.geteuid()):
         raise StorageError(
-            f"{place} belongs to another user (UID {owner}), who may replace it and its backups",
-            "keep backups in a directory of your own",
+            f"{place} belongs to another user (UID {owner}), who can replace it and its backups",
+            "keep backups in your own directory",
         )
 
 
 def _hint(directory: str, found: os.stat_result) -> str:
     """Return what to do; what is shared on purpose, as sticky and setgid bits tell, is left as it is."""
     if found.st_mode & (stat.S_ISVTX | stat.S_ISGID) or found.st_uid != os.geteuid():
-        return "it is there to be shared: use a directory of your own, such as /var/backup (mkdir -m 700 /var/backup)"
+        return "that directory is shared: use your own, such as /var/backup (mkdir -m 700 /var/backup)"
     return f"chmod go-w {shlex.quote(printable(directory))}"
 
 

@@ -15,7 +15,7 @@ from blockdiff.shared.errors import BlockdiffError, BusyError, DamagedError, pri
 
 #: What of a generation's consistency is a warning, and what to do.
 _TORN = {
-    "live": "the source was in use while it was read; use --lvm, or hold it still with --before and --after",
+    "live": "the source was in use while it was read; use --lvm, or freeze it with --before and --after",
     "changing": "it was written to while it was read; back up a snapshot, with --lvm",
 }
 
@@ -150,7 +150,7 @@ def _judge(found: list[listing.Entry], newest: listing.Entry, age_s: float, max_
 
 
 def _doubt(found: list[listing.Entry], newest: listing.Entry) -> str | None:
-    """Return what a careful operator would be told of a newest generation that is there and young enough."""
+    """Return what a careful operator needs to know of a newest generation that is there and young enough."""
     before = next((entry.when for entry in found if entry.generation == newest.generation - 1), None)
     if (why := clock.went_back(newest.started, newest.when, before)) is not None:
         return f"but {why}"

@@ -36,7 +36,7 @@ def failed(error: OSError) -> BlockdiffError:
         places = ", ".join(dict.fromkeys([os.environ.get("TMPDIR") or "/tmp", "/tmp", "/var/tmp"]))
         return BlockdiffError(
             f"there is no directory for temporary files: none of {places} can be written to",
-            "set TMPDIR to a directory that can",
+            "set TMPDIR to a writable directory",
         )
     return BlockdiffError(
         f"cannot write a temporary file in {place}: {error.strerror}",

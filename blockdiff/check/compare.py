@@ -17,7 +17,7 @@ from blockdiff.transport.address import Address
 class Difference:
     """What differs: `ranges` are (offset, length) in bytes, whole blocks, ascending; sizes in bytes.
 
-    `image_size` is None where nothing tells that of the generation; `source_size` beyond it counts as different.
+    `image_size` is None where that of the generation is not known; `source_size` beyond it counts as different.
     `unrest` says how the source was written to meanwhile, or in use, in words that follow its path; "" for neither.
     """
 

@@ -35,7 +35,7 @@ class _Nowhere:
 def put_together(chain: Chain, number: int, advance: Callable[[int], object] = lambda length: None) -> None:
     """Do all that a restore of generation `number` does, but keep nothing; raises `DamagedError` where that fails.
 
-    `advance` is told the length of each part of the image.
+    `advance` gets the length of each part of the image.
     """
     _checked(chain, number)
     merge.merge(chain.needed(number), _Nowhere(), advance)
@@ -44,7 +44,7 @@ def put_together(chain: Chain, number: int, advance: Callable[[int], object] = l
 def alone(chain: Chain, number: int, advance: Callable[[int], object] = lambda length: None) -> None:
     """Prove what generation `number` adds to the one before it; raises `DamagedError` where that fails.
 
-    `advance` is told the length of each run of the delta.
+    `advance` gets the length of each run of the delta.
     """
     generation = _checked(chain, number)
     with generation.open_table() as table:
@@ -122,12 +122,12 @@ def _check_rest(generation: Generation, table: TableReader, old: TableReader, ca
             new, before = table.digests(start, count), old.digests(start, min(count, max(0, old.count - start)))
             if new != before:
                 bad = first_difference(new, before, table.digest_size)
-                raise _unproven(generation, (start + bad) * table.block_size, "its digest changed all the same")
+                raise _unproven(generation, (start + bad) * table.block_size, "but its digest changed")
 
 
 def _unproven(generation: Generation, offset: int, why: str) -> DamagedError:
     return DamagedError(
         f"the delta of {generation.path()} does not have the block at offset {offset}, and {why}",
         f"restore the files of generation {generation.number - 1} and {generation.number} from a copy; "
-        f"without --subset {printable(generation.base)} is looked at as a whole",
+        f"`verify` without --subset checks all of {printable(generation.base)} together",
     )

@@ -24,9 +24,9 @@ def can_rebuild(verifier: Verifier, generation: Generation) -> bool:
 
 
 def rebuild(number: int, chain: LockedChain) -> None:
-    """Write the digest table of a generation anew; raises `DamagedError` where the deltas do not make it any more."""
+    """Write the digest table of a generation again; raises `DamagedError` where the deltas no longer give it."""
     known = chain.generations[number].manifest
-    assert known is not None, "only a manifest tells which table was lost"
+    assert known is not None, "only a manifest says which table was lost"
     name = chain.generations[number].name(known.table.suffix)
 
     def write(sink: Sink) -> None:
@@ -34,7 +34,7 @@ def rebuild(number: int, chain: LockedChain) -> None:
             verifier.one(number)
             if verifier.write_table(known, sink):
                 return
-        raise DamagedError(f"the deltas do not make {chain.directory.path_of(name)} any more", "run repair again")
+        raise DamagedError(f"the deltas no longer give {chain.directory.path_of(name)}", "run repair again")
 
     chain.replace(name, write)
 

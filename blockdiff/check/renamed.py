@@ -48,8 +48,8 @@ def _manifests(chain: Chain, address: Address) -> tuple[Manifest, Manifest]:
     known = last.manifest
     if known is None or known.source.kind == "command":
         raise ChainError(
-            f"generation {last.number} of {printable(chain.name)} names no source, so there is none to rename",
-            "the next run goes on with any",
+            f"generation {last.number} of {printable(chain.name)} does not name a source: there is nothing to rename",
+            "the next run accepts any source",
         )
     here = replace(known.source, host=address.machine, path=address.path)
     if known.source.same_place(here):

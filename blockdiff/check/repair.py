@@ -57,7 +57,7 @@ class Findings:
 
 
 def examine(chain: Chain, advance: Advance = lambda count: None) -> Findings:
-    """Return what there is to do; changes nothing. `advance` is told the bytes that were read."""
+    """Return what there is to do; changes nothing. `advance` gets the bytes that were read."""
     findings = Findings()
     last = _last(chain)
     sound = _sound(chain, last, findings, advance)
@@ -66,7 +66,7 @@ def examine(chain: Chain, advance: Advance = lambda count: None) -> Findings:
             findings.advice = (
                 "nothing can be restored, so nothing is touched. Put the missing files back from a copy and run repair "
                 "again. Without a copy: `restore --salvage` saves what is left of a generation, and `backup --full` "
-                "goes on in this chain"
+                "continues this chain"
             )
         return findings
     newest = max(sound)
@@ -122,9 +122,9 @@ def _advise(chain: Chain, oldest: int, is_full: bool, findings: Findings) -> Non
 
 
 def _last(chain: Chain) -> int:
-    """Return the number of the last generation that may be complete: of the last with both files, if no ``.ver`` tells.
+    """Return the number of the last generation that may be complete: the last with both files, if no ``.ver`` says so.
 
-    Manifests would tell as well, but one that is damaged would hide its generation; the files prove what they hold.
+    Manifests would say so as well, but one that is damaged would hide its generation; the files prove what they hold.
     """
     return chain.last_pair() if chain.version is None else chain.last()
 
@@ -154,7 +154,7 @@ def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dic
 def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> tuple[dict[int, str | None], list[int]]:
     """Return what is wrong with each generation, and those of which the digest table follows from the deltas.
 
-    Raises `StorageError` where that cannot be told.
+    Raises `StorageError` where that cannot be known.
     """
     found: dict[int, str | None] = {}
     without_table: list[int] = []
@@ -225,7 +225,7 @@ class _Manifests:
                 continue
             parent = self._parent(number)
             if is_fine and known is not None:
-                made, why = replace(known, chain=self._id, parent=parent), "follows another parent"
+                made, why = replace(known, chain=self._id, parent=parent), "has another parent"
             else:
                 made, why = self._rebuilt(generation, parent), "rebuilt"
             self._set_stranger_aside(number - 1)
@@ -326,5 +326,5 @@ class _Manifests:
     def _size(self, generation: Generation, suffix: str) -> int:
         size = generation.directory.size_of(generation.name(suffix))
         if size is None:
-            raise StorageError(f"{generation.path(suffix)} vanished while it was read")
+            raise StorageError(f"{generation.path(suffix)} was removed while it was read")
         return size

@@ -92,7 +92,7 @@ class _Newest:
 class Verifier:
     """Verifies the generations of a chain, oldest first. A context manager.
 
-    `advance` is told the number of bytes of each stored delta that was read. Without `needs_manifests`, none is missed.
+    `advance` gets the number of bytes of each stored delta that was read. Without `needs_manifests`, none is missed.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Verifier:
         """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end.
 
         Raises `DamagedError` as well where it can be read but is not what was written: younger generations, which are
-        held against tables of their own, do not suffer from that.
+        checked against tables of their own, do not suffer from that.
         """
         carried = bytearray()
         self._is_as_written = False

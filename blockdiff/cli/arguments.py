@@ -24,7 +24,7 @@ class ByteSize(click.ParamType[int]):
         """Return the number of bytes."""
         match = _SIZE.fullmatch(str(value))
         if match is None or int(match[1]) == 0:
-            self.fail(f"{printable(str(value), 100)!r} is no size; use a number with K, M or G behind it", param, ctx)
+            self.fail(f"{printable(str(value), 100)!r} is not a size; use a number followed by K, M or G", param, ctx)
         return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -39,7 +39,7 @@ def agent_prefix() -> list[str] | None:
     try:
         return shlex.split(line)
     except ValueError as error:
-        raise UsageError(f"SSH_BLOCKDIFF_PREFIX is no command line: {error}") from error
+        raise UsageError(f"SSH_BLOCKDIFF_PREFIX is not a command line: {error}") from error
 
 
 def split_name(text: str) -> tuple[str, int | None]:

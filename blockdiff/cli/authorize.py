@@ -25,9 +25,10 @@ from blockdiff.transport import bundle, publickey
 def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
     """Restrict a key to some sources, and to this agent.
 
-    With --key, the line for authorized_keys is printed: whoever has the key can back up the sources, by this version of
-    blockdiff, and connect to the database's sockets or ports; no shell, no other command, no --before and --after. FILE
-    must hold exactly one public key. With --script, a program that does the same; what is granted are its arguments.
+    With --key, it prints the line for authorized_keys: the key can then only back up the sources, with this version of
+    blockdiff, and connect to the database's sockets or ports; no shell, no other command, no --before and --after.
+    FILE must hold exactly one public key. With --script, it prints a program that does the same. Its arguments say what
+    it grants.
 
     \b
     Example:
@@ -51,10 +52,10 @@ def command(granted: tuple[str, ...], key: str | None, script: bool) -> None:
 
 def _check(word: str) -> None:
     if not re.fullmatch(rf"({MYSQL})?/.+|{MYSQL}[0-9]+", word, re.DOTALL):
-        raise UsageError(f"{printable(word)} is neither a path nor mysql:SOCKET nor mysql:PORT")
+        raise UsageError(f"{printable(word)} is not a path, mysql:SOCKET or mysql:PORT")
     if re.search(r"[\n\r]", word):
         raise UsageError(
-            f"{printable(word)} cannot be granted: it has a line end in it, and a key has one line in authorized_keys",
+            f"{printable(word)} cannot be granted: it contains a line end, and a key has one line in authorized_keys",
             "give the source a path without one",
         )
 

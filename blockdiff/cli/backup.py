@@ -49,7 +49,7 @@ class SnapshotSize(click.ParamType[str]):
 @click.argument("name", shell_complete=completion.chains)
 @click.argument("source", shell_complete=completion.files)
 @click.option(
-    "--block-size", type=ByteSize(), help="Of a new chain, default 64K. An old one keeps its own until --full."
+    "--block-size", type=ByteSize(), help="For a new chain; default 64K. An existing one keeps its own until --full."
 )
 @click.option("--digest", type=click.Choice(list(DIGEST_SIZES)), help="Likewise. Default sha256.")
 @click.option(
@@ -63,7 +63,7 @@ class SnapshotSize(click.ParamType[str]):
     help="Of this generation; those of one chain may differ.",
 )
 @click.option("--level", type=int, help="gzip 1-9 (default 2), zstd 1-19 (default 1).")
-@click.option("--full", is_flag=True, help="Store every block, inside the chain: it may then change all of the above.")
+@click.option("--full", is_flag=True, help="Store every block, in the same chain. All options above may then change.")
 @click.option(
     "--chain",
     "period",
@@ -74,31 +74,33 @@ class SnapshotSize(click.ParamType[str]):
     "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
 )
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
-@click.option("--bwlimit", type=ByteSize(), help="What the host may send in a second, at most.")
+@click.option("--bwlimit", type=ByteSize(), help="The most that the host may send in a second.")
 @click.option(
     "--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Connections to read through."
 )
 @click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
-@click.option("--snapshot-size", type=SnapshotSize(), help="Of a thick snapshot, or % of the volume. Default 20%.")
-@click.option("--mysql", metavar="URL", help="Lock this database meanwhile: mysql://USER@HOST/, or ssh.")
-@click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up a lock after this long. Default 30.")
+@click.option("--snapshot-size", type=SnapshotSize(), help="Of a thick snapshot, or % of its volume. Default 20%.")
+@click.option("--mysql", metavar="URL", help="Lock this database for the snapshots: mysql://USER@HOST/, or ssh.")
+@click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up the lock after this wait. Default 30.")
 @click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
-@click.option("--max-hold", type=SECONDS, metavar="SECONDS", help="The database ends the lock by itself. Default 60.")
-@click.option("--replica-pause", is_flag=True, help="Of a replica, stop the SQL thread meanwhile.")
+@click.option(
+    "--max-hold", type=SECONDS, metavar="SECONDS", help="The database releases the lock after this long. Default 60."
+)
+@click.option("--replica-pause", is_flag=True, help="Stop a replica's SQL thread for the snapshots.")
 @click.option(
     "--before",
     metavar="COMMAND",
-    help="Run on the host before the snapshots are made; without --lvm, before all is read.",
+    help="Run on the host before the snapshots are made; without --lvm, before reading.",
 )
-@click.option("--after", metavar="COMMAND", help="Run on the host after that was done, whatever happens.")
+@click.option("--after", metavar="COMMAND", help="Run on the host afterwards, even if the run fails.")
 @click.option(
     "--also", multiple=True, metavar="NAME=PATH", help="One more volume of the host, in the same run. Repeatable."
 )
 @click.option("--keep-snapshot", is_flag=True, help="Thin volumes: read only what changed since the last run.")
 @click.option("--audit", is_flag=True, help="With --keep-snapshot: read everything, and prove that nothing was missed.")
 @click.option("--mounted", is_flag=True, help="Refuse a NAME on the root file system: the disk is not mounted.")
-@click.option("--dry-run", is_flag=True, help="Check everything, and say what the run would do; nothing is made.")
-@click.option("-v", "--verbose", is_flag=True, help="Print a line when all went well, and notes: for logs.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what the run would do, and change nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="Print a line on success, and notes: for logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON, with --also a list of them.")
 def command(name: str, source: str, **given: "Unpack[CommandLine]") -> None:
     """Add a generation of SOURCE to the chain NAME.
@@ -152,12 +154,12 @@ def command(name: str, source: str, **given: "Unpack[CommandLine]") -> None:
 def _refuse_together(given: "CommandLine") -> None:
     """Raise `UsageError` for options that do not go together."""
     if given["also"] and not given["lvm"]:
-        raise UsageError("--also needs --lvm: without snapshots there is no one moment for several sources")
+        raise UsageError("--also needs --lvm: only snapshots give several sources one moment")
     if given["streams"] > 1 and given["keep_snapshot"]:
-        raise UsageError("--streams is for runs that read everything, --keep-snapshot for those that need not")
+        raise UsageError("--streams cannot be combined with --keep-snapshot: it is for runs that read everything")
     if given["streams"] > 1 and (given["before"], given["after"]) != (None, None) and not given["lvm"]:
         raise UsageError(
-            "--streams does not go with --before and --after without --lvm: only one connection is held still"
+            "--streams cannot be combined with --before and --after without --lvm: they hold one connection still"
         )
 
 

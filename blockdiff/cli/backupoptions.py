@@ -8,7 +8,7 @@ from blockdiff.database import accounts
 from blockdiff.mysqllock import Limits
 from blockdiff.shared.errors import UsageError
 
-#: What means nothing without an option, both by their names as parameters.
+#: What needs another option, both by their names as parameters.
 _NEEDED_BY = {
     "lvm": (
         *("snapshot_size", "mysql", "lock_wait", "long_query", "max_hold"),
@@ -96,4 +96,4 @@ def _refuse_lonely(given: Mapping[str, object]) -> None:
     for needed, names in _NEEDED_BY.items():
         for name in names if needed not in there else ():
             if name in there:
-                raise UsageError(f"--{name.replace('_', '-')} means nothing without --{needed.replace('_', '-')}")
+                raise UsageError(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")

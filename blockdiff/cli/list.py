@@ -28,8 +28,8 @@ from blockdiff.shared.errors import EXIT_DAMAGED, ChainError, printable
 def command(name: str, as_json: bool, replica_statement: bool) -> None:
     """Show the generations of a chain, or the chains in a directory.
 
-    NAME is that of the chain; NAME@N is one generation. Of NAME-DATE of `backup --chain` the newest is shown as NAME.
-    Where NAME is a directory, there is a line for each chain in it.
+    NAME is a chain, NAME@N one generation. For chains of `backup --chain`, NAME stands for the newest NAME-DATE.
+    If NAME is a directory, each chain in it has a line.
     """
     chain_name, number = split_name(name)
     if number is None and not replica_statement:
@@ -104,7 +104,7 @@ def _replica_statement(generation: Generation) -> str:
     if generation.manifest is None or generation.manifest.database is None:
         raise ChainError(
             f"generation {generation.number} was made without a database lock, and has no coordinates",
-            "use --mysql for backups that replicas are to be seeded from",
+            "back up with --mysql to seed replicas",
         )
     return coordinates.replica_statement(generation.manifest.database)
 

@@ -13,20 +13,26 @@ from blockdiff.mysqllock import Limits, Statements
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False})
-@click.option("--user", help="Default: of the option file, or USER in the environment, or root.")
-@click.option("--password", help="Others can see it in `ps`: better an option file, MYSQL_PWD, or the socket.")
-@click.option("--host", help="Default: localhost, through its socket where it has one.")
+@click.option("--user", help="Default: from the option file, USER in the environment, or root.")
+@click.option("--password", help="Others can see it in `ps`: prefer an option file, MYSQL_PWD or the socket.")
+@click.option("--host", help="Default: localhost, through its socket if it has one.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: 3306.")
 @click.option("--socket", metavar="PATH", help="The server's socket on this machine.")
-@click.option("--db", metavar="NAME", help="The database to use for the statements; the lock itself needs none.")
+@click.option("--db", metavar="NAME", help="The database for the statements; the lock does not need one.")
 @click.option("--defaults-file", metavar="PATH", help="Options of the groups [client] and [mysqllock], in mode 0600.")
-@click.option("--before", metavar="STMT", multiple=True, help="What locks. Default: what the server does best.")
-@click.option("--after", metavar="STMT", multiple=True, help="What unlocks.")
-@click.option("--lock-wait", type=SECONDS, default=30.0, show_default=True, help="Seconds until the lock is there.")
+@click.option(
+    "--before", metavar="STMT", multiple=True, help="The statement that locks. Default: the best that the server has."
+)
+@click.option("--after", metavar="STMT", multiple=True, help="The statement that unlocks.")
+@click.option(
+    "--lock-wait", type=SECONDS, default=30.0, show_default=True, help="Give up the lock after this many seconds."
+)
 @click.option(
     "--long-query", type=SECONDS, default=60.0, show_default=True, help="Wait for statements older than this."
 )
-@click.option("--max-hold", type=SECONDS, default=60.0, show_default=True, help="Seconds; the server sees to it.")
+@click.option(
+    "--max-hold", type=SECONDS, default=60.0, show_default=True, help="Seconds; then the server releases the lock."
+)
 @click.version_option(__version__, message="%(version)s")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def _mysqllock(
@@ -44,10 +50,10 @@ def _mysqllock(
     max_hold: float,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND while the writers of a MySQL or MariaDB server are held still.
+    """Run COMMAND while a MySQL or MariaDB server is locked for writers.
 
-    Exits with the status of COMMAND (255: it died of a signal), and with 1 where the lock was not to be had, or was
-    lost before COMMAND had ended.
+    Exits with the status of COMMAND (255: it died of a signal), and with 1 if the lock was not obtained, or was
+    lost before COMMAND ended.
     """
     account = accounts.from_options(LoginOptions(user, password, host, port, socket, db, defaults_file))
     limits = Limits(lock_wait, long_query, max_hold)

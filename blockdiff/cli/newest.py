@@ -30,7 +30,5 @@ def meant_by(name: str) -> Meant:
     if names[0] == name:
         if newest == name:
             return Meant(name)
-        return Meant(
-            name, f"{printable(newest)} is newer than {printable(name)}: name it where that one is meant", True
-        )
+        return Meant(name, f"{printable(newest)} is newer than {printable(name)}: use that name if you mean it", True)
     return Meant(newest, f"{printable(newest)} is the newest chain of {printable(name)}")

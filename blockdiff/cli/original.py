@@ -62,7 +62,7 @@ def _merge(file: str) -> None:
 def _backup(name: str, command: tuple[str, ...]) -> None:
     """Add a generation to the chain NAME: what COMMAND, with its arguments, dumps.
 
-    -z, --gzip or --lzop among the arguments tells how COMMAND compresses. VERBOSE in the environment shows it.
+    -z, --gzip or --lzop among the arguments says how COMMAND compresses. VERBOSE in the environment shows it.
     """
     if os.environ.get("VERBOSE"):
         click.echo(f"running: {printable(shlex.join(command))}", err=True)
@@ -82,7 +82,7 @@ def _backup(name: str, command: tuple[str, ...]) -> None:
 def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
     """Write the changed blocks of FILE on HOST to standard output; descriptors as for blockdiff_dump.
 
-    SSH_BLOCKDIFF_PREFIX in the environment is a command that the agent is run under, such as `ionice -c3 nice`.
+    SSH_BLOCKDIFF_PREFIX in the environment is a command that runs the agent, such as `ionice -c3 nice`.
     """
     unrest = dump_remote(address.parse_login(host), file, _block_size(), _compression(gzip, lzop), agent_prefix())
     _warn_of(unrest, f"{host}:{file}")
@@ -91,7 +91,7 @@ def _ssh_dump(gzip: bool, lzop: bool, host: str, file: str) -> None:
 def _warn_of(unrest: str, source: str | None) -> None:
     """Say how a source was written to or in use: the exit status stays 0, others stand for a dump that failed."""
     if unrest:
-        say(f"warning: {printable(source or '')} {unrest}: the dump may mix several moments")
+        say(f"warning: {printable(source or '')} {unrest}: the dump may not be one point in time")
 
 
 @click.command(context_settings=_SETTINGS)
@@ -103,9 +103,9 @@ def _warn_of(unrest: str, source: str | None) -> None:
 def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
     """Write the changed blocks of the logical VOLUME on HOST to standard output, read through a snapshot.
 
-    Descriptors as for blockdiff_dump. In the environment: LVCREATE_PREFIX, a command that is run here around the making
-    of the snapshot (it is given a command to execute), such as `mysqllock --host=db00`; SNAPSHOT_SIZE, by default 10G
-    or what the volume group has; BLOCKSIZE, by default 1048576; and SSH_BLOCKDIFF_PREFIX as for ssh_blockdiff_dump.
+    Descriptors as for blockdiff_dump. In the environment: LVCREATE_PREFIX, a command that runs here while the snapshot
+    is made (it must execute the command after it), such as `mysqllock --host=db00`; SNAPSHOT_SIZE, by default 10G or
+    what the volume group has; BLOCKSIZE, by default 1048576; and SSH_BLOCKDIFF_PREFIX as for ssh_blockdiff_dump.
     """
     snapshot_size, lock = os.environ.get("SNAPSHOT_SIZE", ""), os.environ.get("LVCREATE_PREFIX")
     options = SnapshotOptions(snapshot_size, lock, lambda line: click.echo(line, err=True))
@@ -114,7 +114,7 @@ def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
 
 
 @click.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
-@click.option("-l", "--logfile", metavar="FILE", help="Append the log to FILE; without it nobody keeps it.")
+@click.option("-l", "--logfile", metavar="FILE", help="Append the log to FILE. Without it the log is not kept.")
 @click.option("-t", "--timestamp", is_flag=True, help="Put the time in front of each line.")
 @click.option("-p", "--print-always", is_flag=True, help="Print this run's log even if COMMAND succeeds.")
 @_version
@@ -122,8 +122,8 @@ def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
 def _cronlog(logfile: str | None, timestamp: bool, print_always: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND, log what it says, and print this run's log if it fails.
 
-    Exits with the status of COMMAND, or 128+N where signal N ended it. A log that cannot be written ends nothing: this
-    is said, and the run's log printed. What COMMAND leaves running is not waited for.
+    Exits with the status of COMMAND, or 128+N where signal N ended it. A log that cannot be written does not end
+    COMMAND: cronlog says so, and prints the run's log. It does not wait for what COMMAND leaves running.
     """
 
     def warn(error: BlockdiffError) -> None:

@@ -94,8 +94,8 @@ def _failed(error: BaseException) -> int:
     known = of_system(error)
     if known is None:
         known = BlockdiffError(
-            f"this is a fault in blockdiff: {type(error).__name__}: {printable(str(error), 500)}",
-            f"report it, with the file that is written when it is run again with {TRACE}=FILE in the environment",
+            f"this is a bug in blockdiff: {type(error).__name__}: {printable(str(error), 500)}",
+            f"run it again with {TRACE}=FILE in the environment, and report it with that file",
         )
     say_error(known)
     return known.exit_status

@@ -17,17 +17,17 @@ from blockdiff.transport.address import Address
 
 @click.command("repair")
 @click.argument("name", shell_complete=completion.chains)
-@click.option("--source", metavar="SOURCE", help="Do nothing but let the chain go on with its source under this name.")
+@click.option("--source", metavar="SOURCE", help="Only let the chain continue with its source under this name.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done, or would be, as JSON.")
 def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None:
-    """Put the chain NAME in order, and say what was done.
+    """Repair the chain NAME, and report what was done.
 
-    NAME.ver, manifests and digest tables are rebuilt from what is there. Behind the last generation that can be
-    restored, what cannot is set aside: renamed to ….aside-1, not removed. Reads everything. Run again, nothing is left
-    to do. Exit status 5 where generations are lost.
+    NAME.ver, manifests and digest tables are rebuilt from the files that exist. What follows the last generation that
+    can be restored is set aside: renamed to ….aside-1, not removed. Reads everything. A second run finds nothing to
+    do. Exit status 5 if generations are lost.
 
-    With --source nothing is read or repaired: the last manifest gets another name of the same source, because its host
+    With --source nothing is read or repaired: the last manifest gets a new name of the same source, because its host
     was renamed, or is written otherwise. The one that was there is set aside.
 
     \b

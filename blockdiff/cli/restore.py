@@ -68,7 +68,7 @@ def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, ve
     """
     _refuse_elsewhere(name, path)
     if salvages and dry_run:
-        raise UsageError("--salvage finds out what is lost while it reads: leave --dry-run away")
+        raise UsageError("--salvage finds out what is lost while it reads: omit --dry-run")
     chain_name, number = split_name(name)
     with Chain(chain_name) as chain:
         generation = chain.generation(number)
@@ -92,7 +92,7 @@ def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, ve
 
 
 def _refuse_elsewhere(name: str, path: str) -> None:
-    """Raise `UsageError` for what is no place of this machine: an image is not written in order."""
+    """Raise `UsageError` for what is not a place on this machine: an image is not written in order."""
     if path == "-":
         raise UsageError(
             "a restore writes to a file or a block device, not to standard output",
@@ -140,8 +140,8 @@ def _look(chain: Chain, needed: list[Generation], out: FileTarget | DeviceTarget
         )
     if isinstance(out, FileTarget) and outcome.image_size is not None and out.free_bytes() < outcome.image_size:
         outcome.warnings.append(
-            f"the image has {shown_size(outcome.image_size)}, and {shown_size(out.free_bytes())} are free for "
-            f"{printable(out.path)}: there is room only if enough of it is zeros, which take none"
+            f"the image has {shown_size(outcome.image_size)}, but only {shown_size(out.free_bytes())} are free for "
+            f"{printable(out.path)}: it fits only if enough of it is zeros, which take no room"
         )
 
 
@@ -165,14 +165,14 @@ def _restore(
         raise
     if needed[0].manifest_error is not None:
         error = needed[0].manifest_error.message
-        outcome.warnings.append(f"{error}; every block was restored and compared all the same")
+        outcome.warnings.append(f"{error}; but every block was restored and compared")
 
 
 def _warn_of_mixture(outcome: _Outcome, done: int) -> None:
     size = "" if outcome.image_size is None else f" of {shown_size(outcome.image_size)}"
     say(
-        f"warning: {printable(outcome.target)} is a mixture now: {shown_size(done)}{size} of generation "
-        f"{outcome.generation} were written over what was there; do not use it before a restore to it is complete"
+        f"warning: {printable(outcome.target)} is incomplete now: {shown_size(done)}{size} of generation "
+        f"{outcome.generation} were written over its old content; do not use it before a restore to it is complete"
     )
 
 
@@ -194,15 +194,15 @@ def _write(
     outcome.image_size, outcome.lost = found.image_size, found.lost
     outcome.notes += found.notes
     if not found.lost:
-        outcome.warnings.append("--salvage, and nothing is lost: every block was found and compared")
+        outcome.warnings.append("--salvage was not needed: every block was found and compared")
 
 
 def _after_damage(hint: str | None, outcome: _Outcome) -> str:
     """Return `hint` with what is to be done next."""
     said = "" if hint is None else f"{hint}; or "
     return (
-        f"{said}restore a generation that is sound (blockdiff verify {shlex.quote(printable(outcome.name))} tells), "
-        f"or what is sound of this one: {salvage_command(outcome.name, outcome.generation)}"
+        f"{said}restore a sound generation (blockdiff verify {shlex.quote(printable(outcome.name))} says which),"
+        f" or what is sound of this one: {salvage_command(outcome.name, outcome.generation)}"
     )
 
 

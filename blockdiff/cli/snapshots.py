@@ -32,9 +32,9 @@ def command(
 ) -> None:
     """Show or remove the LVM snapshots that runs left on a host.
 
-    HOST is [user@]host or ssh://[user@]host[:port]/; without it, this machine. What is shown is for which chain each
-    was made, and why it is there. No run removes one that was kept for a volume or a chain that is gone: that is what
-    --remove is for. Snapshots that blockdiff did not make are neither shown nor removed.
+    HOST is [user@]host or ssh://[user@]host[:port]/; without it, this machine. Shows for which chain each was made, and
+    why it exists. No run removes one that was kept for a volume or a chain that no longer exists: use --remove.
+    Snapshots that blockdiff did not make are neither shown nor removed.
 
     \b
     Examples:
@@ -70,7 +70,7 @@ def _address(host: str | None) -> Address:
 def _print_table(found: Sequence[Left]) -> None:
     if not found:
         return
-    rows = [("snapshot", "volume", "size", "made", "chain", "why it is there")]
+    rows = [("snapshot", "volume", "size", "made", "chain", "why it exists")]
     rows += [
         (
             left.name,

@@ -62,6 +62,6 @@ def lost() -> str | None:
 
 def _text(descriptor: _Descriptor, encoding: str | None) -> io.TextIOWrapper:
     encoding = encoding or "utf-8"
-    # what cannot be encoded must not end a command either: of UTF-8, bytes of names that are no text
+    # what cannot be encoded must not end a command either: of UTF-8, bytes of names that are not text
     errors = "surrogateescape" if encoding.lower() in ("utf-8", "utf8") else "backslashreplace"
     return io.TextIOWrapper(io.BufferedWriter(descriptor), encoding, errors, line_buffering=True)

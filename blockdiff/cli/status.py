@@ -64,11 +64,11 @@ class _Plugin(click.Command):
     help="Write metrics for the node exporter to FILE as well.",
 )
 def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, metrics: str | None) -> None:
-    """Say how chains are doing, for monitoring.
+    """Report the state of chains, for monitoring.
 
     One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
-    3 unknown, usage errors included. Of NAME itself and NAME-DATE of `backup --chain` the newest counts. Looks at
-    names, sizes and manifests; `verify` reads the data.
+    3 unknown, usage errors included. For chains of `backup --chain`, NAME stands for the newest
+    NAME-DATE. Looks at names, sizes and manifests; `verify` reads the data.
 
     \b
     Example:

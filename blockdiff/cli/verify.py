@@ -44,13 +44,13 @@ class Subset(click.ParamType[tuple[int, int]]):
         """Return K and N."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(value))
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            self.fail(f"{printable(str(value), 100)!r} is no part like 3/7", param, ctx)
+            self.fail(f"{printable(str(value), 100)!r} is not a part like 3/7", param, ctx)
         return int(match[1]), int(match[2])
 
 
 @click.command("verify")
 @click.argument("name", shell_complete=completion.chains)
-@click.option("--deep", is_flag=True, help="Put every image together as well, as a restore does, and keep nothing.")
+@click.option("--deep", is_flag=True, help="Also merge every image, as a restore does, and keep nothing.")
 @click.option("--subset", type=Subset(), metavar="K/N", help="Prove the K-th of N parts: N runs prove everything.")
 @click.option("--source", metavar="SOURCE", help="Compare the newest generation, or NAME@N, with a source instead.")
 @click.option("--transport", type=click.Choice(list(transport.NAMES)), help="To the SOURCE, as for backup.")
@@ -67,9 +67,10 @@ def command(
 ) -> None:
     """Prove that generations restore exactly: all of NAME, or NAME@N.
 
-    Of NAME-DATE of `backup --chain` the newest is verified as NAME.
+    For chains of `backup --chain`, NAME stands for the newest NAME-DATE.
 
-    Reads everything once, writes nothing. Silent when all is well and standard output is no terminal.
+    Reads everything once, writes nothing. Prints nothing when all is well, unless standard
+    output is a terminal.
 
     \b
     Examples:
@@ -79,10 +80,10 @@ def command(
     """
     chain_name, number = split_name(name)
     if number is not None and subset is not None:
-        raise UsageError("--subset chooses among all generations: leave @N away")
+        raise UsageError("--subset chooses among all generations: omit @N")
     if source is not None:
         if deep or subset is not None:
-            raise UsageError("--source compares, --deep and --subset prove: do one after the other")
+            raise UsageError("--source cannot be combined with --deep or --subset: run one after the other")
         _compare(_chosen(chain_name, number).chain, number, source, transport, ssh_options, as_json)
         return
     meant = _chosen(chain_name, number)
@@ -117,7 +118,7 @@ def _chosen(name: str, number: int | None) -> Meant:
 
 
 def _total(chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None) -> int | None:
-    """Return how many bytes will be looked at, of deltas and of images; None where no manifest tells."""
+    """Return how many bytes will be looked at, of deltas and of images; None where no manifest says."""
     part, parts = subset or (0, 1)
     last = chain.last() if number is None else number
     proven = [n for n in chain.generations if number in (None, n) and n <= last and (n - part) % parts == 0]

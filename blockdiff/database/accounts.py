@@ -138,7 +138,7 @@ def from_url(text: str) -> Account:
     except ValueError:
         raise UsageError("the URL of the database is not valid", _ENCODE) from None  # its cause quotes the URL
     if url.scheme not in ("mysql", "mysql+ssh") or not text.startswith(f"{url.scheme}://"):
-        raise UsageError("the database is neither mysql://USER@HOST/ nor mysql+ssh://USER@/ nor the word ssh")
+        raise UsageError("the database must be mysql://USER@HOST/, mysql+ssh://USER@/ or the word ssh")
     given = _given(url, port)
     if url.scheme == "mysql":
         return _complete(given, _options_for(given))
@@ -164,8 +164,8 @@ def _given(url: SplitResult, port: int | None) -> LoginOptions:
         raise UsageError(f"the URL of the database has more than a database name and {known}", _ENCODE)
     if url.password:
         raise UsageError(
-            "the URL of the database has a password in it, which others see in the list of processes",
-            "leave it out, and give it in MYSQL_PWD or in an option file of mode 0600 (?defaults-file=PATH)",
+            "the URL of the database contains a password, which others can see in the list of processes",
+            "put it in MYSQL_PWD or in an option file of mode 0600 (?defaults-file=PATH)",
         )
     return LoginOptions(
         user=None if url.username is None else unquote(url.username),
@@ -198,7 +198,7 @@ def _complete(given: LoginOptions, options: Mapping[str, str | None]) -> Account
     if host == "localhost" and given.port is None and socket is None:
         socket = options.get("socket") or next((path for path in SOCKETS if os.path.exists(path)), None)
     elif host != "localhost" and socket is not None:
-        raise UsageError(f"a socket is of this machine, and not of {printable(host, 200)}", "leave one of the two out")
+        raise UsageError(f"a socket is on this machine, not on {printable(host, 200)}", "give one of the two")
     network = {**options, **given.network}
     return Account(
         user=given.user or options.get("user") or os.environ.get("USER") or "root",
@@ -229,7 +229,7 @@ def _tls(options: Mapping[str, str | None]) -> Tls | None:
     if off or not wanted:
         return None
     if mode == "VERIFY_CA" and not (files["ca"] or files["capath"]):
-        raise UsageError("ssl-mode=VERIFY_CA needs an authority of your own", "name its certificate: ssl-ca=FILE")
+        raise UsageError("ssl-mode=VERIFY_CA needs your own authority", "name its certificate: ssl-ca=FILE")
     return Tls(**files, checks_name=mode != "VERIFY_CA")
 
 
@@ -254,5 +254,5 @@ def _port(text: str | None) -> int:
     if text is None:
         return DEFAULT_PORT
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
-        raise UsageError(f"the option file says port={printable(text, 20)!r}, which is no port")
+        raise UsageError(f"the option file says port={printable(text, 20)!r}, which is not a port")
     return int(text)

@@ -43,15 +43,13 @@ class Bounds:
             raise self._late() from error
         self._left -= count
         if self._left < 0:
-            raise DatabaseError(
-                f"more than {ANSWER_LIMIT >> 20} MiB came for one answer", "is it a database that answers?"
-            )
+            raise DatabaseError(f"one answer had more than {ANSWER_LIMIT >> 20} MiB", "is that a database server?")
         if time.monotonic() > self._deadline:
             raise self._late()
         return count
 
     def _late(self) -> TimedOut:
-        return TimedOut(f"no whole answer came within {self._seconds:g} s")
+        return TimedOut(f"no complete answer came within {self._seconds:g} s")
 
 
 class _Socket(socket.socket):

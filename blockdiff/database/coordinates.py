@@ -19,7 +19,7 @@ _GTIDS = ("gtid", "Value", "Gtid_Slave_Pos", "Executed_Gtid_Set")
 _DIGITS = 19
 #: Most sources of a replica.
 _CHANNELS = 1000
-_ODD = "is it a MySQL or MariaDB server that answers?"
+_ODD = "is it a MySQL or MariaDB server?"
 
 MARIADB = "mariadb"
 MYSQL = "mysql"
@@ -42,7 +42,7 @@ class Version:
         # some proxies put before MariaDB's version what its protocol tells old clients
         numbers = text.removeprefix("5.5.5-").partition("-")[0].split(".")
         if len(numbers) < 3 or not all(_is_number(number, 3) for number in numbers[:3]):
-            raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which says nothing")
+            raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not understood")
         return cls(text, flavour, (int(numbers[0]), int(numbers[1]), int(numbers[2])))
 
     def is_mysql(self, *since: int) -> bool:
@@ -270,20 +270,20 @@ def replica_statement(coordinates: Coordinates) -> str:
     version = Version.parse(coordinates.server_version)
     # one of an older version of this program may have them, and no escape in SQL stands for most of them
     if not (coordinates.binlog_file + (coordinates.gtid or "")).isprintable():
-        raise DatabaseError("the coordinates of this generation have control characters in them", _ODD)
+        raise DatabaseError("the coordinates of this generation contain control characters", _ODD)
     new_words = version.is_mysql(8, 0, 23)
     change, prefix = ("CHANGE REPLICATION SOURCE TO", "SOURCE") if new_words else ("CHANGE MASTER TO", "MASTER")
     settings = []
     lines = [
         f"-- {_name(version)}: a restored copy becomes a replica of the server that was backed up.",
-        f"-- Give the copy a server_id of its own{_new_uuid(version)}, and execute first",
+        f"-- Give the copy its own server_id{_new_uuid(version)}, and execute first",
         f"--   {change} {prefix}_USER=..., {prefix}_PASSWORD=..., {prefix}_HOST=...;",
     ]
     if coordinates.gtid and version.flavour == MARIADB:
         lines.append(f"SET GLOBAL gtid_slave_pos={_quoted(coordinates.gtid)};")
         settings.append("MASTER_USE_GTID=slave_pos")
     elif coordinates.gtid:  # gtid_executed came with the data: the copy knows what it has
-        lines.append(f"-- its gtid_executed is to be {printable(coordinates.gtid, 100_000)}")
+        lines.append(f"-- its gtid_executed must be {printable(coordinates.gtid, 100_000)}")
         settings.append(f"{prefix}_AUTO_POSITION=1")
     else:
         settings.append(f"{prefix}_LOG_FILE={_quoted(coordinates.binlog_file)}")

@@ -58,7 +58,7 @@ class _Reader:
         name, value = _option(line)
         if name == "password" and value and not private:
             raise UsageError(
-                f"the option file {printable(path)} has a password in it and can be read by others",
+                f"the option file {printable(path)} contains a password and can be read by others",
                 f"chmod 600 {printable(path)}",
             )
         self.options[name] = value

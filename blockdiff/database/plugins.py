@@ -105,7 +105,7 @@ def handlers(password: bytes, trusted: bool, key_is_known: bool) -> dict[str, Ca
 
 def _refusal(name: str) -> DatabaseError:
     return DatabaseError(
-        f"whoever answers there asks for the password itself ({name}), and nothing proves that it is the server:"
+        f"the server asks for the password itself ({name}), but nothing proves that it is the server:"
         " the connection is not encrypted",
         _HINT,
     )

@@ -30,8 +30,8 @@ def check(rows: Rows, hold_s: float) -> None:
     limit_s = min(TIMEOUT_S, hold_s)
     if interval_s >= limit_s:
         raise DatabaseError(
-            f"InnoDB writes its redo log every {interval_s} s only, and the lock would have to be held until then:"
-            f" {limit_s:g} s are the most (--max-hold is {hold_s:g} s)",
+            f"InnoDB writes its redo log only every {interval_s} s, and the lock would have to be held until then:"
+            f" {limit_s:g} s is the limit (--max-hold is {hold_s:g} s)",
             "set innodb_flush_log_at_trx_commit=1 or =2 there, or innodb_flush_log_at_timeout=1",
         )
 
@@ -44,7 +44,7 @@ def wait(rows: Rows) -> None:
         if time.monotonic() > deadline:
             raise DatabaseError(
                 f"InnoDB has not written its redo log for {TIMEOUT_S:g} s while the database was locked",
-                "with innodb_flush_log_at_trx_commit=1 or =2 there it does so at each commit",
+                "set innodb_flush_log_at_trx_commit=1 or =2 there: each commit is then written at once",
             )
         time.sleep(_POLL_INTERVAL_S)
         _, written = _numbers(rows)
@@ -58,5 +58,5 @@ def _numbers(rows: Rows) -> tuple[int, int]:
             return int(match[1]), int(match[2])
     raise DatabaseError(
         "InnoDB does not say how much of its redo log is written",
-        "with innodb_flush_log_at_trx_commit=1 or =2 there nobody has to ask",
+        "set innodb_flush_log_at_trx_commit=1 or =2 there: blockdiff then need not know",
     )

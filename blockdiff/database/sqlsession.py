@@ -34,19 +34,19 @@ _GARBLED = (
 _PROTOCOL_HINT = "is that a MySQL or MariaDB server?"
 _TLS_HINT = (
     "the certificate must be of the authority in ssl-ca (without it: of one that this machine trusts), and of this host"
-    " name: ssl-mode=VERIFY_CA leaves that out"
+    " name (ssl-mode=VERIFY_CA does not check the name)"
 )
 _PRIVILEGES = re.compile(r"\bthe (.+?) privilege")
 
 #: Hints for error numbers of the server and of the client.
 _HINTS = {
     1040: "raise max_connections, or keep one for SUPER",
-    1044: "leave the database name out, or grant the account the use of it",
+    1044: "omit the database name, or grant the account the use of it",
     1045: "check user and password, which comes from an option file of mode 0600 or MYSQL_PWD",
-    1049: "leave the database name out: the lock needs none",
+    1049: "omit the database name: the lock does not need one",
     1129: "FLUSH HOSTS there lets this machine in again",
     1130: "create the account for this machine: CREATE USER 'name'@'this machine'",
-    1698: "the account logs in by another way: as its own Unix user through the socket (unix_socket), for one",
+    1698: "the account logs in another way, such as unix_socket: as its own Unix user through the socket",
     2026: "let it have ssl_cert and ssl_key, or go through SSH: mysql+ssh://USER@/",
     3159: "?ssl-ca=FILE encrypts the connection, mysql+ssh://USER@/ goes through SSH",
     2059: "give the account a usual way to log in, such as mysql_native_password or caching_sha2_password",
@@ -123,7 +123,7 @@ class SqlSession:
         except self._errors.MySQLError as error:
             cause = getattr(error, "original_exception", None)
             if isinstance(cause, ssl.SSLError):
-                raise DatabaseError(f"{refused}: no TLS with it: {_reason(cause)}", _TLS_HINT) from error
+                raise DatabaseError(f"{refused}: TLS failed: {_reason(cause)}", _TLS_HINT) from error
             number, said = _parts(error)
             raise DatabaseError(f"{refused}: {said}", _HINTS.get(number)) from error
         except DatabaseError as error:
@@ -131,7 +131,7 @@ class SqlSession:
         except RuntimeError as error:  # of a way to log in that needs a package
             raise DatabaseError(f"{refused}: {printable(str(error), 200)}", "install it beside blockdiff") from error
         except _GARBLED as error:
-            raise DatabaseError(f"{refused}: it does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
+            raise DatabaseError(f"{refused}: it does not follow MySQL's protocol", _PROTOCOL_HINT) from error
 
     def __enter__(self) -> "SqlSession":
         return self
@@ -165,9 +165,9 @@ class SqlSession:
             raise type(error)(f"{self.place}: {error.message}", error.hint) from error
         except _GARBLED as error:
             self.close()
-            raise DatabaseError(f"{self.place} does not keep to MySQL's protocol", _PROTOCOL_HINT) from error
+            raise DatabaseError(f"{self.place} does not follow MySQL's protocol", _PROTOCOL_HINT) from error
         if len(found) > _ROWS_LIMIT:
-            raise DatabaseError(f"{self.place}: {len(found)} rows came for one answer", _PROTOCOL_HINT)
+            raise DatabaseError(f"{self.place}: one answer had {len(found)} rows", _PROTOCOL_HINT)
         return [dict(zip(columns, row)) for row in found]
 
     def execute(self, statement: str) -> None:

@@ -182,7 +182,7 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
 class Sound(NamedTuple):
     """A piece of a damaged file that can be decompressed.
 
-    `begins_file` and `begins_member` tell where it does not just go on behind the piece before it.
+    `begins_file` and `begins_member` tell where it does not just go on after the piece before it.
     """
 
     data: bytes
@@ -294,7 +294,7 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
         elif _GZIP_MAGIC.startswith(header):
             raise source.cut_off("gzip member")
         else:
-            raise source.damaged("what follows a gzip member is none")
+            raise source.damaged("what follows a gzip member is not one")
 
 
 def _sized_gzip(source: _Input, rest: bytes) -> Task:
@@ -316,7 +316,7 @@ def _sized_gzip(source: _Input, rest: bytes) -> Task:
         if not inflate.eof or inflate.unused_data or len(data) != size:
             raise source.damaged("a gzip member does not end where it says")
         if isal_zlib.crc32(data) != crc:
-            raise source.damaged("a gzip member has another checksum than its content")
+            raise source.damaged("the checksum of a gzip member does not match its content")
         return data
 
     return task
@@ -357,7 +357,7 @@ def _zstd_tasks(source: _Input) -> Iterator[Task]:
         elif _ZSTD_MAGIC.startswith(header) or _ZSTD_SIZED.startswith(header[: len(_ZSTD_SIZED)]):
             raise source.cut_off("zstd frame")
         else:
-            raise source.damaged("what follows a zstd frame is none")
+            raise source.damaged("what follows a zstd frame is not one")
 
 
 def _sized_zstd(source: _Input, frame: bytes) -> Task:

@@ -167,7 +167,7 @@ class DeltaReader:
         rest = bytes(self._cursor.read(_HEADER_2.size - 4, "its header"))
         magic, self.block_size, self.image_size = _HEADER_2.unpack(first + rest)
         if magic != _MAGIC:
-            raise self._cursor.damaged("it is no delta")
+            raise self._cursor.damaged("it is not a delta")
         if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
             raise self._cursor.damaged(f"its image size is {self.image_size}")
         self.format = 2

@@ -26,7 +26,7 @@ _U32 = struct.Struct("<I")
 _MAGIC = b"\0\0\0\0BDt2"
 _SPARSE_HEADER = struct.Struct("<8sIQ")
 _PIECE = 1 << 20
-_HINT = "restore it from a copy, or begin anew with --full"
+_HINT = "restore it from a copy, or store everything again with --full"
 
 
 class _Layout(ABC):
@@ -117,13 +117,15 @@ class TableReader:
         if length < 0 or rest or not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
             raise DamagedError(
                 f"{self._where} is damaged: {self._length} bytes with a block size of {block_size} "
-                f"are no table of {self.digest_size}-byte digests",
+                f"are not a table of {self.digest_size}-byte digests",
                 _HINT,
             )
         return _Plain(block_size, count, self.digest_size)
 
     def _sparse(self, first: bytes) -> _Layout:
-        damaged = DamagedError(f"{self._where} is damaged: its {self._length} bytes are no sparse digest table", _HINT)
+        damaged = DamagedError(
+            f"{self._where} is damaged: its {self._length} bytes are not a sparse digest table", _HINT
+        )
         start = _SPARSE_HEADER.size + self.digest_size
         if self._length < start:
             raise damaged

@@ -63,7 +63,7 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
             while data := read(_CHUNK):
                 child.stdin.write(data)
         except BrokenPipeError:
-            pass  # lzop gave up; its exit status tells
+            pass  # lzop gave up; its exit status says so
         except BlockdiffError as error:
             failures.append(error)
         _close(child)
@@ -76,7 +76,7 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
         output = output_file.fileno()
         while True:
             if not select.select([output], [], [], TIMEOUT_S)[0]:
-                raise ProcessError(f"lzop gave nothing for {TIMEOUT_S:g} s")
+                raise ProcessError(f"lzop wrote nothing for {TIMEOUT_S:g} s")
             data = os.read(output, _CHUNK)
             if not data:
                 break
@@ -96,7 +96,7 @@ def _wait(child: "subprocess.Popen[bytes]") -> None:
     try:
         status = child.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise ProcessError(f"lzop was not done after {TIMEOUT_S:g} s") from error
+        raise ProcessError(f"lzop did not end within {TIMEOUT_S:g} s") from error
     if status != 0:
         raise ProcessError(f"lzop {process.status_text(status)}")
 
@@ -106,4 +106,4 @@ def _close(child: "subprocess.Popen[bytes]") -> None:
         if child.stdin is not None:
             child.stdin.close()
     except OSError:
-        pass  # lzop gave up before it had read everything; its exit status tells
+        pass  # lzop gave up before it had read everything; its exit status says so

@@ -73,7 +73,7 @@ class SnapshotRecord:
 
     `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
     `fill_percent` the highest fill level seen (thick), `extents` says how the extents were known that were read:
-    ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and held against them), None (all was).
+    ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and compared with them), None (all was).
     `apart_s` is how many seconds lay between the snapshots of a run at most, None where it had one.
     """
 
@@ -152,7 +152,7 @@ class Manifest:
         except DamagedError as error:
             raise ChainError(f"{unreadable}: {error.message}") from error
         if not same:
-            raise ChainError(f"{unreadable}: it would say something else")
+            raise ChainError(f"{unreadable}: it would be read differently")
 
 
 def from_bytes(content: bytes, path: str) -> Manifest:
@@ -197,7 +197,7 @@ class _Fields:
 
     def unfit(self, name: str) -> DamagedError:
         """Return the error for a field."""
-        return DamagedError(f"{self._path} is damaged: {name} is missing or unfit")
+        return DamagedError(f"{self._path} is damaged: {name} is missing or not valid")
 
     def optional(self, name: str, kind: type[Value]) -> Value | None:
         """Return a field that may be ``null`` or missing."""
@@ -226,7 +226,7 @@ class _Fields:
         try:
             return None if holder is None else coordinates.from_fields(holder)
         except ValueError as error:
-            raise DamagedError(f"{self._path} is damaged: {error} is missing or unfit") from error
+            raise DamagedError(f"{self._path} is damaged: {error} is missing or not valid") from error
 
 
 def _is_count(value: object) -> bool:

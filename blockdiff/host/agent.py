@@ -89,7 +89,7 @@ class Agent:
         try:
             found, fields = self._orders.get(timeout=ORDER_TIMEOUT_S)
         except queue.Empty as error:
-            raise ProtocolError("no word of the server for {:g} s".format(ORDER_TIMEOUT_S)) from error
+            raise ProtocolError("nothing from the server for {:g} s".format(ORDER_TIMEOUT_S)) from error
         if found not in kinds:
             names = wire.kind_name(found), wire.kind_name(kinds[0])
             raise ProtocolError("the server sent a frame of kind {} in place of {}".format(*names))
@@ -142,7 +142,7 @@ class Agent:
             self._feed = TableFeed(self._link, blocks.digest_named(wire.text(order, "digest")).size, count)
 
     def _open_relay(self, order: Dict[str, object]) -> None:
-        """Connect to a socket of this machine for the server; one that cannot be reached is no reason to end."""
+        """Connect to a socket of this machine for the server; one that cannot be reached does not end the agent."""
         (port,) = wire.integers(order, "port")
         try:
             sockets, port = self._grant.check_sockets(wire.texts(order, "sockets"), port)
@@ -336,7 +336,7 @@ def _check_claim(audit: Audit, run: Run) -> None:
     if wrong >= 0:
         raise SourceError(
             "the audit failed: thin_delta did not report the change at offset {}".format(wrong),
-            "runs with --keep-snapshot before this one may have missed changes: go on with --full, and without it",
+            "earlier runs with --keep-snapshot may have missed changes: use --full now, without --keep-snapshot",
         )
 
 

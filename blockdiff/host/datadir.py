@@ -78,7 +78,7 @@ def look(directory: str) -> Look:
     except OSError as error:
         raise SourceError(
             "cannot look into the database's directory {}: {}".format(printable(directory), error.strerror),
-            "what belongs to the database must be known: let the login on the host read it",
+            "blockdiff must know what belongs to the database: let the login on the host read it",
         ) from error
     return Look(places, unlogged)
 

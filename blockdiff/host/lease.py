@@ -27,10 +27,10 @@ def open_for_reading(path: bytes) -> int:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise SourceError(
-                    "cannot open {}: {} has a lease on it and did not let go for {:g} s".format(
+                    "cannot open {}: {} has a lease on it and did not release it for {:g} s".format(
                         path.decode("utf-8", "replace"), _holder(os.stat(path).st_ino), TIMEOUT_S
                     ),
-                    "run again when that program is done with it",
+                    "run again when that program has closed it",
                 ) from error
         time.sleep(_POLL_S)
 

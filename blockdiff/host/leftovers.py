@@ -71,7 +71,9 @@ def remove(names: Sequence[str]) -> Tuple[List[str], List[str]]:
                 "name it GROUP/bd_..., as `blockdiff snapshots` lists it; nothing was removed",
             )
         if state(ours[name]) == RUNNING:
-            raise SourceError("a run is at work on the snapshot {}".format(name), "let it finish; nothing was removed")
+            raise SourceError(
+                "a run is using the snapshot {}".format(name), "wait until it has finished; nothing was removed"
+            )
     removed, failures = [], []
     for name in names:
         try:

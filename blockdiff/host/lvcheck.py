@@ -47,7 +47,7 @@ def find(path: str) -> Volume:
     except ProcessError as error:
         if os.geteuid() != 0:
             raise SourceError(
-                "LVM tells nobody but root whether {} is a logical volume".format(printable(path)),
+                "only root can see whether {} is a logical volume".format(printable(path)),
                 "log in as root, or let the agent run as root: see SECURITY.md",
             ) from error
         raise SourceError(
@@ -86,7 +86,7 @@ def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
         return []
     if keep:
         raise SourceError(
-            "the snapshot of {} cannot be kept: it is no thin volume".format(volume.full_name),
+            "the snapshot of {} cannot be kept: it is not a thin volume".format(volume.full_name),
             "run without --keep-snapshot",
         )
     needed = size_in_bytes(size, volume)
@@ -121,8 +121,8 @@ def _check_fit(volume: Volume) -> None:
 def resume_hint(volume: Volume) -> str:
     """Return what to do about a volume that is suspended: what writes to it waits for ever."""
     return (
-        "nothing can write to {}: an LVM command was killed half-way, unless one is at work just now; "
-        "`dmsetup resume {}` on the host lets it go on".format(volume.full_name, os.path.basename(volume.dm_path))
+        "nothing can write to {}: an LVM command was killed half-way, or is still running; if none is, "
+        "`dmsetup resume {}` on the host lets writers go on".format(volume.full_name, os.path.basename(volume.dm_path))
     )
 
 
@@ -142,9 +142,7 @@ def _check_pool(volume: Volume) -> None:
             hint = "extend it first (lvextend{}), or free some of it".format(" --poolmetadatasize" * (what != "data"))
             if level is not None and level >= POOL_LIMIT_PERCENT:
                 raise SourceError(
-                    "the {} of {} is {:g}% full: a snapshot could bring all its volumes to a stop".format(
-                        what, name, level
-                    ),
+                    "the {} of {} is {:g}% full: a snapshot could stop all its volumes".format(what, name, level),
                     hint,
                 )
             if level is not None and level > limit:
@@ -180,7 +178,7 @@ def size_in_bytes(text: str, origin: Volume) -> int:
         return _in_extents(min(DEFAULT_SIZE, origin.group_free, full_size(origin)), origin)
     match = _SIZE.fullmatch(text)
     if not match or int(match.group(1)) == 0:
-        raise SourceError("{} is no snapshot size".format(printable(text, 100)), "use 20%, or a number with M or G")
+        raise SourceError("{} is not a snapshot size".format(printable(text, 100)), "use 20%, or a number with M or G")
     number, unit = match.groups()
     wanted = origin.size * int(number) // 100 if unit == "%" else int(number) * _UNITS[unit.upper()]
     return _in_extents(wanted if wanted < origin.size else full_size(origin), origin)

@@ -169,7 +169,7 @@ def setting(name: str) -> Optional[int]:
 def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = None) -> None:
     """Run an LVM command that changes the volume group `group`, which is never killed (`process.run_gently`).
 
-    Raises `ProcessError`, and `LateError` where it was not done after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    Raises `ProcessError`, and `LateError` where it did not end within `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
     """
     timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     begun = int(time.time())
@@ -178,7 +178,7 @@ def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = No
     except process.DeadlineError as error:
         if is_waiting_for_udev(begun):
             raise LateError(
-                "{} was not done after {:g} s{}: it waits for udev, which does not answer".format(
+                "{} did not end within {:g} s{}: it waits for udev, which does not answer".format(
                     arguments[0], timeout_s, error.more
                 ),
                 "see `systemctl status systemd-udevd` and `dmsetup udevcookies` on the host",
@@ -207,7 +207,7 @@ def _check(command: str, completed: process.Completed) -> None:
 
 def _locked(command: str, place: str, timeout_s: float, more: str = "") -> LateError:
     return LateError(
-        "{} was not done after {:g} s{}: another LVM command seems to hold the lock of the volume group of {}".format(
+        "{} did not end within {:g} s{}: another LVM command seems to hold the lock of the volume group of {}".format(
             command, timeout_s, more, printable(place)
         ),
         "ps -C lvcreate,lvremove,lvextend,lvconvert,pvmove,vgcfgbackup on the host shows which",
@@ -245,7 +245,7 @@ def parse_report(output: bytes) -> List[Volume]:
 
 def _volume(row: Dict[str, str]) -> Volume:
     if not all(isinstance(value, str) for value in row.values()):
-        raise TypeError("a column is no text")
+        raise TypeError("a column is not text")
     made = _TIME.fullmatch(row["lv_time"].strip())
     extent_size = int(row["vg_extent_size"])
     if extent_size <= 0:

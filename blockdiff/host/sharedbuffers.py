@@ -91,4 +91,4 @@ class SharedBuffers(pipeline.BufferPool):
             before = self._taken
             self._changed.wait(STALL_S)
             if self._taken == before:
-                raise ConnectionLost("the server took nothing for {:g} s".format(STALL_S), silent=True)
+                raise ConnectionLost("the server read nothing for {:g} s".format(STALL_S), silent=True)

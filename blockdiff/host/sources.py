@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     """How a thin volume is to be read; others are read from end to end in any case.
 
     With `hinted` only what changed since the snapshot that the last run kept, with `audited` all of it, and that is
-    held against what changed since then; where it is a `full` generation only what is mapped.
+    checked against what changed since then; where it is a `full` generation only what is mapped.
     """
 
     hinted: bool = False
@@ -61,7 +61,7 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
-        """Return what to read, and what an audit is to be held against."""
+        """Return what to read, and what an audit is to be checked against."""
 
     def opened(self) -> Dict[str, object]:
         """Return what the server should know of what is read."""

@@ -96,7 +96,7 @@ def covering(ranges: List[Range], meaning: Dict[str, str], gap: str, size: int) 
     for kind, begin, end in ranges + [("", size, size)]:
         begin, end = min(begin, size), min(end, size)  # a pool block reaches beyond the end of the volume
         if begin < position or (kind and kind not in meaning):
-            raise HintError("thin_delta printed a range that cannot be: {} at {}".format(kind, begin))
+            raise HintError("thin_delta printed an impossible range: {} at {}".format(kind, begin))
         for next_state, first, last in ((gap, position, begin), (meaning.get(kind, gap), begin, end)):
             if last > first and next_state != state:
                 if first > start:
@@ -138,7 +138,7 @@ def _pool_of(volume: Volume) -> Tuple[str, str]:
     pools = lvs.volumes(volume.group, 'lv_name="{}"'.format(volume.pool))
     metadata = lvs.volumes(volume.group, 'lv_name="{}"'.format(pools[0].metadata)) if len(pools) == 1 else []
     if len(metadata) != 1:
-        raise HintError("the metadata of the thin pool {}/{} is not to be found".format(volume.group, volume.pool))
+        raise HintError("the metadata of the thin pool {}/{} cannot be found".format(volume.group, volume.pool))
     return pools[0].dm_path + "-tpool", metadata[0].dm_path
 
 
@@ -148,11 +148,9 @@ def _with_metadata_snapshot(pool: str, work: Callable[[], List[Range]]) -> List[
     release = "dmsetup message {} 0 release_metadata_snap".format(name)
     words = _dmsetup("status", pool).split()
     if len(words) < 8 or words[2] != "thin-pool":
-        raise HintError("the thin pool {} is not well: {}".format(name, printable(" ".join(words), 200)))
+        raise HintError("the thin pool {} is not healthy: {}".format(name, printable(" ".join(words), 200)))
     if words[6] != "-":
-        raise HintError(
-            "somebody holds the metadata snapshot of {}; if it is a run that was killed: {}".format(name, release)
-        )
+        raise HintError("the metadata snapshot of {} is in use; if by a run that was killed: {}".format(name, release))
     _message(pool, "reserve_metadata_snap")
     try:
         return work()
@@ -239,7 +237,7 @@ class DeltaReader:
         elif where == ("superblock",) and name == "diff" and self._diffs == 0:
             self._diffs = 1
             if {side: attributes.get(side) for side in self._ids} != self._ids:
-                raise HintError("thin_delta compared other volumes than those it was told to")
+                raise HintError("thin_delta compared other volumes than it was asked to")
         elif where == ("superblock", "diff") and name in CHANGED:
             if len(self._ranges) >= RANGE_LIMIT:
                 raise HintError("more than {} ranges changed".format(RANGE_LIMIT))

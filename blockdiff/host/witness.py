@@ -10,7 +10,7 @@ from blockdiff.shared import devices
 
 
 class Seen(NamedTuple):
-    """What happened to a source: `touched` is whether it was written to, None where nothing tells.
+    """What happened to a source: `touched` is whether it was written to, None where it is not known.
 
     `how` is that in words that follow its path, or how it is in use; "" where nobody used it and nothing happened.
     """
@@ -52,7 +52,7 @@ class Witness:
         if touched:
             how = "{} while it was read".format(how or "was written to" + self._through(written, use))
         elif touched is None:
-            how = "does not let it be known whether it was written to"
+            how = "does not report whether it was written to"
         return Seen(touched, " and ".join(part for part in (use, how) if part))
 
     def _is_written(self, device: str) -> bool:

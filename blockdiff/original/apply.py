@@ -38,7 +38,7 @@ def apply(pieces: Iterable[bytes], path: str) -> None:
 
 def _distrusted(error: BlockdiffError, path: str) -> BlockdiffError:
     return type(error)(
-        f"{error.message}; {printable(path)} is not to be trusted now",
+        f"{error.message}; {printable(path)} cannot be trusted now",
         "start again with the deltas from the first one on, from sound copies",
     )
 

@@ -30,7 +30,7 @@ _LOOK_S = 0.05
 
 @dataclass(frozen=True)
 class _Findings:
-    """What a command's output holds; `image_size` in bytes is None where it cannot be told from it."""
+    """What a command's output holds; `image_size` in bytes is None where it cannot be known from it."""
 
     delta_format: int
     block_size: int
@@ -87,8 +87,8 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
 def _old_table(base: Generation) -> TableReader:
     if base.digest != _DIGEST:
         raise ChainError(
-            f"{base.path(base.table_suffix)} is no MD5 table, and the descriptor protocol knows no other",
-            "go on with this chain by `blockdiff backup`, or begin another NAME",
+            f"{base.path(base.table_suffix)} is not an MD5 table, the only kind in the descriptor protocol",
+            "continue this chain with `blockdiff backup`, or use another NAME",
         )
     base.check_files()
     return base.open_table()
@@ -130,9 +130,8 @@ def _refuse_writers(command: Sequence[str], new: NewGeneration) -> None:
     while writers := inuse.writers_of_files([new.delta.path, new.table.path]):
         if time.monotonic() > deadline:
             raise ProcessError(
-                f"{printable(command[0])} ended, but what it wrote is not at its end: {writers[0]}; "
-                "the chain is as it was",
-                f"let that end first, or close its standard output and descriptor {NEW_TABLE_FD}",
+                f"{printable(command[0])} ended, but its output is still open: {writers[0]}; the chain is as it was",
+                f"wait until that has ended, or close its standard output and descriptor {NEW_TABLE_FD}",
             )
         time.sleep(_LOOK_S)
 

@@ -26,7 +26,7 @@ _RULE = b"-" * 78
 _IN_MEMORY = 1 << 20
 #: How long a log that is a pipe may take no more before it is given up, in seconds.
 _PATIENCE_S = 10.0
-#: What keeps a log from being opened, and is no mistake of whoever named it.
+#: What keeps a log from being opened, and is not a mistake of the user.
 _NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENXIO, errno.EAGAIN)
 #: What is opened as the very stream that it names, whatever that is.
 _STREAMS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}

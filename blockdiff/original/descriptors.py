@@ -85,8 +85,8 @@ class _Protocol:
 
     def __enter__(self) -> "_Protocol":
         hint = f"add {NEW_TABLE_FD}> NAME.md5 > NAME, or run this through blockdiff_backup"
-        check_given(NEW_TABLE_FD, os.O_WRONLY, "the new digest table has nowhere to go", hint)
-        check_given(DELTA_FD, os.O_WRONLY, "the delta has nowhere to go", hint)
+        check_given(NEW_TABLE_FD, os.O_WRONLY, "the new digest table has no output", hint)
+        check_given(DELTA_FD, os.O_WRONLY, "the delta has no output", hint)
         with self._stack as stack:
             self.old = stack.enter_context(_old_table()) if _access(OLD_TABLE_FD) is not None else None
             self.block_size = self.old.block_size if self.old is not None else self._block_size()

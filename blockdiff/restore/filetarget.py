@@ -56,7 +56,7 @@ class FileTarget(OffsetWriter):
         """Nothing to do: what is not written in a new file is zero, and takes no room."""
 
     def check(self) -> None:
-        """Raise `TargetError` where the file cannot be made, as far as can be told without making it."""
+        """Raise `TargetError` where the file cannot be made, as far as can be known without making it."""
         if not self._force and os.path.lexists(self.path):
             raise self._exists()
         try:
@@ -97,7 +97,7 @@ class FileTarget(OffsetWriter):
         if users:
             self.warnings.append(
                 f"{self._shown} is new, but the file that it replaced is still in use: {', '.join(users)}; "
-                "what is written there is lost: start that again"
+                "what is written there is lost: restart it"
             )
 
     def _give_name(self) -> None:
@@ -132,7 +132,7 @@ class FileTarget(OffsetWriter):
                 os.close(fd)
         except OSError as error:
             self.warnings.append(
-                f"{self._shown} is complete, but a power cut soon could take its name away: "
+                f"{self._shown} is complete, but its name may not survive a power cut: "
                 f"cannot sync {printable(self._directory)}: {error.strerror}"
             )
 

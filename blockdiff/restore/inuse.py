@@ -30,8 +30,8 @@ def users_of_device(number: int) -> list[str]:
 
     found = [
         *(f"it is mounted on {printable(mount.place)}" for mount in devices.mounts() if mount.device in numbers),
-        *(f"{_name(holder)} lies on it" for each in numbers for holder in _listed(_device(each) + "/holders")),
-        *(f"the loop device /dev/{name} lies on it" for name in _loop_devices(is_it)),
+        *(f"{_name(holder)} is on it" for each in numbers for holder in _listed(_device(each) + "/holders")),
+        *(f"the loop device /dev/{name} is on it" for name in _loop_devices(is_it)),
         *_processes(is_it),
     ]
     return found or _others(number)
@@ -115,7 +115,7 @@ def _others(number: int) -> list[str]:
     count = said.strip().decode("ascii", "replace")
     if not count.isdecimal() or int(count) == 0:
         return []
-    return [f"`dmsetup info` counts {count} that have it open, and no process of this system shows why"]
+    return [f"`dmsetup info` counts {count} users, but no process of this system has it open"]
 
 
 def _listed(path: str) -> list[str]:

@@ -34,8 +34,8 @@ def salvage(
 ) -> Salvaged:
     """Write what can be found of generation `number` to `target`, zeros for the rest.
 
-    `advance` is told the length of each part that was written. Raises `DamagedError` where there is no digest table,
-    without which nothing tells what is sound.
+    `advance` gets the length of each part that was written. Raises `DamagedError` where there is no digest table,
+    without which nobody can know what is sound.
     """
     generation = chain.generations[number]
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""What is known of an image's consistency, and what the user is told where it may not be that of one moment."""
+"""What is known of an image's consistency, and what is said to the user where it may not be that of one moment."""
 
 from blockdiff.session.rules import Totals
 from blockdiff.shared.errors import printable
@@ -12,7 +12,7 @@ LIVE = "live"
 SNAPSHOT = "snapshot"
 QUIESCED = "quiesced"
 
-_MIXED = "this generation may mix several moments"
+_MIXED = "this generation may not be one point in time"
 
 
 def of(totals: Totals, through_snapshot: bool, quiesced: bool) -> str:
@@ -30,15 +30,15 @@ def warning(path: str, kind: str, totals: Totals, consistency: str, quiesced: bo
     """Return what to warn of, for a source at `path` that is a `kind` (``file`` or ``device``); None for nothing."""
     if consistency not in (CHANGING, LIVE):
         return None
-    advice = "use --lvm, or hold it still with --before and --after"
+    advice = "use --lvm, or freeze it with --before and --after"
     if kind == "file":
-        advice = "back up a snapshot, or hold it still with --before and --after"
+        advice = "back up a snapshot, or freeze it with --before and --after"
     if quiesced:
-        advice = "--before did not hold it still"
+        advice = "--before did not freeze it"
     if consistency == CHANGING:
         effect = _MIXED
     elif totals.touched is None:
-        effect = _MIXED + ", if it was"
+        effect = "if it was, " + _MIXED
     else:
         effect = "what was not on the disk yet when it was read is missing"
     return f"{printable(path)} {totals.how}: {advice}; {effect}"

@@ -41,7 +41,7 @@ class Left:
     """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made (UTC).
 
     `volume` is the name of its volume, None where that is gone, `chain` for which chain it was made (``SERVER:/path``,
-    None where nothing tells), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
+    None where it is not known), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Rules:
         self._changed_blocks = 0
 
     def check_run(self, offset: int, length: int, is_zero: bool) -> None:
-        """A run is of whole blocks within the image, behind all runs before it."""
+        """A run is of whole blocks within the image, after all runs before it."""
         stop = offset + length
         if offset < self._position or not length or stop > self._image_size:
             raise ProtocolError(f"sent {length} bytes at offset {offset} of {self._image_size}, after {self._position}")
@@ -145,7 +145,7 @@ class Rules:
     def check_want(self, start: int, offset: int) -> None:
         """More of the digest table is wanted each time, and not much more than there is: so there is an end of it."""
         if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW or start > offset:
-            raise ProtocolError(f"wants {start} to {offset} of {self._table_size} bytes of digests")
+            raise ProtocolError(f"asks for {start} to {offset} of {self._table_size} bytes of digests")
         self._wanted = offset
 
     def check_totals(self, fields: dict[str, object]) -> Totals:

@@ -1,7 +1,6 @@
 """The server's half of a session: ask the agent for what changed, and believe nothing that it did not prove.
 
-Whatever the agent sends is held against the rules (`blockdiff.session.rules`) before it is used, and every buffer has a
-bound.
+Whatever the agent sends is checked against `blockdiff.session.rules` before it is used, and every buffer has a bound.
 """
 
 import socket
@@ -222,7 +221,7 @@ class Session:
     ) -> Iterator[Run]:
         """Yield the runs of blocks that changed, ascending; `totals` is set at the end.
 
-        `allocate` returns the room for the bytes of the next run, `progress` is told up to which offset the source was
+        `allocate` returns the room for the bytes of the next run, `progress` gets up to which offset the source was
         examined.
         """
         if scan.old is not None:
@@ -314,7 +313,9 @@ class Session:
         if ended is None:
             raise self._broken("did not end after it had sent everything")
         if ended.status is None:
-            raise self._connection.explain(ConnectionLost("the connection ended before it told how the agent did"))
+            raise self._connection.explain(
+                ConnectionLost("the connection ended before it reported how the agent ended")
+            )
         if ended.status != 0:
             raise self._broken(f"ended with status {ended.status} after it had sent everything")
 

@@ -11,7 +11,7 @@ from blockdiff.shared import wire
 from blockdiff.transport.address import Address
 
 _WHY = {
-    wire.RUNNING: "a run is at work on it",
+    wire.RUNNING: "a run is using it",
     wire.KEPT: "kept for the next run",
     wire.DEAD: "its run died; the next one removes it",
 }
@@ -56,7 +56,8 @@ def notes(found: Sequence[Left], address: Address) -> list[str]:
     host = address.login if address.port is None else f"ssh://{address.login}:{address.port}/"
     command = "blockdiff snapshots" if address.host is None else f"blockdiff snapshots {host}"
     return [
-        f"the snapshot {left.name} stays on the host, though {why(left)}: `{command} --remove {left.name}` removes it"
+        f"the snapshot {left.name} is still on the host, although {why(left)}: "
+        f"`{command} --remove {left.name}` removes it"
         for left in useless.values()
     ]
 
@@ -64,7 +65,7 @@ def notes(found: Sequence[Left], address: Address) -> list[str]:
 def why(left: Left) -> str:
     """Return in words why a snapshot is there."""
     if is_useless(left):
-        shown = "its volume is gone" if left.volume is None else "its chain is gone"
+        shown = "its volume no longer exists" if left.volume is None else "its chain no longer exists"
     else:
         shown = _WHY[left.state]
-    return shown + ("; somebody has it open" if left.open and left.state != wire.RUNNING else "")
+    return shown + ("; it is open" if left.open and left.state != wire.RUNNING else "")

@@ -81,7 +81,7 @@ class Streams:
 def _refusals(count: int) -> list[str]:
     tries = "a connection" if count == 1 else f"{count} connections"
     mend = "use fewer --streams, or raise MaxStartups in its sshd_config"
-    return [f"the host did not take {tries} at first, and did after a pause: {mend}"] if count else []
+    return [f"the host refused {tries} at first, and accepted after a pause: {mend}"] if count else []
 
 
 def _room(length: int) -> memoryview:

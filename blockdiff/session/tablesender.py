@@ -40,7 +40,7 @@ class TableSender:
             self._thread.join(STOP_TIMEOUT_S)
 
     def want(self, start: int, limit: int) -> None:
-        """Go on at byte `start` of the table's digests, unless that is behind us, and send up to byte `limit`."""
+        """Go on at byte `start` of the table's digests, unless that was sent already, and send up to byte `limit`."""
         with self._changed:
             self._start = max(self._start, start)
             self._wanted = max(self._wanted, limit)

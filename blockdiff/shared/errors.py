@@ -133,7 +133,7 @@ def of_system(error: BaseException) -> Optional[BlockdiffError]:
     paths = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))]
     reason = error.strerror or str(error) or type(error).__name__
     if not paths and isinstance(error, FileNotFoundError) and not _is_somewhere():
-        return BlockdiffError("the current directory is not there any more", "change to one that is")
+        return BlockdiffError("the current directory no longer exists", "change to one that exists")
     return BlockdiffError(
         "{}: {}".format(printable(" and ".join(paths)), reason) if paths else "the system refused: {}".format(reason),
         _SYSTEM_HINTS.get(error.errno or 0),

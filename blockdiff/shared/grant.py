@@ -41,7 +41,7 @@ class Grant:
             return []
         outside = [path for path in paths if not path.startswith("/dev/")]
         return [
-            "{} leads to {} through a symbolic link: grant that in its place".format(path, os.path.realpath(path))
+            "{} leads to {} through a symbolic link: grant that instead".format(path, os.path.realpath(path))
             for path in outside
             if os.path.realpath(path) != os.path.normpath(path)
         ]

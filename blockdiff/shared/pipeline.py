@@ -169,7 +169,7 @@ class Crew:
     """Threads that do tasks, in the order in which these were given.
 
     A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken for good,
-    if it arises in their Python code just behind the taking: the threads then never end, nor does who waits for them.
+    if it arises in their Python code just after the taking: the threads then never end, nor does who waits for them.
     The interpreter's own locks are taken and released in one step, and `deque` needs none.
     """
 
@@ -252,9 +252,9 @@ class BufferPool:
     A fresh buffer costs a page fault for every 4 KiB that is read into it, which measures as more than the reading.
     `list.append` and `list.pop` are atomic in CPython, so threads need no lock here.
 
-    Buffers begin 64 bytes behind the beginning of a page. Processors copy four times slower to an address that is 1 to
+    Buffers begin 64 bytes after the beginning of a page. Processors copy four times slower to an address that is 1 to
     31 bytes above the one they copy from, modulo 4096 (measured on EPYC, see `docs/benchmarks.md`): the page cache
-    begins at pages, malloc(3) puts large buffers 16 bytes behind, and a pipe what follows a frame's header 24 bytes.
+    begins at pages, malloc(3) puts large buffers 16 bytes after one, and a pipe what follows a frame's header 24 bytes.
     """
 
     def __init__(self, size: int) -> None:

@@ -51,7 +51,7 @@ class DeadlineError(ProcessError):
     """A child process was not done in time. `more` says that it is still there, where it is."""
 
     def __init__(self, arguments: Sequence[Argument], timeout_s: float, more: str = "") -> None:
-        super().__init__("{} was not done after {:g} s{}".format(shown(arguments), timeout_s, more))
+        super().__init__("{} did not end within {:g} s{}".format(shown(arguments), timeout_s, more))
         self.more = more
 
 
@@ -237,7 +237,7 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
             child.send_signal(number)
     LEFT_ALONE.append(child)
     trace.child_ended(child)
-    raise DeadlineError(arguments, timeout_s, ", and process {} is still there".format(child.pid))
+    raise DeadlineError(arguments, timeout_s, ", and process {} is still running".format(child.pid))
 
 
 def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = None) -> T:

@@ -312,7 +312,7 @@ class Link:
         except ConnectionLost as error:
             if not error.silent or time.monotonic() < deadline:
                 raise
-        raise ConnectionLost("what was to come did not come in time", silent=True)
+        raise ConnectionLost("the expected data did not come in time", silent=True)
 
 
 class Heartbeat:
@@ -346,7 +346,7 @@ def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
     for name in names:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-            raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+            raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
         found.append(value)
     return tuple(found)
 
@@ -355,7 +355,7 @@ def text(fields: Dict[str, object], name: str) -> str:
     """Return the field `name`, which must be a string; raises `ProtocolError`."""
     value = fields.get(name)
     if not isinstance(value, str):
-        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+        raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
     return value
 
 
@@ -363,5 +363,5 @@ def texts(fields: Dict[str, object], name: str) -> List[str]:
     """Return the field `name`, which must be a list of strings; raises `ProtocolError`."""
     values = fields.get(name)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ProtocolError("field {} of a control frame is missing or unfit".format(name))
+        raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
     return list(values)

@@ -54,7 +54,7 @@ def parse(text: str) -> Address:
     if match is None and text:
         return Address(None, _absolute(text))
     if match is None or match["path"].startswith("//"):  # http://host/x names no host called http
-        raise UsageError(f"cannot make out the source {printable(text, 300)}", _FORMS)
+        raise UsageError(f"cannot understand the source {printable(text, 300)}", _FORMS)
     if not match["path"].startswith("/"):
         raise UsageError(
             f"the path on the host must begin with /: {printable(text, 300)}",
@@ -66,7 +66,7 @@ def parse(text: str) -> Address:
 def _absolute(text: str) -> str:
     """Return the absolute path of a file of this machine, the same whichever way it is named from here."""
     if not os.path.lexists(text):
-        raise UsageError(f"cannot make out the source {printable(text, 300)}: there is no such file here", _FORMS)
+        raise UsageError(f"cannot understand the source {printable(text, 300)}: there is no such file here", _FORMS)
     directory, name = os.path.split(text)
     return os.path.join(os.path.realpath(directory), name)
 
@@ -77,13 +77,13 @@ def check_name(name: str) -> None:
     A directory beside a chain of the same name is none of its business.
     """
     if name.startswith("ssh://") or ((match := _REMOTE.fullmatch(name)) is not None and match["path"].startswith("/")):
-        raise UsageError(f"{printable(name, 300)} stands in the place of NAME, and is a source", _ORDER)
+        raise UsageError(f"{printable(name, 300)} is in the place of NAME, but is a source", _ORDER)
     try:
         mode = os.stat(name).st_mode
     except (OSError, ValueError):
         return
     if stat.S_ISBLK(mode):
-        raise UsageError(f"{printable(name, 300)} stands in the place of NAME, and is a device", _ORDER)
+        raise UsageError(f"{printable(name, 300)} is in the place of NAME, but is a device", _ORDER)
     if stat.S_ISDIR(mode) and not os.path.lexists(name.rstrip("/") + ".ver"):
         inside = os.path.join(name, "web1-disk")
         raise UsageError(
@@ -96,7 +96,7 @@ def parse_login(text: str) -> Address:
     """Return the address of ``[user@]host`` without a path, as the original's commands take it."""
     match = _HOST.fullmatch(text)
     if match is None:
-        raise UsageError(f"cannot make out the host {printable(text, 300)}", "use [user@]host")
+        raise UsageError(f"cannot understand the host {printable(text, 300)}", "use [user@]host")
     return _address(match, "", None, text)
 
 
@@ -105,7 +105,7 @@ def _parse_url(text: str) -> Address:
     login, port = _split_port(login, text)
     match = _HOST.fullmatch(login)
     if not slash or match is None or "%00" in text:
-        raise UsageError(f"cannot make out the source {printable(text, 300)}", _FORMS)
+        raise UsageError(f"cannot understand the source {printable(text, 300)}", _FORMS)
     return _address(match, "/" + _decoded(path), port, text, _decoded)
 
 
@@ -119,7 +119,7 @@ def _split_port(login: str, text: str) -> tuple[str, int | None]:
     if not colon or digits.endswith("]"):
         return login, None
     if not digits.isascii() or not digits.isdigit() or len(digits) > 9 or not 0 < int(digits) < 65536:
-        raise UsageError(f"{printable(text, 300)} has no port between 1 and 65535 behind its last colon", _FORMS)
+        raise UsageError(f"{printable(text, 300)} has no port between 1 and 65535 after its last colon", _FORMS)
     return head, int(digits)
 
 

@@ -29,7 +29,7 @@ class Cause(Enum):
         "`{scan} | ssh-keygen -lf -` shows it; compare it with the host's own, then add it with `{scan} >> {known}`",
     )
     CHANGED_KEY = (
-        "the host key of {login} has changed: somebody may be in between",
+        "the host key of {login} has changed: the connection may be intercepted",
         "if the host was really reinstalled, remove the old key with `{remove}`",
     )
     REVOKED_KEY = (
@@ -37,7 +37,7 @@ class Cause(Enum):
         "the host needs another key: somebody else may have this one",
     )
     REFUSED = ("{login} refused the login: {said}", "`{try}` must work for this user without a password")
-    UNREACHABLE = ("cannot reach {login}: {said}", "is it up, and the name right?")
+    UNREACHABLE = ("cannot reach {login}: {said}", "is it running, and is the name right?")
     DROPPED = (
         "cannot reach {login}: {said}",
         "it closed the connection before the login: too many at a time (MaxStartups in sshd_config), or a firewall",
@@ -49,7 +49,7 @@ class Cause(Enum):
     INCOMPATIBLE = ("paramiko and {login} have nothing in common: {said}", "use --transport ssh, or update its sshd")
     PROXY = ("cannot reach {login} through {proxy}: {said}", "`{try}` must work without a password")
     BAD_OPTION = (
-        "ssh does not take what the command line says: {said}",
+        "ssh does not accept the command line: {said}",
         "correct --ssh-option or SOURCE; `man ssh_config` has all options",
     )
     BAD_CONFIG = ("ssh cannot use its settings: {said}", "correct that file; `ssh -G {login}` reads it as well")
@@ -61,13 +61,13 @@ class Cause(Enum):
     )
     DAMAGED = (
         "the agent arrived damaged at {login}",
-        "run again; if it stays so, suspect the network, or what reads input in the shell's start files there",
+        "run again; if it happens again, suspect the network, or what reads input in the shell's start files there",
     )
     OTHER_AGENT = (
-        "the key for {login} accepts the agent of another version of blockdiff only",
+        "the key for {login} accepts only the agent of another version of blockdiff",
         "make the line for its authorized_keys, or the script there, again: blockdiff authorize",
     )
-    NO_PREFIX = ("{login} cannot run the agent under SSH_BLOCKDIFF_PREFIX: {said}", "correct the command")
+    NO_PREFIX = ("{login} cannot run the agent with SSH_BLOCKDIFF_PREFIX: {said}", "correct the command")
     PREFIX_FAILED = (
         "`{prefix}`, from SSH_BLOCKDIFF_PREFIX, {ended} on {login} before the agent began: {said}",
         "it must need neither a password nor a terminal; for sudo: NOPASSWD, and no requiretty, in its sudoers",
@@ -82,7 +82,7 @@ class Cause(Enum):
     )
     NOT_IN_TIME = (
         "no agent began on {login} in time ({why}): {said}",
-        "`{try}` must end by itself: look at the login shell and its start files there",
+        "`{try}` must end without input: look at the login shell and its start files there",
     )
     LOST = ("lost the agent on {login}: {why}{if_ended}{if_said}", "nothing of this run was kept; run again")
 

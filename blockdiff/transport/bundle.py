@@ -26,7 +26,7 @@ _PYTHONS = (
     "python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 python3.7 python3.6"
 )
 
-# runs the loader, which comes first on standard input behind a line for shells and its size in 8 digits
+# runs the loader, which comes first on standard input after a line for shells and its size in 8 digits
 _FIRST_LINES = b"""\
 import os,sys
 def take(n):

@@ -51,7 +51,7 @@ def parse(content: bytes, path: str) -> str:
     if _PRIVATE.search(content):
         raise UsageError(f"{shown} is a private key: it must stay on this machine", _hint(path, private=True))
     if len(content) > _MAX_BYTES:
-        raise UsageError(f"{shown} is not a public key: it is longer than any", _hint(path))
+        raise UsageError(f"{shown} is not a public key: it is too long", _hint(path))
     try:
         lines = enumerate(content.decode("utf-8").split("\n"), 1)
     except UnicodeDecodeError as error:
@@ -63,7 +63,7 @@ def parse(content: bytes, path: str) -> str:
         if keys[0][1].startswith(start):
             made = f"{command} {shlex.quote(path)} > {shlex.quote(path + '.pub')}"
             raise UsageError(
-                f"{shown} is a public key {form}, which authorized_keys does not take", f"convert it: {made}"
+                f"{shown} is a public key {form}, which authorized_keys does not accept", f"convert it: {made}"
             )
     for number, line in keys:
         if (why := _fault(line)) is not None:
@@ -71,7 +71,7 @@ def parse(content: bytes, path: str) -> str:
     if len(keys) > 1:
         raise UsageError(
             f"{shown} holds {len(keys)} public keys, and a line of authorized_keys restricts one",
-            "put the key that is meant into a file of its own",
+            "put the one that you mean into a file of its own",
         )
     return keys[0][1]
 
@@ -109,7 +109,7 @@ def _fault(line: str) -> str | None:
     if _CERTIFICATE.match(line):
         return "is a certificate, for which a line of authorized_keys does nothing"
     if line.startswith("ssh-dss "):
-        return "is a DSA key, which sshd no longer takes"
+        return "is a DSA key, which sshd no longer accepts"
     if _is_key(_after_options(line)):
         return "has options of its own in front of the key: leave them out, the line that is printed has its own"
     return "is not a public key"

@@ -28,7 +28,7 @@ CONNECT_TIMEOUT_S = 30.0
 _USER_FILE, _SYSTEM_FILE = "~/.ssh/config", "/etc/ssh/ssh_config"
 _USER_KNOWN = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 _SYSTEM_KNOWN = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
-_OTHER_HINT = "--transport ssh does what it says; it needs openssh-client"
+_OTHER_HINT = "use --transport ssh, which obeys it; it needs openssh-client"
 
 # what a file may say because it changes nothing for a connection of ours, or because ssh gets its own value from us
 _PASSED_OVER = frozenset(
@@ -150,13 +150,15 @@ def _check(path: str, name: str, value: object) -> None:
         return
     if str(value).lower() == _ANYWAY.get(name, ""):
         return
-    raise TransportError(f"{path} sets {printable(name, 100)}, which paramiko's transport cannot do", _OTHER_HINT)
+    raise TransportError(
+        f"{path} sets {printable(name, 100)}, which paramiko's transport does not support", _OTHER_HINT
+    )
 
 
 def _lines(path: str, directory: str, depth: int = 0) -> Iterator[str]:
     """Yield the lines of a file with those of what it includes, without comments at their ends."""
     if depth > 16:
-        raise ValueError("Include goes too deep")
+        raise ValueError("Include is nested too deep")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         lines = file.read().splitlines()
     block = "Host *"
@@ -195,7 +197,7 @@ def _paths(value: str) -> list[str]:
     try:
         words = shlex.split(value)
     except ValueError as error:
-        raise UsageError(f"cannot make out the paths {printable(value, 300)}: {error}") from error
+        raise UsageError(f"cannot understand the paths {printable(value, 300)}: {error}") from error
     if any("%" in word or "${" in word for word in words):
         raise UsageError(f"paramiko's transport does not know the tokens in {printable(value, 300)}", _OTHER_HINT)
     return [os.path.expanduser(word) for word in words if word != "none"]

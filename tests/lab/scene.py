@@ -219,7 +219,7 @@ class Scene:
         assert (done.returncode, done.stderr) == (0, b""), done
         told = dict(json.loads(done.stdout))
         assert [note for note in told["notes"] if "removed" in note] == [
-            f"removed the snapshot {self.group.name}/{name}, which a run before this one left" for name in removed
+            f"removed the snapshot {self.group.name}/{name}, which an earlier run left" for name in removed
         ]
         return told
 

@@ -204,7 +204,7 @@ def test_an_option_file_that_others_can_read_is_refused(shop: Shop, tmp_path: Pa
     (tmp_path / "backup").mkdir()
     ended = run(shop, tmp_path / "backup" / "shop", way)
     assert ended.status == 2
-    assert f"the option file {tmp_path}/conf.d/login.cnf has a password in it and can be read by others" in ended.said
+    assert f"the option file {tmp_path}/conf.d/login.cnf contains a password and can be read by others" in ended.said
     assert_no_secret([ended.said], tmp_path / "backup")
 
 

@@ -100,9 +100,9 @@ def test_an_agent_killed_within_thin_delta_leaves_what_later_runs_tell_how_to_re
     (told,) = thin.run()
     assert isinstance(told["notes"], list)
     removed, why = told["notes"]
-    assert removed == f"removed the snapshot {thin.group.name}/{left}, which a run before this one left"
+    assert removed == f"removed the snapshot {thin.group.name}/{left}, which an earlier run left"
     release = f"dmsetup message {thin.group.name}-pool-tpool 0 release_metadata_snap"
-    assert why.startswith("everything is read: somebody holds the metadata snapshot") and why.endswith(release)
+    assert why.startswith("everything is read: the metadata snapshot of ") and why.endswith(release)
     assert thin.snapshots() == thin.kept() and len(thin.kept()) == 2
 
     thin.guest.run(release)
@@ -141,7 +141,7 @@ def test_a_snapshot_kept_by_a_run_that_was_never_committed_is_removed_by_the_nex
 
     one, two = thin.run("--also", thin.second)
     assert one["notes"] == [
-        f"removed the snapshot {thin.group.name}/{uncommitted}, which a run before this one left",
+        f"removed the snapshot {thin.group.name}/{uncommitted}, which an earlier run left",
         "everything is read: the snapshot that the last run kept is not there",
     ]
     assert (two["notes"], two["changed_blocks"]) == ([], 4)

@@ -205,8 +205,8 @@ with lvm.Snapshot(find(path), "8M") as snapshot:
 """,
     )
     assert isinstance(found, list)
-    assert found[0] == f"the snapshot of {volume_group.name}/lv overflowed: its 8 MiB were too little"
-    assert found[1] == "--snapshot-size 16M is the least to try, 66M is sure to do"
+    assert found[0] == f"the snapshot of {volume_group.name}/lv overflowed: 8 MiB was too small"
+    assert found[1] == "use at least --snapshot-size 16M; 66M is always enough"
     assert set(volume_group.volumes()) == {"lv", "rest"}
 
 
@@ -297,9 +297,9 @@ json.dump([refusal(lvm.Snapshot(origin, "50%").__enter__), refusal(lambda: find(
             process.stdin.close()
             answers = json.loads(process.stdout.readline())
     name = volume_group.name
-    words = f"was not done after 5 s: another LVM command seems to hold the lock of the volume group of {name}"
+    words = f"did not end within 5 s: another LVM command seems to hold the lock of the volume group of {name}"
     assert answers[0] == f"SourceError: cannot make a snapshot of {name}/lv: lvcreate {words}"  # SIGINT made it give up
-    assert answers[1].startswith("SourceError: lvs was not done after 5 s: another LVM command seems to hold the lock")
+    assert answers[1].startswith("SourceError: lvs did not end within 5 s: another LVM command seems to hold the lock")
     assert set(volume_group.volumes()) == {"lv"}
     assert package.run("pgrep lvcreate", check=False).stdout == ""
 
@@ -381,7 +381,7 @@ sys.stdin.read()
         script = "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)"
         assert done(package, path, script) == []
     assert set(volume_group.volumes()) == {*foreign, living}
-    removed = f"removed the snapshot {volume_group.name}/{living}, which a run before this one left"
+    removed = f"removed the snapshot {volume_group.name}/{living}, which an earlier run left"
     assert done(package, path, script) == [removed]
     assert set(volume_group.volumes()) == foreign
 
@@ -391,7 +391,7 @@ def test_what_a_reboot_left_is_swept(package: Guest, volume_group: VolumeGroup) 
     tags = "--addtag blockdiff --addtag blockdiff_pid_1_1_000000000000"  # pid 1 of another boot
     package.run(f"lvcreate -q -y -s -n bd_old {tags} -L 4M {path}")
     script = "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)"
-    removed = f"removed the snapshot {volume_group.name}/bd_old, which a run before this one left"
+    removed = f"removed the snapshot {volume_group.name}/bd_old, which an earlier run left"
     assert done(package, path, script) == [removed]
 
 
@@ -645,11 +645,11 @@ json.dump(answers, sys.stdout)
         ["HintError: thin_delta failed: no", "-"],
         ["HintError: thin_delta printed what cannot be understood: syntax error: line 1, column 0", "-"],
         [
-            f"HintError: thin_delta -m --thin1 2 --thin2 2 /dev/mapper/{pool}_tmeta was not done after 1 s",
+            f"HintError: thin_delta -m --thin1 2 --thin2 2 /dev/mapper/{pool}_tmeta did not end within 1 s",
             "-",
         ],
         "-",
-        f"HintError: somebody holds the metadata snapshot of {pool}-tpool; if it is a run that was killed: {by_hand}",
+        f"HintError: the metadata snapshot of {pool}-tpool is in use; if by a run that was killed: {by_hand}",
         True,
         "none",
         "-",
@@ -669,7 +669,7 @@ json.dump(refusal(lvm.Snapshot(find(path), "50%").__enter__), sys.stdout)
         said = str(done(package, path, script))
     finally:
         package.run("pkill -CONT -x systemd-udevd || pkill -CONT -f systemd-udevd")
-    start = f"SourceError: cannot make a snapshot of {name}/lv: lvcreate was not done after 20 s, and process "
+    start = f"SourceError: cannot make a snapshot of {name}/lv: lvcreate did not end within 20 s, and process "
     assert said.startswith(start) and said.endswith(" is still there: it waits for udev, which does not answer")
     package.run("while pgrep -x lvcreate; do sleep 0.1; done")
     notes = done(package, path, "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)")

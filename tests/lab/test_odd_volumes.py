@@ -98,7 +98,7 @@ def test_a_volume_that_was_made_anew_under_its_name(chain: VolumeChain, volume_g
     volume_group.volume("data", "32M")
     said = chain.fails()
     assert f"holds backups of the volume with the LV UUID {first}, this one has " in said
-    assert "use another NAME, or say --full to go on in this chain" in said
+    assert "use another NAME, or --full to go on in this chain" in said
     assert list(volume_group.volumes()) == ["data"]
     summary = chain.backup("--full")
     assert part(summary, "source")["volume"] != first
@@ -153,7 +153,7 @@ def test_only_root_makes_snapshots(chain: VolumeChain, volume_group: VolumeGroup
     words = [word.replace("root@", "nobody-much@") for word in chain.words()]
     result = commands.run(*words)
     assert result.returncode == 1
-    assert f"LVM tells nobody but root whether {chain.path} is a logical volume".encode() in result.stderr
+    assert f"only root can see whether {chain.path} is a logical volume".encode() in result.stderr
     assert list(volume_group.volumes()) == ["data"]
 
 
@@ -210,9 +210,7 @@ def test_what_lvcreate_began_is_removed_by_the_next_run(chain: VolumeChain, volu
     half_made(chain, volume_group, "bd_of_another", f"blockdiff_origin_{others['other']}")
     half_made(chain, volume_group, "theirs", f"blockdiff_origin_{others['data']}")
     before = set(volume_group.volumes())
-    assert chain.backup()["notes"] == [
-        f"removed the snapshot {group}/bd_00000000000000aa, which a run before this one left"
-    ]
+    assert chain.backup()["notes"] == [f"removed the snapshot {group}/bd_00000000000000aa, which an earlier run left"]
     assert before - set(volume_group.volumes()) == {"bd_00000000000000aa"}
     assert chain.backup()["notes"] == []
 
@@ -242,10 +240,10 @@ def test_a_snapshot_of_a_dead_run_that_somebody_holds_open_stays_and_the_run_goe
         notes = chain.backup()["notes"]
         assert isinstance(notes, list)
         (note,) = notes
-        assert note.startswith(f"a run before this one left a snapshot: cannot remove the snapshot {group}/{name}")
+        assert note.startswith(f"an earlier run left a snapshot: cannot remove the snapshot {group}/{name}")
         assert f"`fuser -vm /dev/mapper/{group}-{name}`" in note
         assert set(volume_group.volumes()) == {"data", name}
-    assert chain.backup()["notes"] == [f"removed the snapshot {group}/{name}, which a run before this one left"]
+    assert chain.backup()["notes"] == [f"removed the snapshot {group}/{name}, which an earlier run left"]
     assert set(volume_group.volumes()) == {"data"}
 
 
@@ -253,7 +251,7 @@ def goes_on(chain: VolumeChain) -> tuple[object, object]:
     """Add a generation under another path; return whether it is full, and how many blocks changed."""
     result = commands.run(*chain.words())
     assert result.returncode == 0, result
-    assert b"note: the source is the volume that the chain is of, under another path" in result.stderr
+    assert b"note: the source is the chain's volume under another path" in result.stderr
     summary = json.loads(result.stdout)
     return summary["full"], summary["changed_blocks"]
 

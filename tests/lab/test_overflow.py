@@ -47,8 +47,8 @@ def assert_overflowed(chain: VolumeChain, group: VolumeGroup, ended: tuple[int, 
     status, out, err = ended
     name = f"{group.name}/data"
     assert (status, out) == (1, "")
-    assert err.startswith(f"blockdiff: root@127.0.0.1: the snapshot of {name} overflowed: its {size} were too little\n")
-    assert "is the least to try" in err and "is sure to do" in err
+    assert err.startswith(f"blockdiff: root@127.0.0.1: the snapshot of {name} overflowed: {size} was too small\n")
+    assert "use at least --snapshot-size" in err and "is always enough" in err
     assert list(group.volumes()) == ["data"]
     assert sorted(chain.files()) == ["data.1.gz", "data.1.json", "data.1.sha256", "data.ver"]
     chain.verify()
@@ -69,7 +69,7 @@ def test_the_size_that_is_said_to_do_does(chain: VolumeChain, volume_group: Volu
     with chain.slowly(MIB, "--full", "--snapshot-size", "8M") as (_hold, end):
         overwrite(chain.guest, chain.path, 64)
         said = end()[2]
-    (size,) = (word for word in said.split() if word.endswith("M") and f"{word} is sure to do" in said)
+    (size,) = (word for word in said.split() if word.endswith("M") and f"{word} is always enough" in said)
     digest = device_digest(chain.guest, chain.path)
     with chain.slowly(MIB, "--full", "--snapshot-size", size) as (_hold, end):
         overwrite(chain.guest, chain.path, 64)
@@ -149,7 +149,7 @@ def test_a_snapshot_that_is_full_before_its_turn_is_told_with_the_size_that_woul
         status, _out, err = end()
     assert status == 1
     assert err == (
-        f"blockdiff: root@127.0.0.1: the snapshot of {volume_group.name}/second overflowed: its 8 MiB were too little\n"
-        "  --snapshot-size 16M is the least to try, 66M is sure to do\n"
+        f"blockdiff: root@127.0.0.1: the snapshot of {volume_group.name}/second overflowed: 8 MiB was too small\n"
+        "  use at least --snapshot-size 16M; 66M is always enough\n"
     )
     assert sorted(volume_group.volumes()) == ["data", "rest", "second"]

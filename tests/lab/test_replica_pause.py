@@ -65,7 +65,7 @@ def test_without_the_option_there_are_no_coordinates_and_with_it_the_copy_goes_o
 ) -> None:
     status, made, said = replica.backup(tmp_path / "replica")
     assert (status, made["database"], replica.applies()) == (3, None, "Yes")
-    assert "is a replica with tables that do not undo" in said and "--replica-pause" in said
+    assert "is a replica with tables without transactions" in said and "--replica-pause" in said
     status, made, said = replica.backup(tmp_path / "replica", "--replica-pause")
     assert (status, said, replica.applies()) == (0, "", "Yes")
     assert field(made, "database")["replica_channels"]

@@ -248,7 +248,7 @@ def test_whatever_does_not_fit_means_that_everything_is_read_and_why(thin: Thin)
 
     thin.message("reserve_metadata_snap")
     held = thin.held()
-    falls_back(f"{_SCAN}somebody holds the metadata snapshot of {name}-pool-tpool")
+    falls_back(f"{_SCAN}the metadata snapshot of {name}-pool-tpool is in use")
     assert thin.held() == held != "-"
     thin.message("release_metadata_snap")
     thin.kept()
@@ -339,7 +339,7 @@ def test_a_run_whose_commit_fails_leaves_no_second_kept_snapshot_for_good(thin: 
 
     told = thin.chain.backup(KEEP)
     assert told["generation"] == generation
-    removed = f"removed the snapshot {thin.group.name}/{uncommitted}, which a run before this one left"
+    removed = f"removed the snapshot {thin.group.name}/{uncommitted}, which an earlier run left"
     assert told["notes"] == [removed, _NOT_THERE][:generation]  # the first one reads what is mapped, as ever
     assert thin.kept() != uncommitted
     assert thin.chain.digest(generation) == thin.digest()
@@ -353,7 +353,7 @@ def test_the_chain_of_a_new_day_takes_over_what_that_of_the_day_before_kept(thin
         kept.append(thin.kept())
     assert told[0]["name"] != told[1]["name"]
     assert [each["generation"] for each in told] == [1, 1]
-    assert told[1]["notes"] == [f"removed the snapshot {thin.group.name}/{kept[0]}, which a run before this one left"]
+    assert told[1]["notes"] == [f"removed the snapshot {thin.group.name}/{kept[0]}, which an earlier run left"]
 
 
 def test_a_pool_that_is_too_full_is_refused_before_anything_is_made(volume_group: VolumeGroup, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_pool_that_is_too_full_is_refused_before_anything_is_made(volume_group
         said = thin.chain.fails()
         name = volume_group.name
         assert f"the data of the thin pool {name}/pool of {name}/data is 96.88% full" in said
-        assert "a snapshot could bring all its volumes to a stop" in said and "lvextend" in said
+        assert "a snapshot could stop all its volumes" in said and "lvextend" in said
         assert thin.ours() == set()
 
 
@@ -384,7 +384,7 @@ def test_a_kept_snapshot_that_nobody_needs_is_told_and_removed_by_name(thin: Thi
         path.unlink()
     assert snapshots(thin)[kept] == (f"{group}/data", True)
     beside = VolumeChain(guest, thin.chain.name.parent / "beside", thin.group.thin("beside", "8M", "pool"))
-    why = f"note: the snapshot {kept} stays on the host, though its chain is gone: `blockdiff snapshots ssh://"
+    why = f"note: the snapshot {kept} is still on the host, although its chain no longer exists: `blockdiff snapshots ssh://"
     assert why in commands.run(*beside.words()).stderr.decode()
 
     guest.run(f"lvremove -q -y {thin.path}")
