@@ -37,7 +37,7 @@ from blockdiff.transport.connection import Connection
 class VolumeOptions:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    `keep`, `audit`: see `sources.Reading`. `pauses`: what applies changes on a replica stands still under the lock.
+    `keep`, `audit`: see `sources.Reading`. `pauses`: what applies changes on a replica is stopped under the lock.
     """
 
     snapshot_size: str = "20%"
@@ -50,10 +50,10 @@ class VolumeOptions:
 
 @dataclass(frozen=True)
 class Options(ChainOptions):
-    """What the command line asks for. `volumes` is None where sources are read as they are.
+    """What the command line asks for. `volumes` is None if sources are read as they are.
 
     `before` and `after` are commands for the host: around the making of the snapshots, or else around all the reading.
-    `period` is what each NAME ends with where a new chain begins by itself each month, week or day.
+    `period` is what each NAME ends with if a new chain begins automatically each month, week or day.
     """
 
     volumes: VolumeOptions | None = None
@@ -71,9 +71,9 @@ class Options(ChainOptions):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to put in order before.
+    """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to repair before.
 
-    `planned` are the notes of the `plan.Plan`, `notes` are for whoever watches.
+    `planned` are the notes of the `plan.Plan`, `notes` are for the user.
     """
 
     name: str
@@ -167,7 +167,7 @@ def backup_together(
             warnings = [*_warnings(source, found.totals, manifest), *source.moment.warnings]
             warnings += _clock_warnings(source.chain, manifest, options.period)
             notes = [note for note in manifest.notes if note not in source.moment.warnings]
-            found.new.commit(manifest)  # last: what fails after it would be told of a run that was done
+            found.new.commit(manifest)  # last: what fails after it would be reported of a run that was done
             results.append(Result(source.chain.name, manifest, warnings, source.chain.notes, source.plan.notes, notes))
         return results
 
@@ -376,7 +376,7 @@ def _warnings(source: _Taken, totals: Totals, made: Manifest) -> list[str]:
 
 
 def _clock_warnings(chain: Chain, made: Manifest, period: str) -> list[str]:
-    """Return what tells that the clock went back: during the run, since the one before, or into an earlier period."""
+    """Return what shows that the clock went back: during the run, since the one before, or into an earlier period."""
     warnings = []
     parent = chain.generations.get(made.generation - 1)
     before = parent.manifest.finished if parent is not None and parent.manifest is not None else None

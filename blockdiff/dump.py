@@ -218,7 +218,7 @@ class FileSource(Image):
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end, or the end has come nearer
                 self.check_size()
                 return otherwise
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot tell: all of it is data
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system does not know: all of it is data
                 return position if whence == os.SEEK_DATA else self.size
             raise self._unreadable(position, error) from error
 
@@ -226,7 +226,7 @@ class FileSource(Image):
         """Start reading a piece; return whether it is to stay in the page cache because it was there before.
 
         Dropping what somebody else had cached would hurt the host as much as filling its cache with our reads. A read
-        of the first byte that must not wait (`RWF_NOWAIT`, Python 3.7) tells.
+        of the first byte that must not wait (`RWF_NOWAIT`, Python 3.7) shows it.
         """
         try:
             if os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1:

@@ -32,7 +32,7 @@ QUICK_TIMEOUT_S = 5.0
 #: How long a removal is tried again, and how often, in seconds: udev may hold the device open for a moment.
 REMOVE_TIMEOUT_S = 30.0
 REMOVE_INTERVAL_S = 0.5
-#: How long the removal of what an earlier run left is tried, in seconds: this run need not wait for whoever holds it.
+#: How long the removal of what an earlier run left is tried, in seconds: this run need not wait for its user.
 SWEEP_TIMEOUT_S = 5.0
 #: How often the fill level of a snapshot is looked at, in seconds, and the level in percent at which it is extended.
 WATCH_INTERVAL_S = 2.0
@@ -82,7 +82,7 @@ def abandoned(volume: Volume) -> List[Volume]:
 def sweep(snapshots: Sequence[Volume]) -> List[str]:
     """Remove what earlier runs left, and return notes for the user; what somebody holds open stays, with a note.
 
-    Raises `ProcessError` where another LVM command is in the way.
+    Raises `ProcessError` if another LVM command is in the way.
     """
     notes = []
     for snapshot in snapshots:
@@ -134,7 +134,7 @@ class Snapshot:
     """A read-only snapshot of `origin`, with the tags `extra_tags`. A context manager that leaves none behind.
 
     `size` is for thick volumes (see `lvcheck.check`). To enter it makes the snapshot, and nothing else is done in that
-    time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` where it cannot be made or
+    time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` if it cannot be made or
     read to the end, and on the way out `ProcessError` where it cannot be removed. `close` may be called in any
     state.
 
@@ -210,7 +210,7 @@ class Snapshot:
     def close(self, error: object = None) -> None:
         """Remove the snapshot, once, unless it was kept.
 
-        Raises `ProcessError` where it is still there; where `error` is what ends the run, that has a hint instead.
+        Raises `ProcessError` if it is still there; where `error` is what ends the run, that has a hint instead.
         """
         if self._state != _MADE:
             self._stop_watching()
@@ -239,7 +239,7 @@ class Snapshot:
             self._watcher.join(lvs.COMMAND_TIMEOUT_S + 3 * process.GENTLE_TIMEOUT_S)
 
     def _find(self) -> Optional[Volume]:
-        """Return the snapshot as it is now; None where there is none."""
+        """Return the snapshot as it is now; None if there is none."""
         found = lvs.volumes(self.origin.group, self._selection)
         return found[0] if found and found[0].is_ours_of(self.origin) else None
 
@@ -252,7 +252,7 @@ class Snapshot:
     def look(self) -> Volume:
         """Return the snapshot that was made.
 
-        Raises `SourceError` where there is none, or not as it was asked for, or where it is full already.
+        Raises `SourceError` if there is none, or not as it was asked for, or where it is full already.
         """
         found = self._found_or_error()
         if found is not None and found.invalid:
@@ -280,7 +280,7 @@ class Snapshot:
     def check(self) -> None:
         """Raise `SourceError` unless everything that was read from the snapshot so far was sound.
 
-        An overflow makes a snapshot invalid for good, so one look after the last byte speaks for all reads.
+        An overflow makes a snapshot invalid permanently, so one look after the last byte speaks for all reads.
         """
         found = self._found_or_error()
         if found is None:
@@ -309,7 +309,7 @@ class Snapshot:
     def keep(self) -> None:
         """Leave the snapshot on the host: `close` and the sweeps of later runs will not touch it.
 
-        Raises `ProcessError`; it is removed as ever then.
+        Raises `ProcessError`; it is removed as always then.
         """
         command = ["lvchange", "--deltag", self._process_tag, "--addtag", KEPT_TAG]
         lvs.change([*command, "{}/{}".format(self.origin.group, self._name)], self.origin.group)
@@ -336,7 +336,7 @@ class Snapshot:
     def _extend(self, found: Volume) -> bool:
         """Make the snapshot half as large again, and return whether that went well.
 
-        Where it did not, the run goes on, and fails if the snapshot overflows.
+        Where it did not, the run continues, and fails if the snapshot overflows.
         """
         more = min(max(found.size // 2, found.extent_size), found.group_free)
         try:

@@ -33,7 +33,7 @@ class Target(Protocol):
 
 
 def open_delta(generation: Generation) -> BinaryIO:
-    """Return the file of a generation's delta; raises `DamagedError` where it is not there."""
+    """Return the file of a generation's delta; raises `DamagedError` if it is not there."""
     return os.fdopen(generation.directory.open(generation.name(generation.delta_suffix)), "rb", buffering=0)
 
 

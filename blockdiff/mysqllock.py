@@ -172,7 +172,7 @@ class Held:
             if self._begun:
                 self.release()
         except DatabaseError:
-            pass  # the failure that led here is the one to tell
+            pass  # the failure that led here is the one to report
         finally:
             self._session.close()
 
@@ -256,7 +256,7 @@ class Database:
             raise DatabaseError(f"{self._session.place}: the SQL thread of the replica does not stop")
 
     def start_appliers(self, channels: Sequence[str]) -> None:
-        """Start what applies the changes of these channels; one that runs goes on. Raises `DatabaseError`."""
+        """Start what applies the changes of these channels; one that runs continues. Raises `DatabaseError`."""
         for channel in channels:
             self._session.execute(coordinates.applier_statement("START", self.version, channel))
 
@@ -273,7 +273,7 @@ class Database:
         """Hold writers still within the `with` statement; yields the lock, which may be released before its end.
 
         Waits first until no long statement runs, then for the lock, `Limits.lock_wait_s` in all. Raises `DatabaseError`
-        where that was not enough; writers then go on at once, as they do where an exception ends the `with` statement.
+        if that was not enough; writers then go on at once, as they do where an exception ends the `with` statement.
         """
         started = time.monotonic()
         trace.phase("wait for long statements")
@@ -295,7 +295,7 @@ class Database:
         held.release()
 
     def _bound(self, deadline: float) -> None:
-        """Let no statement take longer than until `deadline`. Raises `TimedOut` where that has passed."""
+        """Let no statement take longer than until `deadline`. Raises `TimedOut` if that has passed."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"{self._session.place}: there was no time left for the lock")
@@ -357,7 +357,7 @@ def run_locked(database: Database, command: Sequence[str]) -> int:
     """Run a command under the lock, and return its exit status, or `SIGNALLED`.
 
     It inherits standard input, output and error. For the main thread only: a signal ends command and lock. Raises
-    `ProcessError` where it cannot be started, and `DatabaseError` where the lock was not to be had, or was lost while
+    `ProcessError` where it cannot be started, and `DatabaseError` if there was no lock, or it was lost while
     the command ran, whatever came of the command.
     """
     if shutil.which(command[0]) is None:

@@ -61,8 +61,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
 
-    With `by_volume` the host will tell the LV UUID of the source, and `check_volume` must follow: the same volume may
-    then have another path. Raises `ChainError` or `DamagedError` where the chain cannot take it.
+    With `by_volume` the host will report the LV UUID of the source, and `check_volume` must follow: the same volume may
+    then have another path. Raises `ChainError` or `DamagedError` if the chain cannot take it.
     """
     last = chain.last()
     base = chain.generations.get(last)
@@ -119,7 +119,7 @@ def _refusal(chain: Chain, here: Source) -> ChainError | None:
 def check_volume(plan: Plan, name: str, found: str | None) -> None:
     """Refuse another volume than the one that the chain is of; raises `ChainError`.
 
-    The LV UUID `found` tells: one that only bears the old path is another, and the same one may have a new path.
+    The LV UUID `found` decides: one that only has the old path is another, and the same one may have a new path.
     """
     if plan.elsewhere is not None:
         if found != plan.volume:

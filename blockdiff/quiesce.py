@@ -1,4 +1,4 @@
-"""Hold writers still while the agent takes the snapshots: by a database lock, by a command, or not at all."""
+"""Stop writers while the agent takes the snapshots: by a database lock, by a command, or not."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -56,7 +56,7 @@ class Moment:
 
 
 class Quiesce:
-    """Nothing but the commands of --before and --after, which the agent runs, holds writers still."""
+    """Nothing but the commands of --before and --after, which the agent runs, stops writers."""
 
     #: Places on the host of which must be known on which source of the run they lie.
     directories: Sequence[str] = ()
@@ -67,10 +67,10 @@ class Quiesce:
         self._freezes = freezes
 
     def check(self, ready: Ready, session: Session) -> None:
-        """Raise `SourceError` where the volumes of the run are not those that hold what is quiesced."""
+        """Raise `SourceError` if the volumes of the run are not those that hold what is quiesced."""
 
     def holds(self, source: int) -> bool | None:
-        """Return whether what writes to a source of the run, by its place from 0, is held still; None: unknown."""
+        """Return whether what writes to a source of the run, by its place from 0, is stopped; None: unknown."""
         return self._freezes
 
     def around(self, session: Session) -> Moment:
@@ -87,7 +87,7 @@ class CommandQuiesce(Quiesce):
         self._command = command
 
     def around(self, session: Session) -> Moment:
-        """See `Quiesce`; raises `ProcessError` where the command does not do its part."""
+        """See `Quiesce`; raises `ProcessError` if the command does not do its part."""
         took_s, held_s = lockcommand.around(self._command, lambda: _take(session))
         return Moment(took_s, Quiesced("command", held_s))
 
@@ -156,11 +156,11 @@ class DatabaseQuiesce(Quiesce):
             )
 
     def holds(self, source: int) -> bool | None:
-        """See `Quiesce`. The lock holds what writes to the database, and nothing else that lies beside it."""
+        """See `Quiesce`. The lock holds what writes to the database, and nothing else that is beside it."""
         return True if self._freezes else None if self._held is None else source in self._held
 
     def _paused(self, stack: ExitStack) -> list[str]:
-        """Stop what applies changes on a replica until the end of the stack; return what stands still already."""
+        """Stop what applies changes on a replica until the end of the stack; return what is stopped already."""
         assert self._pause is not None
         appliers = self._database.appliers()
         running = [each.channel for each in appliers if each.is_running]
@@ -180,7 +180,7 @@ class DatabaseQuiesce(Quiesce):
         return any(path == each or path.startswith(each + "/") for each in self._server.files.temporary)
 
     def around(self, session: Session) -> Moment:
-        """See `Quiesce`; raises `DatabaseError` where there is no lock, or it did not last."""
+        """See `Quiesce`; raises `DatabaseError` if there is no lock, or it did not last."""
         version = self._server.version
         with ExitStack() as stack:
             warnings = self._paused(stack) if self._pause is not None else []
@@ -199,7 +199,7 @@ class DatabaseQuiesce(Quiesce):
 
 
 def _is_unknown(place: Outside) -> bool:
-    """Whether the kernel does not tell a device: of btrfs, ZFS, overlays, and memory."""
+    """Whether the kernel does not say on which device: of btrfs, ZFS, overlays, and memory."""
     return place.device.startswith("0:")
 
 
@@ -235,7 +235,7 @@ def database(
 ) -> Iterator[Quiesce]:
     """Yield what locks a database; leaving ends its session. Raises `DatabaseError`.
 
-    With `way`, that to the host once more, what applies changes on a replica is stopped meanwhile.
+    With `way`, that to the host once more, what applies changes on a replica is stopped until then.
     """
     with ExitStack() as stack:
         sock = None

@@ -1,8 +1,9 @@
 """Stop what applies changes on a replica for the moment of a backup, and start it again even if we die.
 
-No end of a session starts it again. So a process of its own, the guard, logs in before anything is stopped, by a
-connection of its own, and waits at the end of a pipe. It starts what was stopped: when we say so, and when we are gone.
-What it cannot survive is the end of this whole machine; a database that is started again starts its appliers itself.
+No end of a session starts it again. So a separate process, the guard, logs in before anything is stopped, by a
+connection of its own, and waits at the end of a pipe. It starts what was stopped: when we say so, and when we have
+ended. What it cannot survive is the end of this whole machine; a database that is started again starts its appliers
+itself.
 """
 
 import json
@@ -48,7 +49,7 @@ class Way:
 def paused(account: Account, way: Way, database: mysqllock.Database, channels: Sequence[str]) -> Iterator[None]:
     """Let nothing apply the changes that come by `channels` within the `with` statement.
 
-    Raises `DatabaseError` where that cannot be, or where they cannot be started again; nothing is stopped where there
+    Raises `DatabaseError` if that cannot be, or where they cannot be started again; nothing is stopped where there
     is not a guard.
     """
     with _guard(account, way, channels) as child:
@@ -91,7 +92,7 @@ def _let_go(child: "subprocess.Popen[bytes]") -> None:
     try:
         child.wait(START_S)
     except subprocess.TimeoutExpired:
-        pass  # it goes on trying, and ends by itself
+        pass  # it continues trying, and ends alone
 
 
 def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, channels: Sequence[str]) -> None:
@@ -148,6 +149,6 @@ def guard() -> None:
             database.start_appliers(order["channels"])
             os.write(1, _STARTED)
     except BrokenPipeError:
-        pass  # nobody is there any more who wants to know
+        pass  # nobody reads it any more
     except BlockdiffError as error:
         os.write(1, error.message.encode("utf-8", "backslashreplace") + b"\n")

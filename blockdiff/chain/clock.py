@@ -3,7 +3,7 @@
 import time
 from datetime import datetime, timezone
 
-#: How far clocks may differ, in seconds, before it is said.
+#: How far clocks may differ, in seconds, before it is reported.
 TOLERANCE_S = 300.0
 
 

@@ -23,7 +23,7 @@ from blockdiff.shared.errors import BusyError, DamagedError, StorageError, Usage
 class WritableChain(Chain):
     """A chain that we may add to, as far as that can be known without a lock: a run's rehearsal looks at it.
 
-    Raises `UsageError` for a NAME that readers would take for a generation of another chain, and `StorageError` where
+    Raises `UsageError` for a NAME that readers would take for a generation of another chain, and `StorageError` if
     others may write to the directory, or we may not.
     """
 
@@ -40,9 +40,9 @@ class WritableChain(Chain):
 
 
 class LockedChain(WritableChain):
-    """A chain that this process alone may add to, after what a crash left was put in order.
+    """A chain that this process alone may add to, after what a crash left was repaired.
 
-    Raises what `WritableChain` does, and `BusyError` where another run holds it. `notes` says what was put in order.
+    Raises what `WritableChain` does, and `BusyError` if another run holds it. `notes` says what was repaired.
     Without `recovers`, what is beyond the last complete generation stays, and so does ``NAME.ver``.
     """
 
@@ -96,7 +96,7 @@ class LockedChain(WritableChain):
             ) from error
 
     def _set_uncommitted_aside(self) -> None:
-        """Move away what a run linked and died before it linked the manifest: its temporary names tell.
+        """Move away what a run linked and died before it linked the manifest: its temporary names say so.
 
         In a first generation nothing else does: no ``NAME.ver`` says yet that there is no complete generation.
         """
@@ -136,7 +136,7 @@ class LockedChain(WritableChain):
             self.directory.sync()
 
     def _check_reachable(self, generation: Generation, suffix: str) -> None:
-        """Raise `StorageError` where a file cannot be looked at now: its generation may be complete all the same."""
+        """Raise `StorageError` if a file cannot be looked at now: its generation may be complete nevertheless."""
         try:
             self.directory.size_of(generation.name(suffix))
         except DamagedError:
@@ -198,7 +198,7 @@ class LockedChain(WritableChain):
         self.version = number
 
     def chain_id(self) -> str:
-        """Return the identifier that the chain's manifests share; a new one where there is no manifest yet."""
+        """Return the identifier that the chain's manifests share; a new one if there is no manifest yet."""
         known = [(number, generation.manifest) for number, generation in self.generations.items()]
         newest = max(((n, found.chain) for n, found in known if found is not None), default=None)
         return newest[1] if newest is not None else os.urandom(16).hex()
@@ -263,7 +263,7 @@ class NewGeneration:
     def commit(self, content: Manifest) -> None:
         """Make the generation a part of the chain. The link of the manifest is the moment that decides.
 
-        Every content is durable before any name appears, and so are the temporary names, which tell what is not
+        Every content is durable before any name appears, and so are the temporary names, which say what is not
         complete; delta and table have their names before the manifest has, and ``NAME.ver`` follows: whenever the power
         fails, what is found later is complete or not there. What takes room is written before, so that a full disk
         cannot stop a commit halfway.
@@ -294,7 +294,7 @@ class NewGeneration:
     def _undo(self) -> None:
         """Remove the temporary names, and the final ones that this very object made and did not commit.
 
-        What cannot be removed is left to the next run: the error that brought us here is the one to tell.
+        What cannot be removed is left to the next run: the error that brought us here is the one to report.
         """
         for file in self._files:
             file.__exit__(None, None, None)
@@ -308,7 +308,7 @@ class NewGeneration:
                 pass
 
     def _undo_link(self, suffix: str) -> None:
-        # a signal may have come just after the link; and not every file system can tell that two names are one file
+        # a signal may have come just after the link; and not every file system can see that two names are one file
         try:
             if suffix in self._linked or self._directory.are_same(self._final(suffix), self._temporary(suffix)):
                 self._directory.unlink(self._final(suffix))

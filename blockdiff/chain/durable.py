@@ -106,7 +106,7 @@ def _change_mode(fd: int, mode: int) -> None:
     try:
         os.fchmod(fd, mode)
     except OSError:
-        pass  # a file system without modes; whatever else is wrong, fsync tells
+        pass  # a file system without modes; fsync reports whatever else is wrong
 
 
 def _open_file(name: str, extra_flags: int, directory_fd: int) -> int:
@@ -114,7 +114,7 @@ def _open_file(name: str, extra_flags: int, directory_fd: int) -> int:
     flags = os.O_RDONLY | os.O_CLOEXEC | extra_flags
     try:
         fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=directory_fd)
-    except BlockingIOError:  # a regular file that another process has a lease on: the kernel sees to it that it ends
+    except BlockingIOError:  # a regular file that another process has a lease on: the kernel makes sure that it ends
         return os.open(name, flags, dir_fd=directory_fd)
     os.set_blocking(fd, True)
     return fd
@@ -132,7 +132,7 @@ def _kind(mode: int) -> str:
 
 
 class Directory:
-    """An open directory. A context manager; raises `StorageError` where it is missing or cannot be opened.
+    """An open directory. A context manager; raises `StorageError` if it is missing or cannot be opened.
 
     `is_written` says whether the user may want it to be made where it is missing.
     """
@@ -157,19 +157,19 @@ class Directory:
             pass  # nothing was written through it: what was reported stays true
 
     def refuse_others(self) -> None:
-        """Raise `StorageError` where others than the owner may write to the directory, or replace it."""
+        """Raise `StorageError` if others than the owner may write to the directory, or replace it."""
         with _named("look at", self.path):
             sharing.refuse_others(self.path)
 
     def refuse_read_only(self) -> None:
-        """Raise `StorageError` where we may not write to the directory, or nobody may."""
+        """Raise `StorageError` if we may not write to the directory, or nobody may."""
         with _named("write to", self.path):
             if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.fstatvfs(self._fd).f_flag & os.ST_RDONLY
                 raise OSError(number := errno.EROFS if read_only else errno.EACCES, os.strerror(number))
 
     def refuse_root_file_system(self) -> None:
-        """Raise `StorageError` where nothing is mounted on the way to the directory but the file system of ``/``."""
+        """Raise `StorageError` if nothing is mounted on the way to the directory but the file system of ``/``."""
         with Directory("/") as root:
             if self._mount() != root._mount():
                 return
@@ -179,7 +179,7 @@ class Directory:
         )
 
     def _mount(self) -> str:
-        """Return what the kernel calls the mount that the directory lies in; a bind mount is one of its own."""
+        """Return what the kernel calls the mount that the directory is in; a bind mount is one of its own."""
         with _named("look at", self.path), open(f"/proc/self/fdinfo/{self._fd}", encoding="ascii") as file:
             return next(line for line in file if line.startswith("mnt_id:"))
 
@@ -197,7 +197,7 @@ class Directory:
         return self._found(name) is not None
 
     def size_of(self, name: str) -> int | None:
-        """Return the size of a file in bytes, None where there is none; raises what `open` raises."""
+        """Return the size of a file in bytes, None if there is none; raises what `open` raises."""
         found = self._found(name)
         return None if found is None else self._file(name, found).st_size
 
@@ -217,7 +217,7 @@ class Directory:
         """Return a descriptor for reading.
 
         A symbolic link is followed where nobody but the owner of the directory can have made it. Raises `DamagedError`
-        where the name is not that of a regular file, and `StorageError` where the file cannot be reached.
+        if the name is not that of a regular file, and `StorageError` if the file cannot be reached.
         """
         found = self._found(name)
         if found is None:
@@ -228,13 +228,13 @@ class Directory:
         self._file(name, found)
         with _named("open", self.path_of(name)):
             fd = _open_file(name, 0 if stat.S_ISLNK(found.st_mode) else os.O_NOFOLLOW, self._fd)
-        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):  # it has been replaced meanwhile
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):  # it has been replaced since then
             os.close(fd)
             raise _not_a_file(self.path_of(name), mode)
         return fd
 
     def _found(self, name: str) -> os.stat_result | None:
-        """Return what has this name, None where nothing has; raises `StorageError`."""
+        """Return what has this name, None if nothing has; raises `StorageError`."""
         try:
             return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -274,7 +274,7 @@ class Directory:
             ) from error
 
     def read(self, name: str, limit: int = MAX_IMAGE_SIZE) -> bytes | None:
-        """Return the content of a small file, at most `limit` bytes of it; None where there is none."""
+        """Return the content of a small file, at most `limit` bytes of it; None if there is none."""
         found = self._found(name)
         if found is None:
             return None
@@ -282,7 +282,7 @@ class Directory:
             return file.read(limit)
 
     def open_lock(self, name: str) -> int:
-        """Return a descriptor of the file `name` to hold a lock on, made where there is none."""
+        """Return a descriptor of the file `name` to hold a lock on, made if there is none."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with _named("open", self.path_of(name)):
             try:
@@ -319,12 +319,12 @@ class Directory:
         return fd
 
     def link(self, name: str, new_name: str) -> None:
-        """Give a file a second name; raises `StorageError` where that is taken: nothing is ever overwritten."""
+        """Give a file a second name; raises `StorageError` if that is taken: nothing is ever overwritten."""
         with _named("create", self.path_of(new_name)):
             os.link(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
 
     def check_abilities(self, name: str, spare_name: str) -> None:
-        """Raise `StorageError` where the file system lacks what a commit needs: hard links, and synced directories.
+        """Raise `StorageError` if the file system lacks what a commit needs: hard links, and synced directories.
 
         The file `name` has the name `spare_name`, which must be free, for a moment.
         """
@@ -332,7 +332,7 @@ class Directory:
             try:
                 os.link(name, spare_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
             except BaseException:
-                with suppress(OSError):  # the error that led here is the one to tell
+                with suppress(OSError):  # the error that led here is the one to report
                     os.unlink(spare_name, dir_fd=self._fd)
                 raise
         self.unlink(spare_name)
@@ -344,7 +344,7 @@ class Directory:
             os.rename(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def unlink(self, name: str) -> None:
-        """Remove a name; one that is gone already is fine."""
+        """Remove a name; one that no longer exists is fine."""
         with _named("remove", self.path_of(name)):
             try:
                 os.unlink(name, dir_fd=self._fd)

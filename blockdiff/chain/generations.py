@@ -61,7 +61,7 @@ class Generation:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest; None where there is none, as in chains of the original, or where it is damaged."""
+        """The manifest; None if there is none, as in chains of the original, or where it is damaged."""
         return self._read[0]
 
     @property
@@ -88,7 +88,7 @@ class Generation:
 
     @property
     def delta_suffix(self) -> str:
-        """The suffix of the delta; raises `DamagedError` where there is none, or more than one and no manifest."""
+        """The suffix of the delta; raises `DamagedError` if there is none, or more than one and no manifest."""
         if self.manifest is not None:
             return self._present(self.manifest.delta.suffix)
         return self._only(DELTA_SUFFIXES, "delta")
@@ -102,7 +102,7 @@ class Generation:
 
     @property
     def chain_id(self) -> str | None:
-        """What the manifests of one chain share; None where there is no manifest."""
+        """What the manifests of one chain share; None if there is no manifest."""
         return None if self.manifest is None else self.manifest.chain
 
     @property
@@ -133,7 +133,7 @@ class Generation:
     def check_files(self) -> None:
         """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has.
 
-        Raises `StorageError` where that cannot be known.
+        Raises `StorageError` if that cannot be known.
         """
         if self.manifest_error is not None:
             raise self.manifest_error
@@ -144,7 +144,7 @@ class Generation:
                 raise DamagedError(f"{self.path(suffix)} has {size} bytes instead of {stored.size}")
 
     def open_table(self) -> TableReader:
-        """Return the digest table; raises `DamagedError` where it cannot be the one that was written.
+        """Return the digest table; raises `DamagedError` if it cannot be the one that was written.
 
         A manifest knows its checksum, which covers every byte; without one only its form can be checked.
         """
@@ -156,7 +156,7 @@ class Generation:
         return table
 
     def size_of(self, suffix: str) -> int:
-        """Return the size of the file with this suffix in bytes, 0 where it is not a file that can be looked at."""
+        """Return the size of the file with this suffix in bytes, 0 if it is not a file that can be looked at."""
         try:
             return self.directory.size_of(self.name(suffix)) or 0
         except (DamagedError, StorageError):
@@ -172,7 +172,7 @@ class Chain:
 
     `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, where there is one already. Raises
     `StorageError` where that directory is missing. `generations` are by number, committed or not; `version` is what
-    ``NAME.ver`` says, None where it says nothing useful.
+    ``NAME.ver`` says, None if it says nothing useful.
     """
 
     #: Whether its directory may be made where it is missing.
@@ -228,7 +228,7 @@ class Chain:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
 
         Manifests count where ``NAME.ver`` is missing, damaged, or older than they are: a manifest is what completes a
-        generation. Those of another chain do not. Raises `DamagedError` where it is not known.
+        generation. Those of another chain do not. Raises `DamagedError` if it is not known.
         """
         complete = {
             n: generation.manifest.chain
@@ -252,7 +252,7 @@ class Chain:
         )
 
     def last_pair(self) -> int:
-        """Return the number of the last generation that has a delta and a digest table, 0 where there is none."""
+        """Return the number of the last generation that has a delta and a digest table, 0 if there is none."""
         deltas, tables = {*DELTA_SUFFIXES}, {*TABLE_SUFFIXES}
         return max((n for n, g in self.generations.items() if g.suffixes & deltas and g.suffixes & tables), default=0)
 
@@ -285,7 +285,7 @@ class Chain:
     def needs_older(generation: Generation) -> bool:
         """Return whether a generation needs the one before it, as far as is known.
 
-        Without a manifest nothing but generation 1 is known to stand alone; one that is damaged tells nothing of it.
+        Without a manifest nothing but generation 1 is known to stand alone; one that is damaged says nothing of it.
         """
         if generation.number == 1 or generation.manifest_error is not None:
             return False
@@ -300,7 +300,7 @@ class Chain:
         return True
 
     def check_parent(self, generation: Generation) -> None:
-        """Raise `DamagedError` unless the generation was built on the one before it, as far as manifests tell."""
+        """Raise `DamagedError` unless the generation was built on the one before it, as far as manifests say."""
         known = generation.manifest
         parent = self.generations.get(generation.number - 1)
         if known is None or parent is None or parent.manifest is None:
@@ -314,14 +314,14 @@ class Chain:
             )
 
     def check_manifest(self, generation: Generation) -> None:
-        """Raise `DamagedError` where there is no manifest although the next generation was built on one."""
+        """Raise `DamagedError` if there is no manifest although the next generation was built on one."""
         child = self.generations.get(generation.number + 1)
         parent = child.manifest.parent if child is not None and child.manifest is not None else None
         if MANIFEST_SUFFIX not in generation.suffixes and parent is not None and parent.manifest_sha256 is not None:
             raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
 
     def generation(self, number: int | None) -> Generation:
-        """Return a generation, the last complete one for None; raises `DamagedError` where it is not there."""
+        """Return a generation, the last complete one for None; raises `DamagedError` if it is not there."""
         wanted = self.last() if number is None else number
         if wanted in self.generations:
             return self.generations[wanted]

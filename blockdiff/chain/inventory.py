@@ -31,7 +31,7 @@ class Inventory:
     def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:
         if bases is None:
             bases = _with_version(directory)
-        # before the names, so that a run that ends meanwhile is found by its manifest
+        # before the names, so that a run that ends while we read is found by its manifest
         self._versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
         self._found: dict[str, dict[int, set[str]]] = {}
         self._locks: list[str] = []
@@ -53,7 +53,7 @@ class Inventory:
         return base in self._versions
 
     def version(self, base: str) -> int | None:
-        """Return what ``NAME.ver`` says, None where it says nothing useful; raises `StorageError`."""
+        """Return what ``NAME.ver`` says, None if it says nothing useful; raises `StorageError`."""
         found = self._versions.get(base)
         if isinstance(found, StorageError):
             raise found

@@ -19,7 +19,7 @@ MISSING = "missing"
 
 @dataclass(frozen=True)
 class Entry:
-    """One generation; sizes are in bytes, None where it is not known. `problem` explains a state that is not ``ok``."""
+    """One generation; sizes are in bytes, None if it is not known. `problem` explains a state that is not ``ok``."""
 
     generation: int
     when: str | None

@@ -16,7 +16,7 @@ AT_WORK = "first run at work"
 class ChainEntry:
     """One chain: its last complete generation, when that was finished, and how many seconds ago that is.
 
-    `stored` is what all generations take, in bytes; all but `name` and `state` are None where it is not known.
+    `stored` is what all generations take, in bytes; all but `name` and `state` are None if it is not known.
     """
 
     name: str

@@ -6,10 +6,10 @@ import shlex
 
 
 def give(fd: int, directory_fd: int) -> None:
-    """Give a new file that root has made to the owner of its directory, who could not go on with the chain otherwise.
+    """Give a new file that root has made to the owner of its directory, who could not continue the chain otherwise.
 
-    Only for a file that is new for certain: whoever owns the directory can have planted any other. Raises `OSError`
-    where the file system does not let us.
+    Only for a file that is new for certain: the owner of the directory can have planted any other. Raises `OSError`
+    if the file system does not let us.
     """
     directory = os.fstat(directory_fd)
     if os.geteuid() == 0 and directory.st_uid != 0 and os.fstat(fd).st_uid == 0:

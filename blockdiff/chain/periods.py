@@ -47,7 +47,7 @@ class Place:
         return max(names, key=youth, default=None)
 
     def _source(self, name: str) -> tuple[str | None, str] | None:
-        """Return host and path of what the last generation is of, None where it is not known."""
+        """Return host and path of what the last generation is of, None if it is not known."""
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 known = generation.manifest
@@ -56,7 +56,7 @@ class Place:
         return None
 
     def _finished(self, name: str) -> float:
-        """Return when the last generation was finished, in seconds since the epoch, 0 where it is not known."""
+        """Return when the last generation was finished, in seconds since the epoch, 0 if it is not known."""
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 if generation.manifest is not None:
@@ -65,7 +65,7 @@ class Place:
 
 
 def written(generation: Generation) -> float | None:
-    """Return when the files of a generation were written last, in seconds; None where none can be looked at."""
+    """Return when the files of a generation were written last, in seconds; None if none can be looked at."""
     times = []
     for suffix in generation.suffixes:
         try:
@@ -78,7 +78,7 @@ def written(generation: Generation) -> float | None:
 def later(name: str, period: str) -> str | None:
     """Return the last of the chains beside ``NAME-DATE`` (`name`, which ends in `period`) that are of a later period.
 
-    None where there is none. Raises `StorageError`.
+    None if there is none. Raises `StorageError`.
     """
     if not period:
         return None

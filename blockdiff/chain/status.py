@@ -1,4 +1,4 @@
-"""How chains are doing, for monitoring: a state in the words of Nagios plug-ins, and the figures behind it.
+"""How chains are doing, for monitoring: a state in the words of Nagios plug-ins, and its figures.
 
 From a cheap look at the files, as `listing` has it: what they hold is for `verify`.
 """
@@ -39,7 +39,7 @@ class Status:
 
     `chain` is NAME itself, or the ``NAME-DATE`` of ``backup --chain`` that is looked at. `generation` is the last
     complete one, finished at `finished`, in seconds since the epoch, and `age_s` seconds ago; `succeeded` is when the
-    last one was finished whose files are all there. `stored_bytes` is what all generations take. All are None where
+    last one was finished whose files are all there. `stored_bytes` is what all generations take. All are None if
     nothing tells.
     """
 

@@ -1,4 +1,4 @@
-"""Temporary files and directories of the server, which are gone when they are closed, or when we are."""
+"""Temporary files and directories of the server, which end when they are closed, or when we do."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from blockdiff.shared.errors import BlockdiffError
 
 
 def unnamed_file() -> BinaryIO:
-    """Return a new file that has no name, without a buffer. Raises `BlockdiffError` where there is no place for it."""
+    """Return a new file that has no name, without a buffer. Raises `BlockdiffError` if there is no place for it."""
     try:
         return tempfile.TemporaryFile(buffering=0)
     except OSError as error:
@@ -19,7 +19,7 @@ def unnamed_file() -> BinaryIO:
 
 @contextmanager
 def directory() -> Iterator[str]:
-    """Yield the path of a new directory of ours alone. Raises `BlockdiffError` where there is no place for it."""
+    """Yield the path of a new directory of ours alone. Raises `BlockdiffError` if there is no place for it."""
     try:
         made = tempfile.TemporaryDirectory(prefix="blockdiff-")
     except OSError as error:

@@ -17,8 +17,9 @@ from blockdiff.transport.address import Address
 class Difference:
     """What differs: `ranges` are (offset, length) in bytes, whole blocks, ascending; sizes in bytes.
 
-    `image_size` is None where that of the generation is not known; `source_size` beyond it counts as different.
-    `unrest` says how the source was written to meanwhile, or in use, in words that follow its path; "" for neither.
+    `image_size` is None if that of the generation is not known; `source_size` beyond it counts as different.
+    `unrest` says how the source was written to while it was read, or in use, in words that follow its path; "" for
+    neither.
     """
 
     ranges: list[tuple[int, int]]
@@ -35,7 +36,7 @@ class Difference:
 def compare(generation: Generation, session: Session, address: Address, progress: Progress) -> Difference:
     """Return where the source at `address`, reached by `session`, differs from a generation, by their digests.
 
-    The host reads all of it and sends what differs; nothing is kept. Raises `DamagedError` where the digest table
+    The host reads all of it and sends what differs; nothing is kept. Raises `DamagedError` if the digest table
     cannot be read, and whatever reading the source raises.
     """
     ranges: list[tuple[int, int]] = []

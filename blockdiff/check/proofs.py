@@ -1,4 +1,4 @@
-"""Two other proofs beside `verify`: of one generation by itself, and by putting an image together.
+"""Two other proofs beside `verify`: of one generation alone, and by merging an image.
 
 By itself a generation is proven like the step of an induction: what its delta carries has the digests of its table, and
 the table agrees with the one before about everything else. Where each generation passes, each restores exactly; and
@@ -33,7 +33,7 @@ class _Nowhere:
 
 
 def put_together(chain: Chain, number: int, advance: Callable[[int], object] = lambda length: None) -> None:
-    """Do all that a restore of generation `number` does, but keep nothing; raises `DamagedError` where that fails.
+    """Do all that a restore of generation `number` does, but keep nothing; raises `DamagedError` if that fails.
 
     `advance` gets the length of each part of the image.
     """
@@ -42,7 +42,7 @@ def put_together(chain: Chain, number: int, advance: Callable[[int], object] = l
 
 
 def alone(chain: Chain, number: int, advance: Callable[[int], object] = lambda length: None) -> None:
-    """Prove what generation `number` adds to the one before it; raises `DamagedError` where that fails.
+    """Prove what generation `number` adds to the one before it; raises `DamagedError` if that fails.
 
     `advance` gets the length of each run of the delta.
     """

@@ -24,7 +24,7 @@ def can_rebuild(verifier: Verifier, generation: Generation) -> bool:
 
 
 def rebuild(number: int, chain: LockedChain) -> None:
-    """Write the digest table of a generation again; raises `DamagedError` where the deltas no longer give it."""
+    """Write the digest table of a generation again; raises `DamagedError` if the deltas no longer give it."""
     known = chain.generations[number].manifest
     assert known is not None, "only a manifest says which table was lost"
     name = chain.generations[number].name(known.table.suffix)

@@ -15,9 +15,9 @@ from blockdiff.transport.address import Address
 
 
 def examine(chain: Chain, address: Address) -> str | None:
-    """Return what is to be done so that the chain goes on with the source at `address`, None for nothing.
+    """Return what is to be done so that the chain continues with the source at `address`, None for nothing.
 
-    Changes nothing. Raises `DamagedError` where the last manifest is damaged or missing, and `ChainError` where the
+    Changes nothing. Raises `DamagedError` if the last manifest is damaged or missing, and `ChainError` if the
     chain's manifests name no source.
     """
     known, made = _manifests(chain, address)

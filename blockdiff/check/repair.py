@@ -5,7 +5,7 @@ digest table where only that is lost (`rebuild`). Behind the last of these, what
 renamed, not removed; the chain then goes on there. Before it, what is broken stays, because younger generations may
 need its delta. Where nothing can be restored, nothing is touched.
 
-What is to be done is found first, by reading only, so that a dry run tells the same, but for what only a digest table
+What is to be done is found first, by reading only, so that a dry run says the same, but for what only a digest table
 that is rebuilt can prove. Run again, nothing is left to do.
 """
 
@@ -28,7 +28,7 @@ from blockdiff.shared.errors import StorageError
 
 Advance = Callable[[int], object]
 
-#: What a rebuilt manifest says of a source that nothing tells; like that of a command, it can go on with any.
+#: What a rebuilt manifest says of a source that is not known; like that of a command, any can follow.
 _UNKNOWN_SOURCE = Source(None, "unknown", "command")
 #: What it says of the moment.
 _UNKNOWN_CONSISTENCY = "unknown"
@@ -86,7 +86,7 @@ def repair(
 ) -> Findings:
     """Do what there is to do with the chain `name`, and return it; `told` gets each deed when it is done.
 
-    Raises `BusyError` where a run is at work, and `StorageError` where something cannot be written.
+    Raises `BusyError` if a run is at work, and `StorageError` if something cannot be written.
     """
     with LockedChain(name, recovers=False) as chain:
         for note in chain.notes:
@@ -154,7 +154,7 @@ def _sound(chain: Chain, last: int, findings: Findings, advance: Advance) -> dic
 def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> tuple[dict[int, str | None], list[int]]:
     """Return what is wrong with each generation, and those of which the digest table follows from the deltas.
 
-    Raises `StorageError` where that cannot be known.
+    Raises `StorageError` if that cannot be known.
     """
     found: dict[int, str | None] = {}
     without_table: list[int] = []
@@ -173,7 +173,7 @@ def _proven(chain: Chain, last: int, advance: Advance, with_manifests: bool) -> 
 
 
 def _strip(generation: Generation) -> None:
-    """Let a generation in memory have no manifest; where that told which of two files is the right one, keep to it."""
+    """Let a generation in memory have no manifest; if that said which of two files is the right one, keep to it."""
     if generation.manifest is not None:
         ours = {generation.manifest.delta.suffix, generation.manifest.table.suffix}
         generation.suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - ours
@@ -265,7 +265,7 @@ class _Manifests:
         self._findings.deeds.append(Deed(f"{generation.path(MANIFEST_SUFFIX)} {why}", write))
 
     def _rebuilt(self, generation: Generation, parent: Parent | None) -> Manifest:
-        """Return a manifest that says what the files tell."""
+        """Return a manifest that says what the files show."""
         known = generation.manifest
         _strip(generation)
         delta, table_suffix = generation.delta_suffix, generation.table_suffix

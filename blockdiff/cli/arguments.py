@@ -29,7 +29,7 @@ class ByteSize(click.ParamType[int]):
 
 
 def agent_prefix() -> list[str] | None:
-    """Return the command to run the agent under, from ``SSH_BLOCKDIFF_PREFIX``; None where it is not set.
+    """Return the command to run the agent under, from ``SSH_BLOCKDIFF_PREFIX``; None if it is not set.
 
     Raises `UsageError` for open quotes.
     """
@@ -43,6 +43,6 @@ def agent_prefix() -> list[str] | None:
 
 
 def split_name(text: str) -> tuple[str, int | None]:
-    """Return NAME and N of ``NAME@N``, None for N where there is no ``@N``."""
+    """Return NAME and N of ``NAME@N``, None for N if there is no ``@N``."""
     match = re.fullmatch(r"(.+)@([1-9][0-9]{0,17})", text, re.DOTALL)
     return (match[1], int(match[2])) if match else (text, None)

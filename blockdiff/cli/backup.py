@@ -224,7 +224,7 @@ def _summary(result: "Result") -> dict[str, object]:
 
 
 def _report(result: "Result", as_json: bool, verbose: bool) -> None:
-    """Say how it went: nothing where all is well and nobody watches, so that cron mails only what matters."""
+    """Say how it went: nothing if all is well and nobody watches, so that cron mails only what matters."""
     for note in (*result.recovered, *result.planned):
         say(f"note: {note}")
     if sys.stderr.isatty() or verbose:

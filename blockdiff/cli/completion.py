@@ -13,7 +13,7 @@ VARIABLE = "_BLOCKDIFF_COMPLETE"
 
 
 def chains(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
-    """Return the chains whose NAME begins so, and the directories; where there is no chain, the shell goes on."""
+    """Return the chains whose NAME begins so, and the directories; if there is no chain, the shell continues."""
     from click.shell_completion import CompletionItem
 
     path, begin = os.path.split(incomplete)

@@ -98,7 +98,7 @@ def _print_chains(found: list[overview.ChainEntry]) -> None:
 
 
 def _replica_statement(generation: Generation) -> str:
-    """Return the statement for a generation; raises `ChainError` where it knows nothing of a database."""
+    """Return the statement for a generation; raises `ChainError` if it knows nothing of a database."""
     if generation.manifest_error is not None:
         raise generation.manifest_error
     if generation.manifest is None or generation.manifest.database is None:

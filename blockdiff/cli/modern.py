@@ -1,4 +1,4 @@
-"""The `blockdiff` command: each of its commands has a module of its own, imported when it is asked for."""
+"""The `blockdiff` command: each of its commands has its own module, imported when it is asked for."""
 
 import os
 import sys

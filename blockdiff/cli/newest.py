@@ -18,9 +18,9 @@ class Meant:
 
 
 def meant_by(name: str) -> Meant:
-    """Return the chain `name`, or the newest ``NAME-DATE`` of ``backup --chain`` where there is none of that name.
+    """Return the chain `name`, or the newest ``NAME-DATE`` of ``backup --chain`` if there is none of that name.
 
-    Raises `StorageError` where the directory cannot be read.
+    Raises `StorageError` if the directory cannot be read.
     """
     place = Place(os.path.dirname(name))
     names = place.names(name)

@@ -25,7 +25,7 @@ _ON_STDERR = "1"
 def run(command: click.Command, name: str) -> None:
     """Run a command and end the process with its exit status: the boundary for errors of every kind.
 
-    The status is settled before anything is said of it, and does not depend on whether somebody takes what is said.
+    The status is settled before anything is printed, and does not depend on whether somebody reads it.
     """
     standard.attach()
     traced = _traced(name)
@@ -66,7 +66,7 @@ def _outcome(command: click.Command, name: str) -> int:
             with command.make_context(name, sys.argv[1:]) as context:
                 command.invoke(context)
         finally:
-            signals.ignore()  # what is left to do is to tell how it went
+            signals.ignore()  # only to report how it went is left
     except SystemExit as ending:
         return int(ending.code or EXIT_DONE)
     except click.exceptions.Exit as ending:

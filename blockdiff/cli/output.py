@@ -49,7 +49,7 @@ def print_rows(rows: Sequence[tuple[str, ...]], right: Collection[int]) -> None:
 
 
 def check_printed() -> None:
-    """Raise `StorageError` where standard output could not take what the command was asked for."""
+    """Raise `StorageError` if standard output could not take what the command was asked for."""
     if (reason := standard.lost()) is not None:
         raise StorageError(f"cannot write to standard output: {reason}", "what was printed there is not complete")
 
@@ -68,7 +68,7 @@ def shown_time(text: str | None) -> str:
 def watched(what: str) -> Iterator[Progress]:
     """Yield a progress bar where standard error is a terminal, and a silent one elsewhere.
 
-    What is printed meanwhile is printed within `Progress.aside`.
+    What is printed until then is printed within `Progress.aside`.
     """
     if not sys.stderr.isatty():
         yield Progress()

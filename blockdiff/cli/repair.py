@@ -67,7 +67,7 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
 
 
 def _rename(name: str, where: Address, dry_run: bool) -> list[str]:
-    """Return what was done, or would be, so that the chain goes on with its source at another address."""
+    """Return what was done, or would be, so that the chain continues with its source at another address."""
     if not dry_run:
         return renamed.rename(name, where)
     with Chain(name) as chain:

@@ -48,9 +48,9 @@ def attach() -> None:
 
 
 def lost() -> str | None:
-    """Return why something that was printed on standard output got lost, the first time; None where all is well.
+    """Return why something that was printed on standard output got lost, the first time; None if all is well.
 
-    It is also None where the stream is closed, or nobody reads any more: then nobody misses anything.
+    It is also None if the stream is closed, or nobody reads any more: then nobody misses anything.
     """
     sys.stdout.flush()
     raw = getattr(sys.stdout.buffer, "raw", None)

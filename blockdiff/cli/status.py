@@ -106,7 +106,7 @@ def _summary(found: status.Status) -> dict[str, object]:
 def _write(path: str, text: str) -> None:
     """Write a file that another user reads at any time: complete, or as it was before. Raises `StorageError`.
 
-    Whoever owns the directory cannot choose what is written to: the name is random, new, and never followed.
+    The owner of the directory cannot choose what is written to: the name is random, new, and never followed.
     """
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
@@ -128,7 +128,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _refuse_special(path: str) -> None:
-    """Raise `StorageError` where another thing than a file has the name: /dev/stdout must not be replaced."""
+    """Raise `StorageError` if another thing than a file has the name: /dev/stdout must not be replaced."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

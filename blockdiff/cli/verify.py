@@ -110,7 +110,7 @@ def command(
 
 
 def _chosen(name: str, number: int | None) -> Meant:
-    """Return the chain to verify; say which one it is where somebody watches, and always where a newer one is left."""
+    """Return the chain to verify; say which one it is if a user watches, and always if a newer one is left."""
     meant = meant_by(name) if number is None else Meant(name)
     if meant.note is not None and (meant.passes_over or sys.stderr.isatty()):
         say(f"{'warning' if meant.passes_over else 'note'}: {meant.note}")
@@ -118,7 +118,7 @@ def _chosen(name: str, number: int | None) -> Meant:
 
 
 def _total(chain: Chain, number: int | None, deep: bool, subset: tuple[int, int] | None) -> int | None:
-    """Return how many bytes will be looked at, of deltas and of images; None where no manifest says."""
+    """Return how many bytes will be looked at, of deltas and of images; None if no manifest says."""
     part, parts = subset or (0, 1)
     last = chain.last() if number is None else number
     proven = [n for n in chain.generations if number in (None, n) and n <= last and (n - part) % parts == 0]

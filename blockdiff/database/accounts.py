@@ -69,7 +69,7 @@ class Account:
         return self.socket is None and not self.through_ssh
 
     def server_key(self) -> bytes | None:
-        """Return the server's public key, None where none is given; raises `UsageError` where it cannot be read."""
+        """Return the server's public key, None if none is given; raises `UsageError` if it cannot be read."""
         if self.public_key is None:
             return None
         try:
@@ -213,7 +213,7 @@ def _complete(given: LoginOptions, options: Mapping[str, str | None]) -> Account
 
 
 def _tls(options: Mapping[str, str | None]) -> Tls | None:
-    """Return how to encrypt, by options of the clients; None where they ask for nothing, or forbid it."""
+    """Return how to encrypt, by options of the clients; None if they ask for nothing, or forbid it."""
     for name in options:
         if name in _REFUSED or (name == "ssl_verify_server_cert" and _is_off(options[name])):
             raise UsageError(

@@ -1,6 +1,6 @@
 """The connection to a database, in the clear or by TLS, and how much may come through it, and for how long.
 
-Whoever answers is not believed: what it sends for one statement is bounded in bytes and in seconds.
+The server is not believed: what it sends for one statement is bounded in bytes and in seconds.
 """
 
 import socket
@@ -36,7 +36,7 @@ class Bounds:
         self._deadline = time.monotonic() + self._seconds
 
     def received(self, receive: Callable[[], int]) -> int:
-        """Receive some bytes, and return how many; raises `TimedOut`, and `DatabaseError` where they are too many."""
+        """Receive some bytes, and return how many; raises `TimedOut`, and `DatabaseError` if they are too many."""
         try:
             count = receive()
         except TimeoutError as error:
@@ -73,7 +73,7 @@ def bounded(sock: socket.socket, bounds: Bounds) -> socket.socket:
 def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
     """Return what makes an encrypted connection to a server that proves who it is, and keeps it to `bounds`.
 
-    Raises `UsageError` where a file for it cannot be used.
+    Raises `UsageError` if a file for it cannot be used.
     """
     import ssl  # here: most runs lock no database
 

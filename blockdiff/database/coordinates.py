@@ -39,7 +39,7 @@ class Version:
         if len(text) > _VERSION_LENGTH or not text.isprintable():
             raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not a version")
         flavour = MARIADB if "mariadb" in text.lower() else MYSQL
-        # some proxies put before MariaDB's version what its protocol tells old clients
+        # some proxies put before MariaDB's version what its protocol shows old clients
         numbers = text.removeprefix("5.5.5-").partition("-")[0].split(".")
         if len(numbers) < 3 or not all(_is_number(number, 3) for number in numbers[:3]):
             raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not understood")
@@ -79,7 +79,7 @@ class Applier:
 class Coordinates:
     """Where the server stood: `binlog_position` in bytes, and None, as the file, where it writes no binary log.
 
-    `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None where it uses no GTIDs.
+    `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None if it uses no GTIDs.
     `dataclasses.asdict` makes JSON of it, and `from_fields` reads that back.
     """
 
@@ -92,7 +92,7 @@ class Coordinates:
 
 
 def read(rows: Rows) -> Coordinates:
-    """Ask the server where it stands. Raises `DatabaseError`: the privileges it names are needed for this."""
+    """Ask the server for its position. Raises `DatabaseError`: the privileges it names are needed for this."""
     version = Version.parse(_text(rows("SELECT VERSION() AS version")[0], "version"))
     file, place = position(rows, version)
     channels = rows(_replica_status(version))
@@ -109,7 +109,7 @@ def read(rows: Rows) -> Coordinates:
 
 
 def position(rows: Rows, version: Version) -> tuple[str | None, int | None]:
-    """Ask for file and position of the binary log alone, None for both where there is none; raises as `read`."""
+    """Ask for file and position of the binary log alone, None for both if there is none; raises as `read`."""
     log = _log(rows, version)
     return (_text(log[0], "File"), _number(log[0], "Position")) if log else (None, None)
 
@@ -259,7 +259,7 @@ def replica_statement(coordinates: Coordinates) -> str:
     """Return the SQL that makes a server restored from this generation a replica of the server that was backed up.
 
     It ends with a line end, begins with comments, and is in the dialect of the server. Which server is the source, with
-    user and password, has to be said before it is executed: a comment says how. Raises `UsageError` where the server
+    user and password, has to be said before it is executed: a comment says how. Raises `UsageError` if the server
     wrote no binary log.
     """
     if coordinates.binlog_file is None or coordinates.binlog_position is None:

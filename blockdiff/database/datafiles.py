@@ -52,7 +52,7 @@ class Files:
 
 
 def read(rows: Rows) -> Files:
-    """Ask the server. Raises `DatabaseError`: of InnoDB's files it tells those who have PROCESS."""
+    """Ask the server. Raises `DatabaseError`: it lists InnoDB's files only for a login with PROCESS."""
     wanted = ", ".join(f"'{name}'" for name in _VARIABLES)
     found = rows(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({wanted})")
     variables = {_text(row, "Variable_name"): _text(row, "Value") for row in found}
@@ -78,7 +78,7 @@ def read(rows: Rows) -> Files:
 def unlogged(rows: Rows) -> bool | None:
     """Return whether there are tables, besides the server's own, of engines that do not undo what was not committed.
 
-    None where the login sees too little to say no. Raises `DatabaseError`.
+    None if the login sees too little to say no. Raises `DatabaseError`.
     """
     engines, system = (", ".join(f"'{name}'" for name in names) for names in (_UNLOGGED, _SYSTEM))
     found = rows(

@@ -1,7 +1,7 @@
 """Read option files of MySQL and MariaDB (``my.cnf``) by the rules of their own clients.
 
 The rules: groups in brackets; `#` begins a comment anywhere outside quotes, `;` only at the beginning of a line; a
-value may stand in quotes of either kind; the escapes ``\\b \\t \\n \\r \\\\ \\s \\' \\"`` are known, other backslashes
+value may be in quotes of either kind; the escapes ``\\b \\t \\n \\r \\\\ \\s \\' \\"`` are known, other backslashes
 stay; dashes and underscores in names are one; ``!include FILE`` and ``!includedir DIRECTORY`` (its ``*.cnf``, sorted).
 """
 
@@ -87,7 +87,7 @@ def read(path: str, groups: Collection[str]) -> dict[str, str | None]:
     """Return the options of `groups` in a file and in what it includes, the later before the earlier.
 
     Names have underscores for dashes and no ``loose_``; an option without ``=`` has the value None. Bytes that are no
-    UTF-8 are kept as surrogates. Raises `UsageError` where the file cannot be read or has a fault in it, and where a
+    UTF-8 are kept as surrogates. Raises `UsageError` if the file cannot be read or has a fault in it, and where a
     file with a password in one of the groups can be read by others than its owner. No message quotes a line.
     """
     reader = _Reader(groups)
@@ -109,7 +109,7 @@ def _option(line: str) -> tuple[str, str | None]:
 
 
 def _without_comment(line: str) -> str:
-    """Return what stands before the first `#` outside quotes; a backslash protects a quote only inside of quotes."""
+    """Return what is before the first `#` outside quotes; a backslash protects a quote only inside of quotes."""
     quote, escaped = "", False
     for position, character in enumerate(line):
         if character in "'\"" and not escaped:

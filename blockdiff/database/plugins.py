@@ -1,8 +1,8 @@
-"""The ways to log in to a database: which of them may be followed on a connection that anybody may be behind.
+"""The ways to log in to a database: which of them are safe on a connection that may be intercepted.
 
-A server says which way it wants, and so does whoever stands in between. Some ways give it the password itself. What is
+A server says which way it wants, and so does an attacker in between. Some ways give it the password itself. What is
 trusted is TLS with a server that has proven who it is, and a socket: that of this machine, or of the host through SSH.
-Elsewhere only those ways are followed that prove to know the password and do not tell it.
+Elsewhere only those ways are followed that prove that we know the password, and do not send it.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from typing import NoReturn, Protocol
 
 from blockdiff.shared.errors import DatabaseError
 
-#: Ways that give the password away: by a hash that is easily undone, in clear, or to whoever offers a key.
+#: Ways that give the password away: by a hash that is easily undone, in clear, or to any server that offers a key.
 _REVEALING = ("mysql_old_password", "mysql_clear_password", "dialog", "sha256_password")
-#: In caching_sha2_password: the server has seen the proof, and wants nothing more.
+#: In caching_sha2_password: the server has seen the proof, and needs nothing more.
 _PROVEN = 3
 _HINT = (
     "?ssl-ca=FILE encrypts the connection and lets the server prove who it is, mysql+ssh://USER@/ goes through SSH to"
@@ -71,7 +71,7 @@ class _CachingSha2:
         self._connection = connection
 
     def authenticate(self, packet: Packet) -> Packet:
-        """Answer the server; raises `DatabaseError` where it wants the password itself."""
+        """Answer the server; raises `DatabaseError` if it asks for the password itself."""
         from pymysql import _auth
 
         if packet.is_auth_switch_request():

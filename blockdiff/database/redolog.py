@@ -1,6 +1,6 @@
 """Wait for InnoDB's redo log: with ``innodb_flush_log_at_trx_commit=0`` commits are written to it once a second only.
 
-A snapshot that is taken meanwhile lacks what was committed last, and the binary log has it: a replica that is seeded
+A snapshot that is taken before lacks what was committed last, and the binary log has it: a replica that is seeded
 with the coordinates of that moment would never get it. Statements such as ``FLUSH ENGINE LOGS`` do not help.
 """
 
@@ -16,13 +16,13 @@ _NUMBERS = re.compile(r"Log sequence number\s+([0-9]+)\b.*\bLog flushed up to\s+
 
 
 def is_late(rows: Rows) -> bool:
-    """Return whether commits are told before they are written. Raises `DatabaseError`."""
+    """Return whether commits are reported before they are written. Raises `DatabaseError`."""
     found = rows("SHOW GLOBAL VARIABLES LIKE 'innodb\\_flush\\_log\\_at\\_trx\\_commit'")
     return any(str(row["Value"]) == "0" for row in found)
 
 
 def check(rows: Rows, hold_s: float) -> None:
-    """Raise `DatabaseError` where it would be waited for longer than the lock can be held, `hold_s` seconds at most."""
+    """Raise `DatabaseError` if it would be waited for longer than the lock can be held, `hold_s` seconds at most."""
     if not is_late(rows):
         return
     found = rows("SHOW GLOBAL VARIABLES LIKE 'innodb\\_flush\\_log\\_at\\_timeout'")
@@ -37,7 +37,7 @@ def check(rows: Rows, hold_s: float) -> None:
 
 
 def wait(rows: Rows) -> None:
-    """Wait until all that is committed now is written. Raises `DatabaseError` where that takes too long."""
+    """Wait until all that is committed now is written. Raises `DatabaseError` if that takes too long."""
     deadline = time.monotonic() + TIMEOUT_S
     committed, written = _numbers(rows)
     while written < committed:

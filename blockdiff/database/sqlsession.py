@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import pymysql
 
-#: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot meanwhile.
+#: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot in that time.
 _IDLE_TIMEOUT_S = 600
 
 _TIMED_OUT = (1205, 1969, 3024)
@@ -65,7 +65,7 @@ class SqlSession:
     """A session, ended by the end of the `with` statement. Not for more than one thread."""
 
     def __init__(self, account: Account, statement_timeout_s: float, sock: socket.socket | None = None) -> None:
-        """Log in. Raises `DatabaseError`, and `UsageError` where a file that the account names cannot be used.
+        """Log in. Raises `DatabaseError`, and `UsageError` if a file that the account names cannot be used.
 
         No answer takes much longer than `statement_timeout_s` seconds. `sock` is a connection to the server that is
         there already, and is the session's from now on. `is_open` says whether a password was used on a network
@@ -151,8 +151,8 @@ class SqlSession:
     def rows(self, statement: str) -> list[Row]:
         """Execute a statement and return its rows.
 
-        Raises `TimedOut` where it was not done in time, and `DatabaseError` for whatever else the server says, where it
-        sends too much, or where the session is gone.
+        Raises `TimedOut` if it was not done in time, and `DatabaseError` for all else that the server says, where it
+        sends too much, or if the session has ended.
         """
         self._bounds.begin()
         try:

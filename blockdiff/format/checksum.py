@@ -1,7 +1,7 @@
 """Checksums of whole files, as manifests know them: the name of an algorithm, a colon, and hexadecimal digits.
 
 A digest table has a SHA-256: everything that is restored is proven by it. What a delta holds is proven block by block,
-by the digests in that table, so its own checksum only tells whether the file is still as it was written: XXH3, which
+by the digests in that table, so its own checksum only says whether the file is still as it was written: XXH3, which
 costs a twentieth of SHA-256. (A seventh of a full run went into that.)
 """
 
@@ -47,7 +47,7 @@ def of_sha256(digits: str) -> str:
 
 
 def algorithm(text: str) -> str | None:
-    """Return the algorithm of what a manifest says; None where it says nothing that makes sense."""
+    """Return the algorithm of what a manifest says; None if it says nothing that makes sense."""
     name, _colon, digits = text.partition(":")
     fits = len(digits) == _HEX_DIGITS.get(name) and not digits.strip("0123456789abcdef")
     return name if fits else None

@@ -1,7 +1,7 @@
 """Compression: independent members written, any number of them read, on several threads.
 
 A compressed file is a sequence of members (gzip) or frames (zstd) of a few MiB, each of which can be decompressed by
-itself; `gunzip` and `zstd -d` read them as ever. Each says how long it is (`docs/format.md`), so that a reader can
+itself; `gunzip` and `zstd -d` read them as always. Each says how long it is (`docs/format.md`), so that a reader can
 hand the next one to another thread without decompressing this one. Files without those marks, such as the original's,
 are read as well, on one thread.
 """
@@ -27,11 +27,11 @@ LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 1), "none": (0, 0, 0)}
 #: Largest member that is decompressed in one piece, in bytes before compression. We write much smaller ones.
 MAX_MEMBER = 16 << 20
 _CHUNK = 1 << 20
-# Members that are under way or wait, decompressed, for whoever uses them: some take ten times as long as others, and so
+# Members that are under way or wait, decompressed, for who uses them: some take ten times as long as others, and so
 # does what is done with them. With 3, as for 2 CPUs elsewhere, restores and verify take 5 to 10 % longer.
 _AHEAD = 6
 
-#: Longest stored block of deflate; how many samples of a member tell whether it is worth compressing, and their size.
+#: Longest stored block of deflate; how many samples of a member decide whether it is worth compressing, and their size.
 _STORED_LIMIT = 0xFFFF
 _SAMPLES = 4
 _SAMPLE_SIZE = 8 << 10
@@ -193,7 +193,7 @@ class Sound(NamedTuple):
 def sound_pieces(file: BinaryIO, where: str, name: str) -> Iterator[Sound]:
     """Yield what can be decompressed of a file, whatever is wrong with the rest; raises nothing but `StorageError`.
 
-    Behind damage it goes on at the next member that says how long it is; where none does, there is nothing more.
+    Behind damage it continues at the next member that says how long it is; where none does, there is nothing more.
     """
     begin, end = -1, 0
     while end > begin:
@@ -377,7 +377,7 @@ def _zstd_stream(source: _Input) -> Iterator[bytes]:
     """Yield the content of one frame whose size is not known beforehand, and put back what follows it.
 
     A few bytes of zstd may hold 128 KiB, and `decompressobj` has no limit: small inputs bound what it returns, and
-    smaller ones keep that small while it goes on.
+    smaller ones keep that small while it continues.
     """
     least, most = 16, 512
     count = least

@@ -68,7 +68,7 @@ def end(delta_format: int, blocks: int, carried: int, table_sha256: str) -> byte
 def together(runs: Iterable[Run]) -> Iterator[list[Run]]:
     """Yield the runs of a `DeltaReader` in groups, in order: those of one decompressed member, `_RUN_BLOCKS` at most.
 
-    Scattered blocks make short runs: to hand each to a thread by itself would cost more than what the thread does.
+    Scattered blocks make short runs: to hand each alone to a thread would cost more than what the thread does.
     """
     group: list[Run] = []
     piece: object = None
@@ -129,7 +129,7 @@ class _Cursor:
 class DeltaReader:
     """Reads a delta of either version; the header at once, the records by `runs`. A context manager.
 
-    Where `pieces` is a generator, it is closed in any case: one that has threads behind it and was left half read must
+    Where `pieces` is a generator, it is closed in any case: one that uses threads and was left half read must
     not be left to the garbage collector, which may run where a thread cannot be waited for.
 
     `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);
@@ -177,7 +177,7 @@ class DeltaReader:
         return self._runs_1() if self.format == 1 else self._runs_2()
 
     def _runs_1(self) -> Iterator[Run]:
-        """Neighbouring blocks are joined: whoever works on runs does so in few large steps.
+        """Neighbouring blocks are joined: few large steps work on runs.
 
         A record that is shorter than a block can only be the last one: there is nothing left to read after it.
         """
@@ -240,8 +240,8 @@ class DeltaReader:
 class Salvager:
     """Takes the records out of what is left of a damaged delta, piece by piece, as far as they make sense.
 
-    What it yields proves nothing: whoever uses it compares the digest of every block. Format 2 is recognised by its
-    header; where that is lost, `delta_format` tells. A record that does not make sense ends the member that it is in.
+    What it yields proves nothing: its user compares the digest of every block. Format 2 is recognised by its
+    header; if that is lost, `delta_format` says so. A record that does not make sense ends the member that it is in.
     """
 
     def __init__(self, block_size: int, delta_format: int) -> None:

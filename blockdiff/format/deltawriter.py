@@ -1,7 +1,7 @@
 """Turn the runs of a scan into a delta and a digest table, on several threads.
 
 The digests in the new table are computed here, from the bytes that go into the delta: the table proves the data,
-whoever sent it. Blocks that did not change keep the digests of the previous table.
+its sender. Blocks that did not change keep the digests of the previous table.
 """
 
 from collections.abc import Callable, Iterator

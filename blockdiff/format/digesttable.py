@@ -86,7 +86,7 @@ class _Sparse(_Layout):
 class TableReader:
     """Reads a digest table of either form through a descriptor that it then owns. A context manager.
 
-    `block_size` in bytes, `count` of digests, each of `digest_size` bytes. Raises `DamagedError` where the file cannot
+    `block_size` in bytes, `count` of digests, each of `digest_size` bytes. Raises `DamagedError` if the file cannot
     be a digest table. Any number of threads may call `digests` at once.
     """
 
@@ -251,7 +251,7 @@ def _bitmap(flags: bytearray) -> bytes:
 
 
 def first_difference(digests: bytes, others: bytes, digest_size: int) -> int:
-    """Return the index of the first digest that differs; raises `StopIteration` where none does."""
+    """Return the index of the first digest that differs; raises `StopIteration` if none does."""
     ends = range(digest_size, max(len(digests), len(others)) + 1, digest_size)
     return next(i for i, end in enumerate(ends) if digests[end - digest_size : end] != others[end - digest_size : end])
 
@@ -259,7 +259,7 @@ def first_difference(digests: bytes, others: bytes, digest_size: int) -> int:
 def sparse_count(hasher: Hasher, delta_format: int, image_size: int | None) -> int | None:
     """Return the number of digests where a table is to have the sparse form, else None.
 
-    Version 1 deltas and MD5 are the original's, whose commands may go on with the chain and know the plain form only.
+    Version 1 deltas and MD5 are the original's, whose commands may continue the chain and know the plain form only.
     """
     if delta_format == 1 or hasher.digest.name == "md5" or image_size is None:
         return None

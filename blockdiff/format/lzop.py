@@ -36,7 +36,7 @@ class LzopWriter:
         _close(self._child)
 
     def write(self, data: bytes) -> None:
-        """Compress `data`; raises `ProcessError` where lzop is gone."""
+        """Compress `data`; raises `ProcessError` if lzop has ended."""
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(data)
@@ -52,7 +52,7 @@ class LzopWriter:
 def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
     """Yield the decompressed content of the lzop file that `read(count)` returns in parts, b"" at its end.
 
-    Raises `ProcessError` where lzop calls it damaged.
+    Raises `ProcessError` if lzop calls it damaged.
     """
     child = _start(["lzop", "-dc"], subprocess.PIPE)
     failures: list[BlockdiffError] = []

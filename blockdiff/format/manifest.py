@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Parent:
-    """The generation that this one builds on; `manifest_sha256` is None where it has no manifest."""
+    """The generation that this one builds on; `manifest_sha256` is None if it has no manifest."""
 
     generation: int
     manifest_sha256: str | None
@@ -74,7 +74,7 @@ class SnapshotRecord:
     `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
     `fill_percent` the highest fill level seen (thick), `extents` says how the extents were known that were read:
     ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and compared with them), None (all was).
-    `apart_s` is how many seconds lay between the snapshots of a run at most, None where it had one.
+    `apart_s` is how many seconds lay between the snapshots of a run at most, None if it had one.
     """
 
     uuid: str
@@ -156,7 +156,7 @@ class Manifest:
 
 
 def from_bytes(content: bytes, path: str) -> Manifest:
-    """Return the manifest in `content`; raises `DamagedError` where it is not what was written."""
+    """Return the manifest in `content`; raises `DamagedError` if it is not what was written."""
     try:
         fields = json.loads(content.decode("ascii"))
         claimed = str(fields["sha256"])
@@ -241,7 +241,7 @@ def _from_fields(found: dict[str, object], path: str) -> Manifest:
 
 
 def _check(fields: _Fields, known: Manifest) -> None:
-    """What later steps calculate with must make sense: a checksum says who wrote a manifest to nobody."""
+    """What later steps calculate with must make sense: a checksum does not say who wrote a manifest."""
     fields.check("delta_format", known.delta_format in (1, 2))
     fields.check("block_size", MIN_BLOCK_SIZE <= known.block_size <= MAX_BLOCK_SIZE)
     fields.check("digest", known.digest in DIGEST_SIZES)

@@ -3,7 +3,7 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 
 Three threads matter: the main thread scans and sends; the reader takes what the server sends, and tells the main
-thread by a signal when the server is gone, whatever it is waiting for just then; the heartbeat says that we are alive.
+thread by a signal when the server has ended, whatever it is waiting for; the heartbeat says that we are alive.
 The agent writes nothing to the host's disk.
 """
 
@@ -46,7 +46,7 @@ from blockdiff.shared.runs import Run, batch_size
 #: How long the server may take to its next order, in seconds: it may be waiting for a lock.
 ORDER_TIMEOUT_S = 600.0
 
-#: How long the agent may try to tell why it failed, in seconds; then SIGALRM ends it.
+#: How long the agent may try to report why it failed, in seconds; then SIGALRM ends it.
 LAST_WORD_S = 60
 
 #: The server hears this often how far a scan has come, in seconds: a frame for each batch would keep it busy.
@@ -100,7 +100,7 @@ class Agent:
         return self._next_order(kind)[1]
 
     def _read(self) -> None:
-        """The reader thread: take frames until the server is gone, then stop the main thread."""
+        """The reader thread: receive frames until the server has ended, then stop the main thread."""
         try:
             while True:
                 self._handle(self._link.receive())
@@ -156,7 +156,7 @@ class Agent:
     def _serve(self, request: Dict[str, object]) -> None:
         """Take all sources at one moment, and scan one after the other.
 
-        The user's commands are run around the moment; where there is none, as of what is read as it is, around it all.
+        The user's commands are run around the moment; if there is none, as of what is read as it is, around it all.
         """
         commands = [command for command in _commands(request) if command is not None]
         paths = [os.fsdecode(path) for path in _paths(request)]
@@ -182,7 +182,7 @@ class Agent:
             for source in sources:
                 source.watch()
             if request.get("low_priority") and not held:
-                lower_priority()  # not before: whoever is held still waits for us
+                lower_priority()  # not before: writers that are stopped wait for us
             for source in sources:
                 self._scan(source, self._order(wire.SCAN))
             if held:
@@ -191,7 +191,7 @@ class Agent:
         self._link.send_json(wire.END, end)
 
     def _show_snapshots(self, order: Dict[str, object]) -> None:
-        """Remove the snapshots of ours that the server names, and tell it which there are then."""
+        """Remove the snapshots of ours that the server names, and report which exist then."""
         self._grant.check_snapshots()
         removed, failures = leftovers.remove(wire.texts(order, "remove"))
         found = leftovers.found()
@@ -273,7 +273,7 @@ class Agent:
 
 
 def _shared(order: Dict[str, object], size: int) -> "Optional[SharedBuffers]":
-    """Return buffers in the memory that the server offers, None where it offers none that we can reach."""
+    """Return buffers in the memory that the server offers, None if it offers none that we can reach."""
     if order.get("memory") is None:
         return None
     try:
@@ -360,7 +360,7 @@ def _user() -> str:
 
 
 def _traced(pipe: wire.Pipe) -> wire.Link:
-    """Return our end of the connection, on which the server hears what goes on here as well."""
+    """Return our end of the connection, on which the server hears what happens here as well."""
     from blockdiff.shared import tracewriter  # here, because nearly nobody asks for it
 
     link = tracewriter.AgentLink(pipe)
@@ -369,9 +369,9 @@ def _traced(pipe: wire.Pipe) -> wire.Link:
 
 
 def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = False) -> None:
-    """Run the agent on standard input and output, and end the process. `nonce` tells the server where we begin.
+    """Run the agent on standard input and output, and end the process. `nonce` shows the server where we begin.
 
-    `granted` are the words of a `Grant`. One that is `traced` tells the server what it does.
+    `granted` are the words of a `Grant`. One that is `traced` reports to the server what it does.
     The descriptors are moved away first: nothing that prints by accident can get between the frames.
     """
     pipe = wire.Pipe(os.dup(0), os.dup(1))

@@ -1,9 +1,9 @@
-"""What belongs to a database by what lies in its data directory, and may lie elsewhere: links and mount points.
+"""What belongs to a database by what is in its data directory, and may lie elsewhere: links and mount points.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-The server's own word is not enough: what a login may not see it is not told, and of tables that nobody has opened since
-the start MariaDB says nothing.
+The server's own word is not enough: a login does not learn what it may not see, and of tables that nobody has opened
+since the start MariaDB says nothing.
 """
 
 import os
@@ -19,7 +19,7 @@ from blockdiff.shared.errors import SourceError, printable
 _UNLOGGED = (".MYI", ".MAI", ".CSV", ".ARZ")
 #: Databases whose such tables belong to the server itself.
 _SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
-#: Files that stand in the data directory itself, and are a part of the data: of InnoDB, Aria, and all engines.
+#: Files that are in the data directory itself, and are a part of the data: of InnoDB, Aria, and all engines.
 _FILES = re.compile(r"#?(ib|undo|aria_log|mysql\.ibd).*|.*\.(ibd|isl|ibu)")
 #: Longest content of a file that says where InnoDB keeps a table.
 _PATH_LIMIT = 4096
@@ -39,14 +39,14 @@ class Look(NamedTuple):
 
 
 def volumes(places: List[Place]) -> Dict[str, str]:
-    """Return the volumes, by the numbers of their devices, of the places that lie on no source of the run."""
+    """Return the volumes, by the numbers of their devices, of the places that are on no source of the run."""
     return {device: volume_beneath(device) for device, source in places if source is None and device}
 
 
 def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int]], Place]) -> Dict[str, object]:
-    """Return what the server should know of a data directory, where that lies on one of the devices `paths`.
+    """Return what the server should know of a data directory, where that is on one of the devices `paths`.
 
-    What does not lie there the server cannot read, and so it is not told of it; `shown` is what it may know of where a
+    The server cannot read what is not there, and does not learn of it; `shown` is what it may know of where a
     place lies. Raises `SourceError` as `look`.
     """
     device, index = locate(directory, paths)
@@ -62,7 +62,7 @@ def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int
 
 
 def look(directory: str) -> Look:
-    """Look at a data directory and the directories of its databases; raises `SourceError` where that is not allowed."""
+    """Look at a data directory and the directories of its databases; raises `SourceError` if that is not allowed."""
     places = [(path, path) for path in mount_points() if path.startswith(os.path.realpath(directory) + "/")]
     unlogged = False
     try:
@@ -84,7 +84,7 @@ def look(directory: str) -> Look:
 
 
 def _entries(directory: str) -> "Iterator[os.DirEntry[str]]":
-    """Yield what is in a directory; nothing where it was removed meanwhile."""
+    """Yield what is in a directory; nothing if it no longer exists."""
     try:
         with os.scandir(directory) as entries:
             yield from entries

@@ -1,4 +1,4 @@
-"""Run the user's commands around the moment of a run: one that holds writers still, one that lets them go on.
+"""Run the user's commands around the moment of a run: one that stops writers, one that lets them continue.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -20,8 +20,8 @@ class Freeze:
     """Runs `before` on entry and `after` on exit, through the shell; None for either means nothing to run.
 
     `after` runs once `before` was started, whatever happens: no signal cuts it short, and where the agent is killed, a
-    small process that waits beside it does so. Raises `SourceError` where a command fails or is not done in time; where
-    something else has failed before, that goes on, and its hint tells of this.
+    small process that waits beside it does so. Raises `SourceError` if a command fails or is not done in time; where
+    something else has failed before, that continues, and its hint mentions this.
     """
 
     def __init__(self, before: Optional[str], after: Optional[str]) -> None:
@@ -79,7 +79,7 @@ def _run(option: str, command: str, held_open: Optional[int] = None) -> None:
 
 
 def _start_guard(after: str) -> "subprocess.Popen[bytes]":
-    """Start the guard in a session of its own: what is sent to the agent's process group must not end it."""
+    """Start the guard in its own session: what is sent to the agent's process group must not end it."""
     arguments: List[str] = ["/bin/sh", "-c", _GUARD, "blockdiff-guard", after]
     try:
         guard = subprocess.Popen(

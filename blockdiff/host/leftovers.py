@@ -56,9 +56,9 @@ def state(snapshot: Volume) -> str:
 
 
 def remove(names: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Remove snapshots of ours by their full names; return the names of those that are gone, and why others are not.
+    """Remove snapshots of ours by their full names; return which were removed, and why others were not.
 
-    Raises `SourceError` where one is not ours, or a run is at work on it: nothing is removed then. Raises
+    Raises `SourceError` if one is not ours, or a run is at work on it: nothing is removed then. Raises
     `ProcessError` where LVM does not answer.
     """
     if not names:

@@ -1,6 +1,6 @@
 """The first module that runs on the host: take the agent from standard input, check it, and start it.
 
-Shipped to the host ahead of everything else; it must run on any Python 3. Standard input goes on with a line of JSON
+Shipped to the host ahead of everything else; it must run on any Python 3. Standard input continues with a line of JSON
 (`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, the `prefix`, a command to run the agent under,
 and `trace` where one is asked for), and the archive: zlib'd JSON with the source of each module by its full name.
 """
@@ -24,7 +24,7 @@ BEGUN = b"blockdiff begins\n"
 #: The first argument where one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
 PINNED = "blockdiff-pinned"
 
-# most that is taken, in bytes: whoever has a pinned key may send anything
+# most that is taken, in bytes: the owner of a pinned key may send anything
 _MAX_AGENT = 16 << 20
 _MAX_LOADER = 1 << 20
 _MAX_HEADER = 256 << 10
@@ -83,7 +83,7 @@ class Importer:
     """Imports the modules that were sent, each when it is asked for; their sources stay at hand for tracebacks."""
 
     def __init__(self, sources: dict) -> None:  # type: ignore[type-arg]  # dict[str, str] needs Python 3.9
-        """`sources` has the source of each module by its full name; a package has an entry of its own."""
+        """`sources` has the source of each module by its full name; a package has its own entry."""
         self._sources = sources
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> "Optional[ModuleSpec]":

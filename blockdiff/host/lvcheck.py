@@ -1,4 +1,4 @@
-"""What can be known of a volume before writers are held still: what it is, and whether a snapshot of it can be made.
+"""What can be known of a volume before writers are stopped: what it is, and whether a snapshot of it can be made.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -38,7 +38,7 @@ _POOL_TROUBLE = {
 
 
 def find(path: str) -> Volume:
-    """Return the logical volume at `path`; raises `SourceError` where it is none, or LVM is missing there."""
+    """Return the logical volume at `path`; raises `SourceError` if it is none, or LVM is missing there."""
     name = _mapper_path(os.path.normpath(path))
     try:
         found = lvs.volumes(name)
@@ -74,10 +74,10 @@ def _mapper_path(path: str) -> str:
 
 
 def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
-    """Check what can be checked before writers are held still, and return notes for the user.
+    """Check what can be checked before writers are stopped, and return notes for the user.
 
     `size` is that of a thick snapshot: ``20%`` of the origin, a number of bytes with K, M, G or T, or ``""`` for
-    `DEFAULT_SIZE` or what the volume group has. Raises `SourceError` where a snapshot (one that is to be kept, with
+    `DEFAULT_SIZE` or what the volume group has. Raises `SourceError` if a snapshot (one that is to be kept, with
     `keep`) cannot be made.
     """
     _check_fit(volume)
@@ -119,7 +119,7 @@ def _check_fit(volume: Volume) -> None:
 
 
 def resume_hint(volume: Volume) -> str:
-    """Return what to do about a volume that is suspended: what writes to it waits for ever."""
+    """Return what to do about a volume that is suspended: what writes to it waits without limit."""
     return (
         "nothing can write to {}: an LVM command was killed half-way, or is still running; if none is, "
         "`dmsetup resume {}` on the host lets writers go on".format(volume.full_name, os.path.basename(volume.dm_path))
@@ -162,7 +162,7 @@ def _metadata_limit(pool: Volume) -> float:
 
 
 def _looked_up(group: str, selection: str) -> List[Volume]:
-    """Return what `lvs` selects in a group; raises `SourceError` where it cannot tell."""
+    """Return what `lvs` selects in a group; raises `SourceError` if it cannot tell."""
     try:
         return lvs.volumes(group, selection)
     except ProcessError as error:

@@ -44,7 +44,7 @@ class MissingError(ProcessError):
 
 
 class Volume(NamedTuple):
-    """What `lvs` reports of a logical volume; sizes in bytes, levels in percent (None where there is none).
+    """What `lvs` reports of a logical volume; sizes in bytes, levels in percent (None if there is none).
 
     `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` the name of a pool's metadata
     volume. Of volumes without a pool or an origin, these names, UUIDs and ids are ``""``. `made` is the time of its
@@ -86,7 +86,7 @@ class Volume(NamedTuple):
     def is_ours(self) -> bool:
         """Whether it is a snapshot that an agent made, or the beginning of one that LVM did not complete.
 
-        LVM fills in the origin last and empties it first: where there is none, the tag says of which volume it is.
+        LVM fills in the origin last and empties it first: if there is none, the tag says of which volume it is.
         """
         return self.name.startswith(PREFIX) and TAG in self.tags and bool(self.origin or self.tagged_origin)
 
@@ -169,7 +169,7 @@ def setting(name: str) -> Optional[int]:
 def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = None) -> None:
     """Run an LVM command that changes the volume group `group`, which is never killed (`process.run_gently`).
 
-    Raises `ProcessError`, and `LateError` where it did not end within `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    Raises `ProcessError`, and `LateError` if it did not end within `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
     """
     timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     begun = int(time.time())
@@ -228,7 +228,7 @@ def is_waiting_for_udev(begun: int) -> bool:
 
 
 def parse_report(output: bytes) -> List[Volume]:
-    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` where it is none.
+    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` if it is none.
 
     A volume of several segments has a row for each of them.
     """

@@ -32,7 +32,7 @@ class Throttle:
 
 
 def lower_priority() -> None:
-    """Yield the CPU and the disk to everybody else; a host that has no ionice(1) gives no I/O priority."""
+    """Yield the CPU and the disk to all others; a host that has no ionice(1) gives no I/O priority."""
     os.nice(NICENESS)
     try:
         process.run(["ionice", "-c", "2", "-n", str(IO_LEVEL), "-p", str(os.getpid())], timeout_s=10)

@@ -39,7 +39,7 @@ def _stride(buffer_size: int) -> int:
 class SharedBuffers(pipeline.BufferPool):
     """A pool in the memory behind the descriptor `fd`, with buffers of `size` bytes.
 
-    Raises `OSError` or `ValueError` where the descriptor is not that memory: a command such as sudo may have closed it.
+    Raises `OSError` or `ValueError` if the descriptor is not that memory: a command such as sudo may have closed it.
     Main thread and workers use it, the reader thread calls `taken_out`.
     """
 
@@ -56,7 +56,7 @@ class SharedBuffers(pipeline.BufferPool):
         self._told = self._taken = 0
 
     def lend(self, buffer: memoryview) -> int:
-        """Return where in the memory a buffer begins; the server must then be told that a run lies there."""
+        """Return where in the memory a buffer begins; the server must then be told that a run is there."""
         self._told += 1
         return self._places[id(buffer)]
 
@@ -81,7 +81,7 @@ class SharedBuffers(pipeline.BufferPool):
     def finish(self) -> None:
         """Wait until the server has taken out everything that it was told of.
 
-        Raises `ConnectionLost` where it takes nothing for `wire.STALL_S`, like a write that gets nowhere.
+        Raises `ConnectionLost` if it takes nothing for `wire.STALL_S`, like a write that gets nowhere.
         """
         with self._changed:
             self._wait(self._told)

@@ -2,7 +2,7 @@
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-A source goes through the same steps whatever it is: `prepare` while writers go on, `take` while they are held still,
+A source goes through the same steps whatever it is: `prepare` while writers continue, `take` while they are stopped,
 `open` when it is its turn to be read, and `finish` after its last byte.
 """
 
@@ -47,7 +47,7 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(self) -> Dict[str, object]:
-        """Check what can be checked without holding anybody up, and return what the server should know.
+        """Check what can be checked without delaying anybody, and return what the server should know.
 
         Raises `SourceError`.
         """
@@ -57,7 +57,7 @@ class Source(ABC):
         """Take the image's moment; writers are held still, so nothing else is done here."""
 
     def watch(self) -> None:  # noqa: B027  # most sources have nothing to do
-        """Take care of what was made, as soon as nobody is held still any more: others may be read first."""
+        """Take care of what was made, as soon as nobody is stopped any more: others may be read first."""
 
     @abstractmethod
     def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
@@ -162,7 +162,7 @@ class VolumeSource(Source):
         return {"uuid": self._origin.uuid, "segtype": self._origin.segtype}
 
     def _sweep(self) -> None:
-        """Remove what killed agents left, and what runs of this owner kept that no chain goes on from."""
+        """Remove what killed agents left, and what runs of this owner kept that no chain continues from."""
         left = lvm.abandoned(self._origin)
         for snapshot in thin.kept_snapshots(self._origin):
             if self._tag in snapshot.tags and snapshot.uuid != self._kept_uuid:
@@ -238,7 +238,7 @@ class VolumeSource(Source):
 def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
     """Return the device number on which `directory` lies, as text, and which of the devices `paths` is beneath it.
 
-    The number is ``""`` where there is no such directory here; the index is None where none of the devices is.
+    The number is ``""`` if there is no such directory here; the index is None if none of the devices is.
     """
     try:
         number = os.stat(directory).st_dev

@@ -53,7 +53,7 @@ def kept_snapshots(origin: Volume) -> List[Volume]:
 
 
 def kept(origin: Volume, uuid: str) -> Optional[Volume]:
-    """Return the kept snapshot of `origin` with this LV UUID; None where there is none that a hint could rest on.
+    """Return the kept snapshot of `origin` with this LV UUID; None if there is none that a hint could rest on.
 
     It must be thin, in the pool of `origin`, and read-only, so that it still is what it was. Raises `ProcessError`.
     """

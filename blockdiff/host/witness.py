@@ -10,7 +10,7 @@ from blockdiff.shared import devices
 
 
 class Seen(NamedTuple):
-    """What happened to a source: `touched` is whether it was written to, None where it is not known.
+    """What happened to a source: `touched` is whether it was written to, None if it is not known.
 
     `how` is that in words that follow its path, or how it is in use; "" where nobody used it and nothing happened.
     """

@@ -17,7 +17,7 @@ from blockdiff.shared.runs import Run
 def apply(pieces: Iterable[bytes], path: str) -> None:
     """Apply the delta whose uncompressed content is `pieces` to the file or device at `path`, made if need be.
 
-    Raises `DamagedError` for a delta that is cut off or malformed, and `TargetError` where the file cannot be written;
+    Raises `DamagedError` for a delta that is cut off or malformed, and `TargetError` if the file cannot be written;
     both say that it is not to be trusted. A version 2 delta gives a regular file its exact size. A version 1 delta does
     not know the image's size: where the image shrank, the file must be cut by hand.
     """

@@ -30,7 +30,7 @@ _LOOK_S = 0.05
 
 @dataclass(frozen=True)
 class _Findings:
-    """What a command's output holds; `image_size` in bytes is None where it cannot be known from it."""
+    """What a command's output holds; `image_size` in bytes is None if it cannot be known from it."""
 
     delta_format: int
     block_size: int
@@ -43,7 +43,7 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
     """Run `command` and add what it wrote to the chain `name`; return the generation's number and notes.
 
     The command may take as long as it likes. What it wrote is read again before it counts: the delta must be complete,
-    its blocks must match the new digest table, and all others the old one. Raises `ProcessError` where the command
+    its blocks must match the new digest table, and all others the old one. Raises `ProcessError` if the command
     fails, `DamagedError` where its output does not hold; the chain is then as it was.
     """
     with ExitStack() as stack:
@@ -125,7 +125,7 @@ def _run(command: Sequence[str], new: NewGeneration, base: Generation | None) ->
 
 
 def _refuse_writers(command: Sequence[str], new: NewGeneration) -> None:
-    """Raise `ProcessError` where what the command left running could still change what it wrote."""
+    """Raise `ProcessError` if what the command left running could still change what it wrote."""
     deadline = time.monotonic() + process.LINGER_S
     while writers := inuse.writers_of_files([new.delta.path, new.table.path]):
         if time.monotonic() > deadline:

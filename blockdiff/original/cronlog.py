@@ -155,7 +155,7 @@ def run_logged(
     That is 128+N where signal N ended it. The command may take as long as it likes; what it leaves behind is not waited
     for. Where it failed, or the log did, or always if asked to, this run's log goes to `output`, unless that is the
     log. Without `path` it is kept only for that. `warn` is told what could not be logged or kept. Raises `ProcessError`
-    where the command cannot be started, and `StorageError`, before it is, where `path` cannot be that of a log.
+    if the command cannot be started, and `StorageError`, before it is, where `path` cannot be that of a log.
     """
     with ExitStack() as stack:
         file, mail = _LogFile(path), _Mail()

@@ -52,7 +52,7 @@ class PipeSource(dump.Image):
         self.size: int | None = None
 
     def pieces(self, block_size: int) -> Iterator[dump.Piece]:
-        """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` where reading fails."""
+        """Yield the image as pieces of whole blocks with their bytes; raises `SourceError` if reading fails."""
         step = batch_size(block_size)
         offset = 0
         while self.size is None:
@@ -138,8 +138,8 @@ class _InOrder(dump.OldDigests):
 def dump_local(path: str | None, block_size: int | None, compression: str) -> str:
     """Dump the file or device at `path`, or standard input for None.
 
-    Returns how it was written to meanwhile, or in use, in words that follow its path; "" for neither.
-    `compression` is ``gzip``, ``lzop`` or ``none``; `block_size` in bytes counts only where there is no old table.
+    Returns how it was written to while it was read, or in use, in words that follow its path; "" for neither.
+    `compression` is ``gzip``, ``lzop`` or ``none``; `block_size` in bytes counts only if there is no old table.
     Raises `SourceError`, `StorageError`, `UsageError`, or `DamagedError` for an old table that cannot be one.
     """
     if path is None:
@@ -179,7 +179,7 @@ def dump_remote(
 class SnapshotOptions:
     """How a snapshot is taken: its size (``""``: 10G, or what there is), and around which command, if any.
 
-    `say` is told what is going on, in the original's words.
+    `say` gets what happens, in the original's words.
     """
 
     snapshot_size: str
@@ -197,7 +197,7 @@ def dump_volume(
 ) -> None:
     """Dump the logical volume at `path` on a host through a snapshot; the rest is as for `dump_remote`.
 
-    Raises `ProcessError` where the command around it fails.
+    Raises `ProcessError` if the command around it fails.
     """
     say = options.say
     with _Protocol(block_size, compression) as ends, Session(host, prefix=prefix or ()) as session:
@@ -243,7 +243,7 @@ def check_given(fd: int, flags: int, missing: str, hint: str) -> None:
 
 
 def _access(fd: int) -> int | None:
-    """Return for what the caller opened a descriptor, None where it is closed: what we opened is not inheritable."""
+    """Return for what the caller opened a descriptor, None if it is closed: what we opened is not inheritable."""
     try:
         if not os.get_inheritable(fd):
             return None
@@ -279,7 +279,7 @@ def _open_source(path: str, pool: BufferPool, stack: ExitStack) -> dump.FileSour
 
 
 def _kept(run: Run, writer: DeltaWriter) -> Run:
-    """Return the run with its bytes in the writer's room: those of the scan are gone with its next batch."""
+    """Return the run with its bytes in the writer's room: those of the scan are overwritten by its next batch."""
     if run.data is None:
         return run
     room = writer.allocate(run.length)

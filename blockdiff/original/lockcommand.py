@@ -22,14 +22,14 @@ END_TIMEOUT_S = 60.0
 
 _POLL_S = 0.05
 
-# What the command is to execute: tells us that it runs, and ends when we say so, or are gone.
+# What the command is to execute: reports that it runs, and ends when we say so, or have ended.
 _RUNNER = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.exit(s.recv(1)!=b'0')"
 
 
 def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
     """Run `command`, a line for the shell, so that it executes `take`; return what that returned, and seconds held.
 
-    Raises `ProcessError` where the command fails, does not execute what it is given, or is not done in time, and what
+    Raises `ProcessError` if the command fails, does not execute what it is given, or is not done in time, and what
     `take` raises; whatever was taken is worth nothing then. What the command prints goes to standard error.
     """
     with _listening() as (listener, path), _started(command, path) as child:
@@ -119,7 +119,7 @@ def _told(runner: socket.socket) -> bool:
 
 
 def _ended(child: "subprocess.Popen[bytes]") -> int | None:
-    """Wait for the end of the command; return its status, None where it does not end."""
+    """Wait for the end of the command; return its status, None if it does not end."""
     try:
         return child.wait(END_TIMEOUT_S)
     except subprocess.TimeoutExpired:

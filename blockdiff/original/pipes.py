@@ -1,4 +1,4 @@
-"""What the caller opened, whatever is behind it: a pipe, a file, or a terminal."""
+"""What the caller opened, whatever it is: a pipe, a file, or a terminal."""
 
 import os
 import select
@@ -19,8 +19,8 @@ def patiently(
 ) -> _Result:
     """Return what `call` returns. Where it would block, wait for a descriptor, and call it again.
 
-    Who shares a descriptor with us may have made it so, as ssh does. Raises `BlockingIOError` where it would still
-    block after `patience_s` seconds (None: waits for ever).
+    Who shares a descriptor with us may have made it so, as ssh does. Raises `BlockingIOError` if it would still
+    block after `patience_s` seconds (None: waits without limit).
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a device holds, as far as a look tells that takes a second: signatures, and samples of all of it."""
+"""What a device holds, as far as a look of a second shows: signatures, and samples of all of it."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _SAMPLES = 256
 _SAMPLE = 64 << 10
 _BLKID_TIMEOUT_S = 30.0
 
-#: What `blkid` calls by names that nobody would say.
+#: What `blkid` calls by unusual names.
 _KINDS = {
     "LVM2_member": "a physical volume of LVM",
     "crypto_LUKS": "a LUKS volume",
@@ -27,8 +27,8 @@ _KINDS = {
 def found_on(path: str, fd: int, size: int) -> str | None:
     """Return what the device `path` of `size` bytes, open as `fd`, holds: ``an ext4 file system labelled web1``.
 
-    None where nothing was found: the ends and the samples are zero, and `blkid`, if it is installed, knows nothing of
-    it. Raises `OSError` where the device cannot be read.
+    None if nothing was found: the ends and the samples are zero, and `blkid`, if it is installed, knows nothing of
+    it. Raises `OSError` if the device cannot be read.
     """
     return _signature(path) or _data(fd, size)
 

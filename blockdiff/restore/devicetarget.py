@@ -1,4 +1,4 @@
-"""A block device that is restored to: written in place, so looked at all the more before."""
+"""A block device that is restored to: written in place, so checked more before."""
 
 import os
 import time
@@ -12,15 +12,15 @@ from blockdiff.shared.errors import ProcessError, TargetError, printable
 
 #: How long udev may take to look at new devices, in seconds.
 _UDEV_S = 10
-#: How long whoever else looks at a new device is waited for, in seconds, and how often it is looked.
+#: How long another process that looks at a new device is waited for, in seconds, and how often it is looked.
 SETTLE_S = 1.0
 _LOOK_S = 0.05
 
 
 def refuse_in_use(path: str) -> None:
-    """Raise `TargetError` where the device at `path` is mounted or in use, with all who use it.
+    """Raise `TargetError` if the device at `path` is mounted or in use, with all who use it.
 
-    Whoever only looks at a new device, as udev does, is waited for.
+    A process that only looks at a new device, as udev does, is waited for.
     """
     if not _users(path):
         return
@@ -50,7 +50,7 @@ def _users(path: str) -> list[str]:
 class DeviceTarget(OffsetWriter):
     """A block device, written in place. Refused where it is mounted or in use, by whomever (see `inuse`).
 
-    `image_size` in bytes is what must fit, None where it is not known yet. Without `force` a device that holds data is
+    `image_size` in bytes is what must fit, None if it is not known yet. Without `force` a device that holds data is
     refused. What is zero already is left alone, so that a thin volume does not grow. A context manager.
     """
 
@@ -83,7 +83,7 @@ class DeviceTarget(OffsetWriter):
         return self
 
     def check(self) -> None:
-        """Raise `TargetError` where the device would be refused; nothing is written to it."""
+        """Raise `TargetError` if the device would be refused; nothing is written to it."""
         with self:
             pass
 

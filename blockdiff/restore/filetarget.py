@@ -47,7 +47,7 @@ class FileTarget(OffsetWriter):
         try:
             os.unlink(self._temporary)
         except OSError:
-            pass  # it is gone already; or it stays, and the error that brought us here is the one to tell
+            pass  # it no longer exists; or it stays, and the error that brought us here is the one to report
 
     def _exists(self) -> TargetError:
         return TargetError(f"{self._shown} exists", "--force replaces it once the new one is complete")
@@ -56,7 +56,7 @@ class FileTarget(OffsetWriter):
         """Nothing to do: what is not written in a new file is zero, and takes no room."""
 
     def check(self) -> None:
-        """Raise `TargetError` where the file cannot be made, as far as can be known without making it."""
+        """Raise `TargetError` if the file cannot be made, as far as can be known without making it."""
         if not self._force and os.path.lexists(self.path):
             raise self._exists()
         try:
@@ -92,7 +92,7 @@ class FileTarget(OffsetWriter):
         self._sync_directory()
 
     def _warn_of_users(self) -> None:
-        """Whoever has the old file open goes on with that: what it writes there is lost, and it sees nothing new."""
+        """A process that has the old file open keeps it: what it writes there is lost, and it sees nothing new."""
         users = inuse.users_of_file(self.path)
         if users:
             self.warnings.append(
@@ -114,7 +114,7 @@ class FileTarget(OffsetWriter):
             os.unlink(self._temporary)
 
     def _rename_to_new_name(self) -> None:
-        """Rename where there are no hard links: a new and empty file is what makes sure that nothing is replaced."""
+        """Rename if there are no hard links: a new and empty file is what makes sure that nothing is replaced."""
         os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
             os.rename(self._temporary, self.path)
@@ -143,7 +143,7 @@ def _cut(name: str) -> str:
 
 
 def refuse_in_dev(path: str) -> None:
-    """Raise `TargetError` where a file at `path` would be among the devices: it is a device whose name is wrong.
+    """Raise `TargetError` if a file at `path` would be among the devices: it is a device whose name is wrong.
 
     Or a logical volume that is not active. The file would be in memory.
     """

@@ -21,7 +21,7 @@ _IsIt = Callable[[os.stat_result], bool]
 def users_of_device(number: int) -> list[str]:
     """Return who uses the block device with this number, or a whole disk that it is a part of, or a part of it.
 
-    Each is a phrase that goes on after "in use:". Empty where nobody does, or nobody that this user can see.
+    Each is a phrase that follows "in use:". Empty if nobody does, or nobody that this user can see.
     """
     numbers = devices.disk_of(devices.number(number))
 
@@ -38,7 +38,7 @@ def users_of_device(number: int) -> list[str]:
 
 
 def users_of_file(path: str) -> list[str]:
-    """Return which processes have the file open, as phrases like those of `users_of_device`; empty where it is gone."""
+    """Return which processes have the file open, as phrases like those of `users_of_device`; empty if there is none."""
     return list(_processes(_is_one_of([path])))
 
 
@@ -48,12 +48,12 @@ def writers_of_files(paths: Iterable[str]) -> list[str]:
 
 
 def loop_device_of(path: str) -> str | None:
-    """Return the path of a loop device on the file, None where there is none."""
+    """Return the path of a loop device on the file, None if there is none."""
     return next((f"/dev/{name}" for name in _loop_devices(_is_one_of([path]))), None)
 
 
 def _is_one_of(paths: Iterable[str]) -> _IsIt:
-    """Return what knows the files at `paths`; those that are gone are nobody's."""
+    """Return what knows the files at `paths`; those that no longer exist have no users."""
     statuses = []
     for path in paths:
         try:
@@ -94,7 +94,7 @@ def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_resu
             if os.readlink(path).startswith("/") and not (only_writers and _only_reads(process_directory, name)):
                 yield os.stat(path)
         except OSError:
-            continue  # it was closed meanwhile
+            continue  # it was closed in between
 
 
 def _only_reads(process_directory: str, name: str) -> bool:
@@ -122,4 +122,4 @@ def _listed(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except OSError:
-        return []  # it is gone, or not for us to see
+        return []  # it has ended, or we may not see it

@@ -18,7 +18,7 @@ _ZEROS = bytes(1 << 20)
 
 
 def write_zeros(fd: int, offset: int, length: int) -> None:
-    """Make bytes of a file or device zero, and write nothing where they are: that would give room to them.
+    """Make bytes of a file or device zero, and write nothing if they are: that would give room to them.
 
     A thin volume or a hole grows by whatever is written. Raises `OSError`.
     """
@@ -39,8 +39,8 @@ def _are_zero(fd: int, offset: int, length: int) -> bool:
 class OffsetWriter:
     """An open descriptor that is written to. A context manager.
 
-    `warnings` are about what is there after a restore that went to its end, `notes` about what could not be looked at.
-    `is_changed` tells whether what was there before has been written to.
+    `warnings` are about the result of a restore that went to its end, `notes` about what could not be looked at.
+    `is_changed` says whether its old content has been written to.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Restore what is sound of a damaged generation, and tell the rest.
+"""Restore what is sound of a damaged generation, and report the rest.
 
 Newest delta first, like `merge`, but damage ends nothing: each block that can still be read anywhere is taken if its
 digest is that of the generation's table, and only then. So what is written is exact; what is not found is left zero.
@@ -34,7 +34,7 @@ def salvage(
 ) -> Salvaged:
     """Write what can be found of generation `number` to `target`, zeros for the rest.
 
-    `advance` gets the length of each part that was written. Raises `DamagedError` where there is no digest table,
+    `advance` gets the length of each part that was written. Raises `DamagedError` if there is no digest table,
     without which nobody can know what is sound.
     """
     generation = chain.generations[number]
@@ -154,19 +154,19 @@ class _Salvage:
             self._advance(end - begin)
 
     def _is_block(self, offset: int, length: int) -> bool:
-        """Return whether so many bytes are a whole block; of an image whose size is not known the last may be short."""
+        """Whether this many bytes are a whole block; of an image whose size is not known the last may be short."""
         if length == self._table.block_size or self._image_size is not None:
             return length == self._table.block_size or offset + length == self._image_size
         return offset // self._table.block_size == self._table.count - 1
 
     def _inside(self, run: Run) -> int:
-        """Return how much of a run lies inside the image, in bytes: zeros may be claimed beyond it."""
+        """Return how much of a run is inside the image, in bytes: zeros may be claimed beyond it."""
         if run.data is not None or self._image_size is None:
             return run.length
         return max(0, min(run.length, self._image_size - run.offset))
 
     def finish(self, notes: list[str]) -> Salvaged:
-        """Fill the rest with zeros, and tell it."""
+        """Fill the rest with zeros, and report it."""
         size = self._table.block_size
         image_size = self._image_size
         if image_size is None:

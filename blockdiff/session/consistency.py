@@ -4,8 +4,8 @@ from blockdiff.session.rules import Totals
 from blockdiff.shared.errors import printable
 
 # Nothing wrote to the source while it was read, and nobody used it; something wrote to it; it was in use, although
-# nothing was seen to write to it, or nobody can tell; the image is that of one moment, as after a power cut; and what
-# writes to it was held still at that moment, or while it was read.
+# nothing was seen to write to it, or nobody can know; the image is that of one moment, as after a power cut; and what
+# writes to it was stopped at that moment, or while it was read.
 STILL = "still"
 CHANGING = "changing"
 LIVE = "live"
@@ -16,7 +16,7 @@ _MIXED = "this generation may not be one point in time"
 
 
 def of(totals: Totals, through_snapshot: bool, quiesced: bool) -> str:
-    """Return the consistency of an image, from what the agent saw; `quiesced` is whether writers were held still."""
+    """Return the consistency of an image, from what the agent saw; `quiesced` is whether writers were stopped."""
     if through_snapshot:
         return QUIESCED if quiesced else SNAPSHOT
     if totals.touched:

@@ -26,7 +26,7 @@ class RunRequest:
     """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
 
     `keep` leaves them on the host. `before` and `after` are commands to run on the host around the making of the
-    snapshots, or where there are none around the reading; `directories` are places on the host about which the run must
+    snapshots, or if there are none around the reading; `directories` are places on the host about which the run must
     know on which of the sources they lie. A `rehearsal` ends when all was checked.
     """
 

@@ -22,9 +22,9 @@ _NOTES = 100
 class Totals:
     """What the agent says at the end of a source.
 
-    `read` in bytes; `touched` says whether the source was written to meanwhile (None: unknown), and `how` how, or by
-    whom it was used (see `witness.Seen`). `fill_percent` is how full the snapshot was at most, `kept` that it stays on
-    the host, and `left` that it could not be removed.
+    `read` in bytes; `touched` says whether the source was written to while it was read (None: unknown), and `how` how,
+    or by whom it was used (see `witness.Seen`). `fill_percent` is how full the snapshot was at most, `kept` that it
+    stays on the host, and `left` that it could not be removed.
     """
 
     read: int
@@ -40,8 +40,8 @@ class Totals:
 class Left:
     """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made (UTC).
 
-    `volume` is the name of its volume, None where that is gone, `chain` for which chain it was made (``SERVER:/path``,
-    None where it is not known), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
+    `volume` is the name of its volume, None if that no longer exists, `chain` for which chain it was made
+    (``SERVER:/path``, None if it is not known), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Outside:
 
 @dataclass(frozen=True)
 class Ready:
-    """What the agent found before anything was held still.
+    """What the agent found before anything was stopped.
 
     `places` has, for each directory asked for, the number of the device that it is on (``""``: there is none), and
     which of the sources is beneath that (None: none of them). `devices` has the paths of those devices that are beneath
@@ -190,7 +190,7 @@ def check_source(fields: dict[str, object]) -> Opened:
 
 
 def check_ready(fields: dict[str, object], sources: int, directories: int) -> Ready:
-    """Return what the agent found before anything was held still."""
+    """Return what the agent found before anything was stopped."""
     volumes, places = fields.get("sources"), fields.get("directories")
     if not isinstance(volumes, list) or len(volumes) != sources:
         raise ProtocolError(f"prepared something else than {sources} sources")
@@ -265,13 +265,13 @@ def _place(fields: object, sources: int) -> tuple[str, int | None]:
 
 
 def _word(fields: dict[str, object], name: str) -> str | None:
-    """Return a short text of the agent's, such as an LV UUID; None where there is none."""
+    """Return a short text of the agent's, such as an LV UUID; None if there is none."""
     value = fields.get(name)
     return printable(value, 100) if isinstance(value, str) else None
 
 
 def notes(fields: dict[str, object]) -> tuple[str, ...]:
-    """Return what the agent has to tell, made fit for a terminal."""
+    """Return what the agent reports, made fit for a terminal."""
     return _texts(fields, "notes")[:_NOTES]
 
 

@@ -30,8 +30,8 @@ class Session:
     """One agent, from its start to its end. A context manager that leaves no process and no thread behind.
 
     The steps of a run are methods, in their order: `prepare`, `take`, then for each source `scan` and `changes`, and
-    `finish`. Entering raises `TransportError` where no agent can be started. All of them raise what the agent reports,
-    `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` where it breaks a rule.
+    `finish`. Entering raises `TransportError` if no agent can be started. All of them raise what the agent reports,
+    `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` if it breaks a rule.
 
     `host` is what the agent says of its machine: text, made printable. `apart_s` is how many seconds lay between the
     moments of its sources at most. `prefix` is a command to run the agent under, `begun` a connection of
@@ -117,7 +117,7 @@ class Session:
     def tunnel(self, sockets: Sequence[str], port: int) -> Iterator[socket.socket]:
         """Yield a socket that leads to the first of the Unix sockets on the host that exists, else to its `port`.
 
-        Frames are received by a thread meanwhile. Raises `SourceError` where the host cannot connect. A failure inside
+        Frames are received by a thread until then. Raises `SourceError` if the host cannot connect. A failure inside
         is replaced by that of the connection to the host, where that is what broke.
         """
         self._tunnel = tunnel = Tunnel(self._link, lambda fields: from_wire(fields, self.address.login))
@@ -161,9 +161,9 @@ class Session:
             return rules.check_ready(ready, len(request.sources), len(request.directories))
 
     def leftovers(self, remove: Sequence[str]) -> Leftovers:
-        """Let the agent remove the snapshots of these names, in place of a run; return what is there then.
+        """Let the agent remove the snapshots of these names, in place of a run; return which exist then.
 
-        Raises `SourceError` where one of them is not ours, or a run is at work on it: none is removed then.
+        Raises `SourceError` if one of them is not ours, or a run is at work on it: none is removed then.
         """
         self._order(wire.SNAPSHOTS, {"remove": list(remove)})
         answer = self._expect(wire.SNAPSHOTS)
@@ -183,7 +183,7 @@ class Session:
             return took_us / 1e6
 
     def check_digest(self, digest: Digest) -> None:
-        """Raise `UsageError` where the host cannot compute this digest."""
+        """Raise `UsageError` if the host cannot compute this digest."""
         if digest.name not in self._digests:
             raise UsageError(
                 f"python on {self.address.login} cannot compute {digest.name} digests",
@@ -264,7 +264,7 @@ class Session:
     def _taken_out(
         self, frame: wire.Frame, memory: SharedMemory, checker: Rules, allocate: Callable[[int], memoryview]
     ) -> Run:
-        """Return the run that lies in the shared memory: a copy, which the agent cannot change any more."""
+        """Return the run that is in the shared memory: a copy, which the agent cannot change any more."""
         place, length = rules.read_place(self._link.read_bytes(frame, rules.PLACE.size))
         checker.check_run(frame.offset, length, is_zero=False)
         room = allocate(length)

@@ -1,4 +1,4 @@
-"""What runs leave on a host: whose its snapshots are, and which of them no run will ever remove by itself."""
+"""What runs leave on a host: whose its snapshots are, and which of them no run will ever remove."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ _WHY = {
 
 
 def owner(name: str, period: str) -> tuple[str, str]:
-    """Return what tells the snapshots that runs of NAME keep from those of others, as a word and for people.
+    """Return what distinguishes the snapshots that runs of NAME keep from others, as a word and for people.
 
     Both are the same before there is a manifest. They are without the period: the chain of a new month inherits the
     snapshots of the old one, which has no run any more.
@@ -29,7 +29,7 @@ def owner(name: str, period: str) -> tuple[str, str]:
 
 
 def is_useless(left: Left) -> bool:
-    """Return whether no run will go on from a snapshot, nor remove it."""
+    """Return whether no run will continue from a snapshot, nor remove it."""
     return left.state != wire.RUNNING and (left.volume is None or chain_is_gone(left))
 
 

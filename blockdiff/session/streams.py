@@ -1,6 +1,6 @@
 """Several connections that read one source together: one alone is held back by a long way and its window.
 
-Each agent examines its share of the image (`extents.striped`), and the runs of all are put in order here.
+Each agent examines its share of the image (`extents.striped`), and the runs of all are sorted here.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from blockdiff.shared.runs import Run
 #: that has to wait for the others loses a round trip.
 _AHEAD = 32
 
-#: How long to wait before each further try to open one of several connections, in seconds. sshd takes only so many that
+#: How long to wait before each further try to open one of several connections, in seconds. sshd accepts only some that
 #: have not logged in yet (MaxStartups).
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 

@@ -1,4 +1,4 @@
-"""Send the previous generation's digest table to the agent, as far as it wants it and no faster."""
+"""Send the previous generation's digest table to the agent, as far as it asks for it, and no faster."""
 
 import threading
 
@@ -12,7 +12,7 @@ _FRAME_BYTES = 64 << 10
 
 
 class TableSender:
-    """A thread that sends the previous digest table as far as the agent wants it."""
+    """A thread that sends the previous digest table as far as the agent asks for it."""
 
     def __init__(self, link: wire.Link, table: TableReader) -> None:
         self._link = link
@@ -31,7 +31,7 @@ class TableSender:
     def stop(self) -> None:
         """End the thread; the connection is closed by now, so that it is not stuck in a write.
 
-        A signal may have come before it was started, or while it was: then it ends by itself.
+        A signal may have come before it was started, or while it was: then it ends alone.
         """
         with self._changed:
             self._stopped = True

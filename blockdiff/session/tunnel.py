@@ -20,7 +20,7 @@ class Tunnel:
     """While it is open a thread receives all frames, and hands out the control frames among them by `control`.
 
     `explain` makes an error of what an error frame holds. `failure` is that error, the agent's last word, or what broke
-    the connection to it, if that happened meanwhile: the socket is at its end then.
+    the connection to it, if that happened in that time: the socket is at its end then.
     """
 
     def __init__(self, link: wire.Link, explain: Callable[[dict[str, object]], BlockdiffError]) -> None:
@@ -46,10 +46,10 @@ class Tunnel:
         return theirs
 
     def control(self) -> Control:
-        """Return kind and content of the next control frame; raises `failure` where there is none any more."""
+        """Return kind and content of the next control frame; raises `failure` if there is none any more."""
         found = self._controls.get()
         if found is None:
-            self._controls.put(None)  # for whoever asks again
+            self._controls.put(None)  # for one who asks again
             raise self.failure or ProtocolError("closed the tunnel in place of an answer")
         return found
 

@@ -45,7 +45,7 @@ def _md5(data: memoryview) -> "hashlib._Hash":
 
 
 def _md5_function() -> "Callable[[memoryview], hashlib._Hash]":
-    """Return an MD5 that also works on hosts in FIPS mode, where Python (3.9 or newer) can be told what it is for."""
+    """Return an MD5 that also works on hosts in FIPS mode, where Python (3.9 or newer) can be given its purpose."""
     try:
         _md5(memoryview(b""))
     except TypeError:
@@ -80,7 +80,7 @@ DIGEST_SIZES = {"sha256": 32, "blake2b": 32, "xxh3": 16, "md5": 16}
 
 
 def digest_named(name: str) -> Digest:
-    """Return the algorithm called `name`; raise `UsageError` where this Python does not have it."""
+    """Return the algorithm called `name`; raise `UsageError` if this Python does not have it."""
     digest = AVAILABLE.get(name)
     if digest is None:
         others = ", ".join(sorted(AVAILABLE))
@@ -109,7 +109,7 @@ def shown_size(size: int) -> str:
 
 
 def _is_zero(view: memoryview, start: int, stop: int) -> bool:
-    """Look at three bytes, which tells for nearly all other blocks; then compare copies, which is what is fast.
+    """Look at three bytes, which decides for nearly all other blocks; then compare copies, which is what is fast.
 
     (Views are compared with bytes element by element.)
     """

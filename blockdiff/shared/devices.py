@@ -1,4 +1,4 @@
-"""What the kernel says of block devices: what they are made of, what lies on them, who uses it, what was written.
+"""What the kernel says of block devices: what they are made of, what is on them, who uses it, what was written.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
@@ -62,7 +62,7 @@ def disk_of(device: str) -> List[str]:
 
 
 def above(device: str) -> List[str]:
-    """Return a device and all that lie on it: partitions, and what device-mapper, md and loop devices make of it."""
+    """Return a device and all that is on it: partitions, and what device-mapper, md and loop devices make of it."""
     return _closure([device], _on)
 
 
@@ -78,7 +78,7 @@ def volume_beneath(device: str) -> str:
 
 
 def on_file(status: os.stat_result) -> List[str]:
-    """Return the loop devices that show a regular file, and all that lie on those."""
+    """Return the loop devices that show a regular file, and all that is on those."""
     return _closure(_loops((status.st_dev, status.st_ino)), _on)
 
 
@@ -102,7 +102,7 @@ def mounts() -> List[Mount]:
     found = []
     for device, place, about in _mounted():
         devices = [device]
-        if device.startswith("0:"):  # btrfs has a number of its own, and may lie on several devices
+        if device.startswith("0:"):  # btrfs has its own number, and may be on several devices
             devices = _at(about[1])
             devices += [each for pool in pools if set(pool) & set(devices) for each in pool if each not in devices]
         writable = about[2].split(",")[0] == "rw"
@@ -136,9 +136,10 @@ def loops() -> "List[Tuple[str, os.stat_result]]":
 
 
 def sectors(device: str) -> Optional[Sectors]:
-    """Return what was read from and written to a device so far; None where the kernel does not say.
+    """Return what was read from and written to a device so far; None if the kernel does not say.
 
-    It also shows what it does not count, as for memory disks, or where that was switched off: that stands still.
+    It also shows what it does not count, as for memory disks, or where that was switched off: those counters do not
+    change.
     """
     try:
         counts = [int(word) for word in content(os.path.join(_place(device), "stat")).split()]
@@ -191,7 +192,7 @@ def _swaps() -> List[str]:
 
 
 def _at(path: str) -> List[str]:
-    """Return the number of the device at a path, as the kernel writes one; none where there is no device."""
+    """Return the number of the device at a path, as the kernel writes one; none if there is no device."""
     try:
         status = os.stat(_unescaped(path)) if path.startswith("/") else None
     except (OSError, ValueError):

@@ -61,7 +61,7 @@ class ProtocolError(BlockdiffError):
 
 
 class ConnectionLost(BlockdiffError):  # noqa: N818
-    """The other side is gone, or `silent`: it may still be there, and nothing comes of it."""
+    """The other side has ended, or is `silent`: it may still run, but nothing arrives."""
 
     def __init__(self, message: str, hint: Optional[str] = None, silent: bool = False) -> None:
         super().__init__(message, hint)

@@ -24,7 +24,7 @@ class Grant:
         self._words = words
 
     def check_sources(self, paths: "Sequence[str]", commands: "Sequence[str]") -> None:
-        """Raise `SourceError` where one of the sources is not granted, or a command is to be run."""
+        """Raise `SourceError` if one of the sources is not granted, or a command is to be run."""
         if self._words is None:
             return
         for path in paths:
@@ -49,7 +49,7 @@ class Grant:
     def place(self, device: str, source: "Optional[int]") -> "Tuple[str, Optional[int]]":
         """Return what the key may know of where a directory lies: see `sources.locate`.
 
-        Of what does not lie on the granted sources of the run a limited key learns nothing, not even whether it exists.
+        Of what is not on the granted sources of the run a limited key learns nothing, not even whether it exists.
         """
         return (device, source) if self._words is None or source is not None else (ELSEWHERE, None)
 
@@ -58,7 +58,7 @@ class Grant:
         return found if self._words is None else []
 
     def check_snapshots(self) -> None:
-        """Raise `SourceError` where only some sources are granted: what runs left there may be others'."""
+        """Raise `SourceError` if only some sources are granted: what runs left there may be others'."""
         if self._words is not None:
             raise SourceError(
                 "this key may not list or remove snapshots",
@@ -68,7 +68,7 @@ class Grant:
     def check_sockets(self, paths: "Sequence[str]", port: int) -> "Tuple[List[str], int]":
         """Return those of the sockets `paths` and of `port` (0: none) that are granted, in the same order.
 
-        Raises `SourceError` where none is.
+        Raises `SourceError` if none is.
         """
         if self._words is None:
             return list(paths), port

@@ -61,7 +61,7 @@ def in_order(
 
 
 def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
-    """Yield `items` as they are, drawn from by a thread of its own, up to `count` ahead.
+    """Yield `items` as they are, which its own thread draws, up to `count` ahead.
 
     What they raise is raised here, at its place. When the caller stops early the thread is not waited for: it may be in
     a read, and closes `items` and ends after that.
@@ -85,7 +85,7 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
 
 
 class Follower(Generic[Result]):
-    """Threads that do what they are given while the caller goes on; at most `behind` tasks wait for them.
+    """Threads that do what they are given while the caller continues; at most `behind` tasks wait for them.
 
     Tasks are begun in order, and what they return is handed back in order. What a task raises is raised by one of the
     next calls. A context manager: without `finish`, what was not begun is not done; what was is waited for.
@@ -168,7 +168,7 @@ class Task(Generic[Result]):
 class Crew:
     """Threads that do tasks, in the order in which these were given.
 
-    A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken for good,
+    A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken,
     if it arises in their Python code just after the taking: the threads then never end, nor does who waits for them.
     The interpreter's own locks are taken and released in one step, and `deque` needs none.
     """

@@ -19,11 +19,11 @@ from blockdiff.shared.errors import ProcessError, printable
 Argument = Union[str, bytes]
 T = TypeVar("T")
 
-#: How long a child that was told to end may take before it is killed, in seconds.
+#: How long a child that was asked to end may take before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
 #: SIGKILL takes no time, unless a process is stuck in its disk: it is waited for no longer than this, in seconds.
 _KILL_TIMEOUT_S = 30.0
-#: How long a child that is never killed may take to end by itself after each signal that asks it to, in seconds.
+#: How long a child that is never killed may take to end after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
 
 #: Children that could be waited for no longer and cannot or must not be killed. While here, their pipes stay open.
@@ -32,7 +32,7 @@ LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 #: Pipes of children that have ended, held open by what they left behind.
 _LEFT_OPEN: "List[IO[bytes]]" = []
 
-#: How long what a child has left behind is listened to, in seconds.
+#: How long the output of what a child left running is read, in seconds.
 LINGER_S = 1.0
 _CHUNK = 1 << 16
 #: How often it is looked whether a command is to be stopped, in seconds.
@@ -105,7 +105,7 @@ class Output:
             if ended and not self._selector.get_map():
                 return True
             if self._until is not None and now > self._until:
-                for _ in ("what is there", "its end"):  # we may have stood still, and not have looked since it ended
+                for _ in ("what is there", "its end"):  # we may have been stopped, and not have looked since it ended
                     self._collect(0.0)
                 if self._selector.get_map():
                     self._let_be()
@@ -163,11 +163,11 @@ def run(
 
 
 def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Completed:
-    """Run a line for the shell like `run`, in a session of its own; what is not done in time is stopped as a whole.
+    """Run a line for the shell like `run`, in its own session; what is not done in time is stopped as a whole.
 
     `held` is a descriptor that is open as long as the shell runs; what it leaves behind does not have it. A signal that
     ends the caller stops it as well, even one that comes while it is being started. What is another user's by now, as
-    through sudo, we may not stop: it is waited for, however long, because nobody may go on as if it were done.
+    through sudo, we may not stop: it is waited for, however long, because nobody may continue as if it were done.
     """
     arguments = ["/bin/sh", "-c", command]
     # a shell around it has the descriptor; it does not put the command in its own place while it has more to do
@@ -207,7 +207,7 @@ def run_gently(
 ) -> Completed:
     """Run a command that must not be killed in the middle of its work; otherwise like `run`.
 
-    It has a session of its own: no signal to our process group or terminal reaches it. After `timeout_s` seconds it
+    It has its own session: no signal to our process group or terminal reaches it. After `timeout_s` seconds it
     gets SIGINT (LVM then gives up waiting for a lock, and finishes what it began), `GENTLE_TIMEOUT_S` later SIGTERM,
     and after as long again it is left alone; `DeadlineError` says so. A signal that ends the caller does not end the
     command: see `undisturbed`.
@@ -243,13 +243,13 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
 def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = None) -> T:
     """Do `work` in a thread, where no signal handler can cut it short, and return or raise what it does.
 
-    Where a signal's exception arises in the caller meanwhile, `cancel` (if any) is called, `work` is waited for, and
-    only then does the exception go on. `work` must have its own deadline.
+    If a signal's exception arises in the caller in that time, `cancel` (if any) is called, `work` is waited for, and
+    only then does the exception continue. `work` must have its own deadline.
     """
     results: List[T] = []
     errors: List[BaseException] = []
     allowed: List[bool] = []
-    # nothing of `threading`: an exception in its Python code can leave a lock taken for good, or get lost in a callback
+    # nothing of `threading`: an exception in its Python code can leave a lock taken, or get lost in a callback
     gate, finished = _thread.allocate_lock(), _thread.allocate_lock()
     gate.acquire()
     finished.acquire()
@@ -327,7 +327,7 @@ def _start(
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
     """End a child: SIGTERM, then SIGKILL where `timeout_s` seconds did not do.
 
-    It is gone then, unless it is another user's by now, as through sudo, or stuck in its disk.
+    It has ended then, unless it is another user's by now, as through sudo, or stuck in its disk.
     """
     for end, patience_s in ((child.terminate, timeout_s), (child.kill, _KILL_TIMEOUT_S)):
         if child.poll() is not None:
@@ -342,9 +342,9 @@ def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) ->
 
 
 def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> bool:
-    """End a child that has a session of its own, with all that it started, unless that has left the session.
+    """End a child that has its own session, with all that it started, unless that has left the session.
 
-    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. Returns False where some of it is another
+    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. Returns False if some of it is another
     user's by now, as through sudo, and so still there.
     """
     deadline = time.monotonic() + timeout_s
@@ -374,7 +374,7 @@ def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEO
 def started(
     start: Callable[[], "subprocess.Popen[bytes]"], end: Callable[["subprocess.Popen[bytes]"], object] = stop
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Yield the child that `start()` starts; whatever ends the block, `end` makes sure that it is gone, with its pipes.
+    """Yield the child that `start()` starts; in any case, `end` makes sure that it has ended, with its pipes.
 
     One that `end` cannot end is left alone, and keeps them.
     No signal's exception comes between the start of the child and our knowledge of it.

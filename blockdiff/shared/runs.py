@@ -13,7 +13,7 @@ BATCH_BLOCKS = 8192
 
 
 class Run(NamedTuple):
-    """Neighbouring blocks that changed: `length` bytes at `offset`; `data` is None where all of them are zero."""
+    """Neighbouring blocks that changed: `length` bytes at `offset`; `data` is None if all of them are zero."""
 
     offset: int
     length: int

@@ -25,9 +25,9 @@ def unwind() -> None:
     nohup(1) and shells have their way: what is ignored already stays so, but for SIGTERM. Once it was raised, all are
     ignored.
 
-    Python can lose a signal, which must not end in a wait for ever: one that comes just before a system call does not
-    end it, and what is raised in a destructor or a callback is only reported (since 3.8 to a hook). So it is sent again
-    until `Interrupted` is raised, and again when that was lost.
+    Python can lose a signal, which must not end in a wait without limit: one that comes just before a system call does
+    not end it, and what is raised in a destructor or a callback is only reported (since 3.8 to a hook). So it is sent
+    again until `Interrupted` is raised, and again when that was lost.
     """
     caught = [each for each in ENDING if each == signal.SIGTERM or signal.getsignal(each) != signal.SIG_IGN]
 

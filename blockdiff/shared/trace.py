@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Callable, Optional, Set
 if TYPE_CHECKING:
     from blockdiff.shared.wire import Buffer, Carrier, Link
 
-#: Takes one line for the trace; None where none is written.
+#: Takes one line for the trace; None if none is written.
 report: "Optional[Callable[[str], None]]" = None
-#: Makes the server's end of a connection in place of `wire.Link`; None where no trace is written.
+#: Makes the server's end of a connection in place of `wire.Link`; None if no trace is written.
 link: "Optional[Callable[[Carrier, float, Optional[float], Callable[[Buffer, int], int]], Link]]" = None
 
 # PIDs of the children whose end was not reported yet.

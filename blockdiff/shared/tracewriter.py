@@ -29,7 +29,7 @@ _BULK = (wire.ALIVE, wire.TABLE, wire.DATA, wire.ZERO, wire.PROGRESS, wire.WANT,
 class TraceFile:
     """The file that a trace is appended to; it never ends a run.
 
-    `failure` is why lines are missing, None where all were written. Times are the server's, and never go back.
+    `failure` is why lines are missing, None if all were written. Times are the server's, and never go back.
     """
 
     def __init__(self, path: str) -> None:
@@ -191,7 +191,7 @@ class _ServerLink(_TracedLink):
 
 
 class AgentLink(_TracedLink):
-    """The agent's end: what it reports goes to the server behind the next frame that is sent.
+    """The agent's end: what it reports goes to the server after the next frame that is sent.
 
     So the thread that receives never sends, and never waits for a server that takes nothing.
     """

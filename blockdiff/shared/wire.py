@@ -27,12 +27,12 @@ from blockdiff.shared.errors import ConnectionLost, ProtocolError
 # Frame kinds: plain numbers, because each frame is compared with several. These may come from both sides:
 ALIVE = 1  # nothing: the sender is still there
 ERROR = 2  # JSON: what ended the sender's part of the run
-# One run, in this order; the server need not wait for an answer before it goes on:
+# One run, in this order; the server need not wait for an answer before it continues:
 HELLO = 3  # JSON, agent: what it is and what it found
 REQUEST = 4  # JSON, server: which sources, and how to take them
-READY = 5  # JSON, agent: all that can be checked while writers go on was checked
+READY = 5  # JSON, agent: all that can be checked while writers continue was checked
 TAKE = 6  # server: make the snapshots now
-TAKEN = 7  # JSON, agent: they are made, and writers may go on
+TAKEN = 7  # JSON, agent: they are made, and writers may continue
 # For each source in turn:
 SCAN = 8  # JSON, server: send what changed
 SOURCE = 9  # JSON, agent: what the source is
@@ -50,12 +50,12 @@ BYTES = 18  # what came from this side's end; empty: its last
 CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
 # Where both are on one machine and have memory in common (`blockdiff.host.sharedbuffers`):
 LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
-TAKEN_OUT = 21  # server: the next of the runs that LENT told of was taken out
+TAKEN_OUT = 21  # server: the next of the runs that LENT named was taken out
 # In place of a run:
-SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and what is there; END follows
+SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and which exist; END follows
 # At any time after a frame of the agent's, where a trace was asked for (`blockdiff.shared.tracewriter`):
 TRACE = 23  # agent: one line of it
-# What they are called; there is no other number yet.
+# Their names; there is no other number yet.
 _KINDS = {value: name for name, value in globals().copy().items() if isinstance(value, int)}
 
 #: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
@@ -73,7 +73,7 @@ MAX_INTEGER = (1 << 63) - 1
 
 #: Most places outside of a database's directory that READY names.
 MAX_OUTSIDE = 1000
-# Why a snapshot of ours is there: a run is at work; the next run goes on from it; its run died, and the next one
+# Why a snapshot of ours is there: a run is at work; the next run continues from it; its run died, and the next one
 # removes it.
 RUNNING = "running"
 KEPT = "kept"
@@ -114,7 +114,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def write(self, parts: Sequence[Buffer]) -> None:
-        """Write all bytes of all `parts`; raises `ConnectionLost` where the other side is gone."""
+        """Write all bytes of all `parts`; raises `ConnectionLost` if the other side has ended."""
 
 
 class Pipe(Carrier):
@@ -161,7 +161,7 @@ class Link:
     """One end of the connection: sends and receives frames.
 
     Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
-    it may say nothing but ALIVE (None: for ever), and `deadline` a time of `time.monotonic` after which nothing is
+    it may say nothing but ALIVE (None: no limit), and `deadline` a time of `time.monotonic` after which nothing is
     received any more (None: never). `crc32` is a faster `zlib.crc32`, where there is one.
     """
 
@@ -220,7 +220,7 @@ class Link:
     def receive(self) -> Frame:
         """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
 
-        Raises `ConnectionLost` where the other side has ended or after `silence_s` seconds of silence, and
+        Raises `ConnectionLost` if the other side has ended or after `silence_s` seconds of silence, and
         `ProtocolError` for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
         """
         begun = time.monotonic()
@@ -258,7 +258,7 @@ class Link:
             self._check_crc()
 
     def read_bytes(self, frame: Frame, limit: int) -> bytes:
-        """Return the whole payload of `frame`; raises `ProtocolError` where it has more than `limit` bytes."""
+        """Return the whole payload of `frame`; raises `ProtocolError` if it has more than `limit` bytes."""
         if frame.length > limit:
             raise ProtocolError("oversized frame of kind {}: {} bytes".format(kind_name(frame.kind), frame.length))
         payload = bytearray(frame.length)

@@ -36,7 +36,7 @@ def begin(
 ) -> Connection:
     """Return a connection as `connect` does, on which the agent is on its way: the host works on it from now on.
 
-    `prefix` is a command to run the agent under. Raises `TransportError` where that cannot be sent.
+    `prefix` is a command to run the agent under. Raises `TransportError` if that cannot be sent.
     """
     connection = connect(address, name, options)
     try:

@@ -28,7 +28,7 @@ class Address:
 
     @property
     def machine(self) -> str | None:
-        """``host`` or ``host:port``, which tells machines behind one name apart; None for this machine."""
+        """``host`` or ``host:port``, which distinguishes machines with one name; None for this machine."""
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
     @property
@@ -39,7 +39,7 @@ class Address:
 
 
 def parse(text: str) -> Address:
-    """Return the address that `text` names; raises `UsageError` where it names none.
+    """Return the address that `text` names; raises `UsageError` if it names none.
 
     As for scp, a colon that comes before any slash ends a host. What has neither is a file on this machine, and must be
     there: its path becomes an absolute one.
@@ -72,9 +72,9 @@ def _absolute(text: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise `UsageError` where the NAME of a chain that is to be written is more likely a source, or a directory.
+    """Raise `UsageError` if the NAME of a chain that is to be written is more likely a source, or a directory.
 
-    A directory beside a chain of the same name is none of its business.
+    A directory beside a chain of the same name does not matter.
     """
     if name.startswith("ssh://") or ((match := _REMOTE.fullmatch(name)) is not None and match["path"].startswith("/")):
         raise UsageError(f"{printable(name, 300)} is in the place of NAME, but is a source", _ORDER)

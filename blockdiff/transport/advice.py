@@ -89,7 +89,7 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where SSH goes: `login` is what messages call it, `name` what ssh does, where that is not the same.
+    """Where SSH goes: `login` is what messages call it, `name` what ssh does, if that is not the same.
 
     Its key is known as `alias`, or else by `host` and `port`; `known_hosts` is the file to add it to. `proxy` is what
     leads there, in words.
@@ -171,7 +171,7 @@ _OPTIONS = {"cipher": "Ciphers", "MAC": "MACs", "key exchange method": "KexAlgor
 
 
 def from_ssh(where: Place, lines: Sequence[str]) -> BlockdiffError | None:
-    """Return the error that ssh's own words before the login speak of, None where they are not well known."""
+    """Return the error that ssh's own words before the login speak of, None if they are not well known."""
     for cause, pattern in _SAYS:
         for line in lines:
             if (match := pattern.match(line)) is None:

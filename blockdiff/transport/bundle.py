@@ -1,6 +1,6 @@
 """What is sent to a host: the command that finds a Python there, and the bytes that make it the agent.
 
-The same bytes serve hosts behind SSH, local sources, and the tests.
+The same bytes serve hosts over SSH, local sources, and the tests.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ if take(8)!=%r: sys.exit(%d)
 exec(take(int(take(8))))
 """ % (loader.DAMAGED, loader.FOR_SHELLS, loader.DAMAGED)
 
-# Hexadecimal digits mean the same to every shell. The lines travel as an argument of their own, and the loader finds
+# Hexadecimal digits mean the same to every shell. The lines travel as their own argument, and the loader finds
 # them at the same place when it starts itself again under a prefix.
 
 _LABEL = "blockdiff-agent"
@@ -95,7 +95,8 @@ def agent_id() -> str:
 def startup(nonce: bytes, prefix: Sequence[str] = (), traced: bool = False) -> bytes:
     """Return what the started command reads from standard input to become the agent, which begins with `nonce`.
 
-    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``. One that is `traced` tells what it does.
+    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``. One that is `traced` reports what it
+    does.
     """
     archive = _archive()
     first = _with_loader({"prefix": list(prefix)}) if prefix else b""

@@ -18,7 +18,7 @@ from blockdiff.transport.sharedmemory import SharedMemory
 
 #: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
-#: How long an agent on this machine may take to put everything away once it is told to end, in seconds: LVM is slow.
+#: How long an agent on this machine may take to put everything away once it is asked to end, in seconds: LVM is slow.
 UNWIND_TIMEOUT_S = 60.0
 #: This machine.
 HERE = Place("localhost", "localhost")
@@ -27,7 +27,7 @@ HERE = Place("localhost", "localhost")
 class ChildConnection(Connection):
     """A command that runs as our child and speaks on its standard input and output.
 
-    `stop_timeout_s` is how long it may take to end when it is told to, before it is killed; `memory` is what it
+    `stop_timeout_s` is how long it may take to end when it is asked to, before it is killed; `memory` is what it
     inherits, and is closed with the connection.
     """
 
@@ -76,7 +76,7 @@ class ChildConnection(Connection):
     def _is_over(self, timeout_s: float) -> bool:
         """Wait for something to read; return whether the command has ended, and who still holds its pipe says nothing.
 
-        Raises `ConnectionLost` where nothing came for `timeout_s` seconds.
+        Raises `ConnectionLost` if nothing came for `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         ended = False
@@ -100,7 +100,7 @@ class ChildConnection(Connection):
         writable = select.poll()
         writable.register(self._input, select.POLLOUT)
         deadline = time.monotonic() + timeout_s
-        # a pipe that is ready takes so many bytes at once without blocking; ours may hold less than the agent
+        # a pipe that is ready takes this many bytes at once without blocking; ours may hold less than the agent
         for begin in range(0, len(data), select.PIPE_BUF):
             if not writable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise ConnectionLost(f"waited for {timeout_s:g} s", silent=True)
@@ -116,9 +116,9 @@ class ChildConnection(Connection):
     def close(self) -> None:
         """See `connection.Connection`."""
         process.stop(self._child, self._stop_timeout_s)
-        # Threads may still be writing and reading. They fail now that the child is gone, and only then may a descriptor
-        # be closed: its number could otherwise be that of another file by the time it is used.
-        # A grandchild may hold the pipe's other end, and the thread with it: then the descriptor stays open.
+        # Threads may still be writing and reading. They fail now that the child has ended, and only then may a
+        # descriptor be closed: its number could otherwise be that of another file by the time it is used. A grandchild
+        # may hold the pipe's other end, and the thread with it: then the descriptor stays open.
         for lock, pipe in ((self._write_lock, self._input), (self._read_lock, self._output)):
             if lock.acquire(timeout=process.STOP_TIMEOUT_S):
                 self._closed = True
@@ -141,7 +141,7 @@ class ChildConnection(Connection):
         return advice.lost(self.place, error, self.ended(), advice.last_words(self.stderr().splitlines()))
 
     def ended(self) -> str:
-        """Return how the child ended, in words; nothing where it has not."""
+        """Return how the child ended, in words; nothing if it has not."""
         status = self._child.poll()
         return "" if status is None else f"{self._program} {process.status_text(status)}"
 

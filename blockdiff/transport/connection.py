@@ -27,13 +27,13 @@ SHELL_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 30.0
 #: How much of what the other side says on standard error is kept, in characters.
 STDERR_LIMIT = 4000
-# How often it is looked whether there was a login, in seconds. To see that the command has ended, and that whoever else
+# How often it is looked whether there was a login, in seconds. To see that the command has ended, and that all else
 # holds its pipe says nothing, takes twice `process.LINGER_S`.
 _LOOK_S = 2.5 * process.LINGER_S
 
 
 class Exit(NamedTuple):
-    """How the command on the other side ended: `status` is negative for a signal, None where the connection broke."""
+    """How the command on the other side ended: `status` is negative for a signal, None if the connection broke."""
 
     status: int | None
 
@@ -132,7 +132,7 @@ def push_agent(
     """Start the agent over `connection` and return the link to it, on which it may be silent for `silence_s`.
 
     What the login shell printed before, up to `NOISE_LIMIT` bytes, is skipped: the agent begins with a random nonce
-    that we gave it. Raises `TransportError` where no agent answers.
+    that we gave it. Raises `TransportError` if no agent answers.
     """
     if connection.nonce is None:
         send_agent(connection, prefix, timeout_s)

@@ -36,7 +36,7 @@ class KnownKeys:
         return [entry.kind for entry in [*self._entries, *self._elsewhere] if not entry.marker]
 
     def wrong(self, kind: str, key: bytes) -> Cause | None:
-        """Return why this key of the host is not accepted; None where it is the known one."""
+        """Return why this key of the host is not accepted; None if it is the known one."""
         if any(entry.marker and entry.key == key for entry in [*self._entries, *self._elsewhere]):
             return Cause.REVOKED_KEY
         same_kind = [entry.key for entry in self._entries if not entry.marker and entry.kind == kind]

@@ -1,6 +1,6 @@
 """The system's ssh: it brings the user's ``~/.ssh/config``, jump hosts, agents and hardware keys.
 
-What ssh says itself goes into a pipe of its own (``-E``), and so comes apart from what the host says through it.
+What ssh says itself goes into its own pipe (``-E``), and so comes apart from what the host says through it.
 """
 
 import os
@@ -54,7 +54,7 @@ _BORING = (_LOGGED_IN, "Transferred: ", "Bytes per second: ")
 class SshConnection(ChildConnection):
     """A command on a host, through a child process that is ssh, which ends no sooner than the connection.
 
-    Raises `UsageError` where ssh does not take an option, `TransportError` where it cannot be used as it is set up.
+    Raises `UsageError` if ssh does not take an option, `TransportError` where it cannot be used as it is set up.
     """
 
     tells_end = False

@@ -28,23 +28,23 @@ from blockdiff.transport.sshconfig import Settings
 WINDOW_SIZE = 8 << 20
 #: The largest packet that OpenSSH sends, in bytes.
 PACKET_SIZE = 32 << 10
-# Raised by whatever sends a packet when the connection breaks, reads included, which make room for more.
+# Raised by all that sends a packet when the connection breaks, reads included, which make room for more.
 _BREAKS = (OSError, EOFError, paramiko.SSHException)
 _FAST_CIPHER = "aes128-gcm@openssh.com"
-# Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does when it wants to.
+# Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does.
 _NEVER = 1 << 60
 # what paramiko calls silence, after the greeting and before it
 _SILENCE = ("No existing session", "Authentication timeout.")
 _NO_GREETING = "Error reading SSH protocol banner"
 
-# What paramiko logs, its exceptions tell as well; without a handler, Python would print it to standard error.
+# What paramiko logs, its exceptions say as well; without a handler, Python would print it to standard error.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class ParamikoConnection(Connection):
     """A command on a host, through paramiko.
 
-    Its calls are made in a thread of their own. A signal's exception within one could leave a lock taken that `close`
+    Its calls are made in their own thread. A signal's exception within one could leave a lock taken that `close`
     waits for.
     """
 
@@ -81,11 +81,11 @@ class ParamikoConnection(Connection):
             raise advice.failure(cause, self.place, _said(error, timeout_s)) from error
         except OSError as error:
             raise advice.failure(Cause.UNREACHABLE, self.place, str(error.strerror or error)) from error
-        except ValueError as error:  # of a private key that is none
+        except ValueError as error:  # of a private key that is not one
             raise advice.failure(Cause.REFUSED, self.place, str(error)) from error
 
     def _execute(self, channel: paramiko.Channel, timeout_s: float) -> None:
-        """Start the command. paramiko would wait for the answer for ever; it wakes up when the connection closes."""
+        """Start the command. paramiko would wait for the answer always; it wakes up when the connection closes."""
         watchdog = threading.Timer(timeout_s, self._client.close)
         watchdog.start()
         try:
@@ -201,7 +201,7 @@ class _HostKey(paramiko.MissingHostKeyPolicy):
         self._place = place
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        """Return where the key is the known one, and raise `TransportError` where it is not."""
+        """Return where the key is the known one, and raise `TransportError` if it is not."""
         if (cause := self.known.wrong(key.get_name(), key.asbytes())) is not None:
             raise advice.failure(cause, self._place)
         self.accepted = True
@@ -216,7 +216,7 @@ def _transport(
     gss_deleg_creds: bool = True,
     disabled_algorithms: Mapping[str, Iterable[str]] | None = None,
 ) -> paramiko.Transport:
-    """Return a transport with the fast cipher first, a large window, and no wish to renew keys by itself.
+    """Return a transport with the fast cipher first, a large window, and no renewal of keys.
 
     The host is to show a key of one of the `kinds` that are known of it, if it has any.
     """

@@ -40,7 +40,7 @@ def read(path: str) -> str:
     """Return the one public key in the file `path` (``-``: standard input) as ``TYPE BASE64 COMMENT``.
 
     Blank lines and comments around it are left out, and so is a carriage return at the end of a line.
-    Raises `UsageError` where the file cannot be read or holds anything else; the hint says what to name instead.
+    Raises `UsageError` if the file cannot be read or holds anything else; the hint says what to name instead.
     """
     return parse(_content(path), path)
 
@@ -101,7 +101,7 @@ def _hint(path: str, private: bool = False) -> str:
 
 
 def _fault(line: str) -> str | None:
-    """Return why `line` cannot be restricted, None where it is one public key."""
+    """Return why `line` cannot be restricted, None if it is one public key."""
     if not all(c.isprintable() or c == "\t" for c in line):
         return "is not a public key: it holds control characters"
     if _is_key(line):

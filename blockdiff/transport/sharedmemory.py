@@ -8,7 +8,7 @@ from blockdiff.shared.runs import batch_size
 
 
 class SharedMemory:
-    """Memory behind the descriptor `fd`, which the agent's process is to inherit; `close` lets go of it.
+    """Memory of the descriptor `fd`, which the agent's process is to inherit; `close` releases it.
 
     It is read like a file, never mapped: whatever the other side does to it, a read fails or returns bytes. Raises
     `OSError` where the system has none to give.
@@ -32,6 +32,6 @@ class SharedMemory:
         return True
 
     def read_into(self, room: memoryview, place: int) -> None:
-        """Copy what lies at `place` into `room`; raises `ProtocolError` where there is no such place."""
+        """Copy what is at `place` into `room`; raises `ProtocolError` if there is no such place."""
         if place + len(room) > self._size or os.preadv(self.fd, [room], place) < len(room):
             raise ProtocolError(f"points to {len(room)} bytes at {place} of {self._size} that are shared")

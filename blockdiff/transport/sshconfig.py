@@ -70,7 +70,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the settings say about a host; `timeout_s` is None where they want none, `user` where they name none."""
+    """What the settings say about a host; `timeout_s` is None if they want none, `user` where they name none."""
 
     place: Place
     port: int
@@ -183,7 +183,7 @@ def _lines(path: str, directory: str, depth: int = 0) -> Iterator[str]:
 
 
 def _check_conditions(words: list[str]) -> None:
-    """Raise `ValueError` where paramiko would take a condition that it does not know for one that does not hold."""
+    """Raise `ValueError` if paramiko would take a condition that it does not know for one that does not hold."""
     while words:
         name = words.pop(0).lstrip("!").lower()
         if name not in _CONDITIONS:
@@ -193,7 +193,7 @@ def _check_conditions(words: list[str]) -> None:
 
 
 def _paths(value: str) -> list[str]:
-    """Return the paths that a value names; `none` is none at all."""
+    """Return the paths that a value names; `none` is no path."""
     try:
         words = shlex.split(value)
     except ValueError as error:
