@@ -130,7 +130,7 @@ def backup_together(
 ) -> list[Result]:
     """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return what was made.
 
-    All are taken at one moment where they are taken through snapshots, and committed together, after all were read.
+    All are taken at one moment if they are taken through snapshots, and committed together, after all were read.
     `begun` are connections of `transport.begin`, as many of the run's as there are already.
     Raises a `BlockdiffError` when that was not possible; the chains are then as they were.
     """
@@ -215,7 +215,7 @@ def _jobs(
 def _prepared(
     session: Session, jobs: list[_Job], options: Options, rehearsal: bool = False
 ) -> Iterator[tuple[Quiesce, list[Volume]]]:
-    """Yield what holds writers still, after the agent has found all sources fit, and what it says of each."""
+    """Yield what stops writers, after the agent has found all sources fit, and what it says of each."""
     for job in jobs:
         session.check_digest(digest_named(job.plan.digest))
     trace.phase("prepare")
@@ -229,10 +229,10 @@ def _prepared(
 
 
 def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> list[Moment]:
-    """Return the moment of each source, with a warning where it is not one for all of them.
+    """Return the moment of each source, with a warning if it is not one for all of them.
 
     One of them may be written to: what the others hold then is as it was at the moment of that one. `holds` says of
-    each whether what writes to it was held still.
+    each whether what writes to it was stopped.
     """
     if len(holds) > 1:
         moment = replace(moment, apart_s=round(session.apart_s, 3))
@@ -247,7 +247,7 @@ def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> 
 
 
 def _quiesced(moment: Moment, held_s: float | None) -> Quiesced | None:
-    """Return how writers were held still, for `held_s` seconds in truth where that ended after the reading."""
+    """Return how writers were stopped, for `held_s` seconds if that ended after the reading."""
     if moment.quiesced is None or held_s is None:
         return moment.quiesced
     return replace(moment.quiesced, held_s=held_s)

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is asked for.
 
     `read` is the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` what
-    holds its bytes, where there are any.
+    holds its bytes, if there are any.
     """
 
     offset: int
@@ -55,7 +55,7 @@ class OldDigests(ABC):
 class Piece(NamedTuple):
     """A stretch of the image that becomes a batch, of a state of `extents`.
 
-    `buffer` holds its bytes where they were read already.
+    `buffer` holds its bytes if they were read already.
     """
 
     offset: int
@@ -81,7 +81,7 @@ class FileSource(Image):
     """A regular file or block device, open for reading.
 
     `size` in bytes is taken once, at the start: the image ends there even if the file grows; `status` is what the
-    system says of it. `known` are the extents of the image where somebody knows them better than the file system. Where
+    system says of it. `known` are the extents of the image if somebody knows them better than the file system. If
     `streams` agents scan it together, this one has number `stream`, from 0. Raises `SourceError` when `path` is
     missing, unreadable, empty, or of another kind. A context manager.
     """
@@ -134,7 +134,7 @@ class FileSource(Image):
         return True
 
     def read_past_cache(self) -> None:
-        """Read a little of a device from the disk itself, whatever is in memory; where that cannot be, nothing."""
+        """Read a little of a device from the disk itself, whatever is in memory; if that cannot be, nothing."""
         try:
             fd = os.open("/proc/self/fd/{}".format(self._fd), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             try:
@@ -237,7 +237,7 @@ class FileSource(Image):
         return False
 
     def fill(self, piece: Piece, buffer: memoryview) -> None:
-        """Read a piece into `buffer`; raises `SourceError` that names the offset where it cannot be read."""
+        """Read a piece into `buffer`; raises `SourceError` that names the offset if it cannot be read."""
         done = 0
         while done < piece.length:
             try:
@@ -270,7 +270,7 @@ class FileSource(Image):
 
 
 class _Examiner:
-    """What the worker threads do with a piece: read it, hash it where there is an old digest, and find what changed."""
+    """What the worker threads do with a piece: read it, hash it if there is an old digest, and find what changed."""
 
     def __init__(self, source: Image, hasher: Hasher, pool: pipeline.BufferPool) -> None:
         self._source = source

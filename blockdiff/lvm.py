@@ -4,9 +4,9 @@ Shipped to the host: standard library only, Python 3.6 or newer.
 
 A snapshot of ours has a unique name (`bd_` and random hex), the tag `blockdiff`, a tag that names the process that made
 it, and one that names the UUID of its origin, all set by the same `lvcreate`. Nothing is removed unless its UUID, its
-tags, its name and its origin say that it is ours. Where LVM knows no origin, because `lvcreate` was cut off before that
-or the origin is gone, the tag says which it was. What a killed agent leaves behind is removed by the next run; agents
-in different PID namespaces of one host (in containers) would take each other's for such.
+tags, its name and its origin say that it is ours. If LVM knows no origin, because `lvcreate` was cut off before that
+or the origin no longer exists, the tag says which it was. What a killed agent leaves behind is removed by the next run;
+agents in different PID namespaces of one host (in containers) would mistake each other's for such.
 """
 
 import os
@@ -25,7 +25,7 @@ from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError
 #: Instead of the process's tag on a snapshot that stays on the host.
 KEPT_TAG = TAG + "_kept"
 
-#: How long the making of a snapshot may take, in seconds: a database may be standing still meanwhile.
+#: How long the making of a snapshot may take, in seconds: a database may be locked for that time.
 CREATE_TIMEOUT_S = 30.0
 #: How long we look for what a failed lvcreate may have left, in seconds: the database is still standing.
 QUICK_TIMEOUT_S = 5.0
@@ -62,7 +62,7 @@ def _start_time(pid: int) -> str:
 
 
 def is_abandoned(snapshot: Volume) -> bool:
-    """Return whether the process that made one of our snapshots is gone; one without its tag is left alone."""
+    """Return whether the process that made one of our snapshots has ended; one without its tag is left alone."""
     for tag in snapshot.tags:
         match = _PROCESS.fullmatch(tag)
         if match:
@@ -97,10 +97,10 @@ def sweep(snapshots: Sequence[Volume]) -> List[str]:
 
 
 def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
-    """Remove a snapshot of ours, and nothing else; one that is gone already is fine.
+    """Remove a snapshot of ours, and nothing else; one that no longer exists is fine.
 
     LVM itself checks again what we know of it, under its lock: `lvremove` of an origin would take the origin. Raises
-    `ProcessError` where it is still there after `timeout_s` seconds (`REMOVE_TIMEOUT_S`), with the command to remove it
+    `ProcessError` if it is still there after `timeout_s` seconds (`REMOVE_TIMEOUT_S`), with the command to remove it
     by hand.
     """
     same = 'lv_uuid="{}"'.format(snapshot.uuid)
@@ -135,7 +135,7 @@ class Snapshot:
 
     `size` is for thick volumes (see `lvcheck.check`). To enter it makes the snapshot, and nothing else is done in that
     time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` if it cannot be made or
-    read to the end, and on the way out `ProcessError` where it cannot be removed. `close` may be called in any
+    read to the end, and on the way out `ProcessError` if it cannot be removed. `close` may be called in any
     state.
 
     `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
@@ -182,7 +182,7 @@ class Snapshot:
             self.created_s = time.monotonic() - begun
         except ProcessError as error:
             hints = [error.hint, *self._clean_up_quickly()]
-            self._state = _CLOSED  # what is left all the same is for the next run's sweep
+            self._state = _CLOSED  # what is left nevertheless is for the next run's sweep
             raise SourceError(
                 "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message),
                 "; ".join(hint for hint in hints if hint) or None,
@@ -192,7 +192,7 @@ class Snapshot:
             raise
 
     def _clean_up_quickly(self) -> List[str]:
-        """Remove what a failed lvcreate left, and return hints where it left more than that."""
+        """Remove what a failed lvcreate left, and return hints if it left more than that."""
         hints: "List[str]" = []
         try:
             left = lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S)
@@ -210,7 +210,7 @@ class Snapshot:
     def close(self, error: object = None) -> None:
         """Remove the snapshot, once, unless it was kept.
 
-        Raises `ProcessError` if it is still there; where `error` is what ends the run, that has a hint instead.
+        Raises `ProcessError` if it is still there; if `error` is what ends the run, that has a hint instead.
         """
         if self._state != _MADE:
             self._stop_watching()
@@ -252,7 +252,7 @@ class Snapshot:
     def look(self) -> Volume:
         """Return the snapshot that was made.
 
-        Raises `SourceError` if there is none, or not as it was asked for, or where it is full already.
+        Raises `SourceError` if there is none, or not as it was asked for, or if it is full already.
         """
         found = self._found_or_error()
         if found is not None and found.invalid:
@@ -336,7 +336,7 @@ class Snapshot:
     def _extend(self, found: Volume) -> bool:
         """Make the snapshot half as large again, and return whether that went well.
 
-        Where it did not, the run continues, and fails if the snapshot overflows.
+        If it did not, the run continues, and fails if the snapshot overflows.
         """
         more = min(max(found.size // 2, found.extent_size), found.group_free)
         try:

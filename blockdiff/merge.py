@@ -1,6 +1,6 @@
 """Turn the deltas of a chain back into an image: the one reader that restore and verify share.
 
-An image is put together newest delta first, so that each block is written once and only the deltas that are needed are
+An image is merged newest delta first, so that each block is written once and only the deltas that are needed are
 read. Every block is compared with the digest table of the generation that is restored before it is written.
 """
 
@@ -146,7 +146,7 @@ class _Merger:
         start, end = first * size, min(last * size, run.length)
         part = Run(run.offset + start, end - start, None if run.data is None else run.data[start:end])
         if part.offset // size + last - first == self._table.count and self.image_size is None:
-            self.image_size = run.offset + end  # without a manifest, the newest record of the last block tells
+            self.image_size = run.offset + end  # without a manifest, the newest record of the last block says so
         return part
 
     def _check_and_write(self, generation: Generation, run: Run) -> int:
@@ -175,7 +175,7 @@ class _Merger:
         return run.length
 
     def _write(self, run: Run, data: memoryview, digests: list[bytes]) -> None:
-        """Write neighbouring blocks at once, zero blocks as zeros: their digest tells."""
+        """Write neighbouring blocks at once, zero blocks as zeros: their digest shows them."""
         size, zero = self._table.block_size, self._hasher.zero_digest
         start = 0
         for i in range(1, len(digests) + 1):
@@ -195,7 +195,7 @@ def merge(
     """Write the image of ``generations[0]`` to `target`, and return its size in bytes.
 
     `generations` are newest first (`Chain.needed`). `advance` gets the length of each part that was written. Raises
-    `DamagedError` where what is there does not give the exact image; the target is then not to be trusted.
+    `DamagedError` if what is there does not give the exact image; the target is then not to be trusted.
     """
     newest = generations[0]
     if newest.manifest_error is None:  # a damaged manifest is for verify to report: nothing here depends on it

@@ -1,7 +1,7 @@
 """Hold writers of a MySQL or MariaDB server still for a moment, and prove that they were held.
 
 The lock is a session. It ends with the session, however that ends: by us, by the connection, or by the server itself,
-which is told to end it when it hears nothing from us for a while. Nobody else's session is ever ended.
+which is set to end it when it hears nothing from us for a while. Nobody else's session is ever ended.
 """
 
 import math
@@ -53,7 +53,7 @@ class Limits:
 class Statements:
     """What locks and unlocks. None: chosen by flavour and version of the server.
 
-    Where only one of the two is given, the other is that of ``FLUSH TABLES WITH READ LOCK``, as with the original.
+    If only one of the two is given, the other is that of ``FLUSH TABLES WITH READ LOCK``, as with the original.
     """
 
     before: Sequence[str] | None = None
@@ -104,7 +104,7 @@ class Held:
         return (time.monotonic() if self._until is None else self._until) - self._since
 
     def coordinates(self) -> Coordinates:
-        """Return where the server stands under the lock. Raises `DatabaseError`."""
+        """Return the server's position under the lock. Raises `DatabaseError`."""
         return coordinates.read(self._session.rows)
 
     def position(self, version: Version) -> tuple[str | None, int | None]:
@@ -134,7 +134,7 @@ class Held:
             )
 
     def release(self) -> None:
-        """Issue the unlock statements, once. Raises `DatabaseError`; the lock is then gone with the session."""
+        """Issue the unlock statements, once. Raises `DatabaseError`; the lock then ends with the session."""
         if self._until is not None:
             return
         self._until = time.monotonic()
@@ -167,7 +167,7 @@ class Held:
         self.waited_s = self._since - started
 
     def abandon(self) -> None:
-        """Undo what was done of the lock, and end the session: whatever is left of the lock is gone with it."""
+        """Undo what was done of the lock, and end the session: whatever is left of the lock ends with it."""
         try:
             if self._begun:
                 self.release()
@@ -178,7 +178,7 @@ class Held:
 
 
 class Database:
-    """A database whose writers can be held still. Ends its session at the end of the `with` statement."""
+    """A database that can be locked for writers. Ends its session at the end of the `with` statement."""
 
     def __init__(self, session: SqlSession, limits: Limits, statements: Statements, say: Callable[[str], None]) -> None:
         self._session = session
@@ -189,7 +189,7 @@ class Database:
 
     @property
     def note(self) -> str:
-        """What the user should know of the way to the database; ``""`` where that is fine."""
+        """What the user should know of the way to the database; ``""`` if that is fine."""
         if not self._session.is_open:
             return ""
         return (
@@ -208,7 +208,8 @@ class Database:
     def check(self, with_coordinates: bool = True, with_pause: bool = False) -> Server:
         """Find out what can be found out without a lock: whether this account may do what is to come.
 
-        `with_coordinates`: ask where the database stands, too; `with_pause`: stop what applies changes on a replica.
+        `with_coordinates`: ask for the position of the database, too; `with_pause`: stop what applies changes on a
+        replica.
 
         Raises `DatabaseError`, which names all privileges that are missing and the statement that grants them.
         """
@@ -248,7 +249,7 @@ class Database:
         self.start_appliers([each.channel for each in self.appliers() if each.is_running])
 
     def stop_appliers(self, channels: Sequence[str]) -> None:
-        """Stop what applies the changes of these channels, and see that it stands still. Raises `DatabaseError`."""
+        """Stop what applies the changes of these channels, and check that it is stopped. Raises `DatabaseError`."""
         for channel in channels:
             self._session.execute(coordinates.applier_statement("STOP", self.version, channel))
         running = [each.channel for each in self.appliers() if each.is_running and each.channel in channels]
@@ -273,7 +274,7 @@ class Database:
         """Hold writers still within the `with` statement; yields the lock, which may be released before its end.
 
         Waits first until no long statement runs, then for the lock, `Limits.lock_wait_s` in all. Raises `DatabaseError`
-        if that was not enough; writers then go on at once, as they do where an exception ends the `with` statement.
+        if that was not enough; writers then continue at once, as they do if an exception ends the `with` statement.
         """
         started = time.monotonic()
         trace.phase("wait for long statements")
@@ -299,7 +300,7 @@ class Database:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"{self._session.place}: there was no time left for the lock")
-        # the server applies this to each of the several locks behind one statement ...
+        # the server applies this to each of the several locks of one statement ...
         settings = f"lock_wait_timeout={math.ceil(left_s)}"
         if self._limits_statements:  # ... and this to all of them together
             settings += f", max_statement_time={left_s:.3f}"
@@ -321,7 +322,7 @@ class Database:
                 raise DatabaseError(
                     f"{self._session.place}: a statement ({_first_word(row)}) of the user "
                     f"{printable(str(row['User']), 100)} in session {row['Id']} has been running for {_age_s(row)} s",
-                    "a lock queued behind it stalls every writer; a larger --long-query "
+                    "a lock queued after it stalls every writer; a larger --long-query "
                     f"(now {self._limits.long_query_s:g} s) ignores it, a larger --lock-wait "
                     f"(now {self._limits.lock_wait_s:g} s) waits longer",
                 )
@@ -341,7 +342,7 @@ def connect(
     sock: socket.socket | None = None,
     say: Callable[[str], None] = _nothing,
 ) -> Database:
-    """Log in, over `sock` where it is given (a connection to the server, ours from now on).
+    """Log in, over `sock` if it is given (a connection to the server, ours from now on).
 
     `say` is given a line before each lock and unlock statement. Raises `DatabaseError`.
     """
@@ -357,7 +358,7 @@ def run_locked(database: Database, command: Sequence[str]) -> int:
     """Run a command under the lock, and return its exit status, or `SIGNALLED`.
 
     It inherits standard input, output and error. For the main thread only: a signal ends command and lock. Raises
-    `ProcessError` where it cannot be started, and `DatabaseError` if there was no lock, or it was lost while
+    `ProcessError` if it cannot be started, and `DatabaseError` if there was no lock, or it was lost while
     the command ran, whatever came of the command.
     """
     if shutil.which(command[0]) is None:

@@ -16,7 +16,7 @@ DEFAULT_BLOCK_SIZE = 64 << 10
 DEFAULT_DIGEST = "sha256"
 DEFAULT_FORMAT = 2
 
-#: Of runs that read only what thin_delta says has changed, every one that follows so many of them reads everything.
+#: Of runs that read only what thin_delta says has changed, every one that follows this many of them reads everything.
 HINTED_RUNS = 9
 
 
@@ -129,7 +129,7 @@ def check_volume(plan: Plan, name: str, found: str | None) -> None:
     if plan.volume is not None and found is not None and plan.volume != found:
         raise ChainError(
             f"{printable(name)} holds backups of the volume with the LV UUID {plan.volume}, this one has {found}",
-            "it was created again under the old name: use another NAME, or --full to go on in this chain",
+            "it was created again under the old name: use another NAME, or --full to continue this chain",
         )
 
 

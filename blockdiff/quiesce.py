@@ -114,7 +114,7 @@ class DatabaseQuiesce(Quiesce):
         self.directories = [*files.needed, *(path for path, _what in files.others)]
 
     def check(self, ready: Ready, session: Session) -> None:
-        """See `Quiesce`. Where the database is not on the host itself, nothing can be checked, and a note says so."""
+        """See `Quiesce`. If the database is not on the host itself, nothing can be checked, and a note says so."""
         places = [Outside(path, *place, "") for path, place in zip(self.directories, ready.places, strict=True)]
         data = places[0]
         where = printable(data.path)

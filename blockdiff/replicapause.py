@@ -49,7 +49,7 @@ class Way:
 def paused(account: Account, way: Way, database: mysqllock.Database, channels: Sequence[str]) -> Iterator[None]:
     """Let nothing apply the changes that come by `channels` within the `with` statement.
 
-    Raises `DatabaseError` if that cannot be, or where they cannot be started again; nothing is stopped where there
+    Raises `DatabaseError` if that cannot be, or if they cannot be started again; nothing is stopped if there
     is not a guard.
     """
     with _guard(account, way, channels) as child:
@@ -96,7 +96,7 @@ def _let_go(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, channels: Sequence[str]) -> None:
-    """Let the guard start what was stopped, or do so where it cannot."""
+    """Let the guard start what was stopped, or do so if it cannot."""
     assert child.stdin is not None
     try:
         child.stdin.close()

@@ -515,7 +515,7 @@ def test_an_origin_that_lvcreate_left_suspended_is_told_with_the_command_that_fr
     with pytest.raises(SourceError, match="Something is wrong") as caught, lvm.Snapshot(origin, "20%"):
         pass
     hint = "nothing can write to vg/lv: an LVM command was killed half-way, or is still running; if none is, "
-    assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets writers go on"
+    assert caught.value.hint == hint + "`dmsetup resume vg-lv` on the host lets writers continue"
     with pytest.raises(SourceError, match=r"^vg/lv is suspended$") as caught:
         lvcheck.check(find("/dev/vg/lv"), "20%")
     assert str(caught.value.hint).startswith(hint)

@@ -62,7 +62,7 @@ def test_another_volume_of_the_same_name_is_refused(chain: SmallChain) -> None:
         plan.check_volume(found, "disk", "other")
     assert caught.value.message == "disk holds backups of the volume with the LV UUID uuid, this one has other"
     assert caught.value.hint == (
-        "it was created again under the old name: use another NAME, or --full to go on in this chain"
+        "it was created again under the old name: use another NAME, or --full to continue this chain"
     )
 
 

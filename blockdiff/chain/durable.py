@@ -134,7 +134,7 @@ def _kind(mode: int) -> str:
 class Directory:
     """An open directory. A context manager; raises `StorageError` if it is missing or cannot be opened.
 
-    `is_written` says whether the user may want it to be made where it is missing.
+    `is_written` says whether the user may want it to be made if it is missing.
     """
 
     def __init__(self, path: str, is_written: bool = False) -> None:
@@ -216,7 +216,7 @@ class Directory:
     def open(self, name: str) -> int:
         """Return a descriptor for reading.
 
-        A symbolic link is followed where nobody but the owner of the directory can have made it. Raises `DamagedError`
+        A symbolic link is followed if nobody but the owner of the directory can have made it. Raises `DamagedError`
         if the name is not that of a regular file, and `StorageError` if the file cannot be reached.
         """
         found = self._found(name)
@@ -300,9 +300,9 @@ class Directory:
         return found is not None and bool(locks.holders(found.st_ino, "FLOCK"))
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
-        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` where the name is taken.
+        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` if the name is taken.
 
-        It belongs to the owner of the directory, as does a new lock, even where root makes it.
+        It belongs to the owner of the directory, as does a new lock, even if root makes it.
         """
         with _named("create", self.path_of(name)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW

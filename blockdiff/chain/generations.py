@@ -25,7 +25,7 @@ from blockdiff.shared.errors import (
     printable,
 )
 
-#: How many chains of `backup --chain` are named at most where one must be chosen: a year of months.
+#: How many chains of `backup --chain` are named at most if one must be chosen: a year of months.
 _SHOWN_PERIODS = 12
 _COMPRESSION = {suffix: name for name, suffix in codec.SUFFIXES.items()}
 _TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
@@ -61,7 +61,7 @@ class Generation:
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest; None if there is none, as in chains of the original, or where it is damaged."""
+        """The manifest; None if there is none, as in chains of the original, or if it is damaged."""
         return self._read[0]
 
     @property
@@ -71,7 +71,7 @@ class Generation:
 
     @property
     def manifest_error(self) -> DamagedError | None:
-        """What is wrong with the manifest, where it is damaged."""
+        """What is wrong with the manifest, if it is damaged."""
         return self._read[2]
 
     def forget_manifest(self) -> None:
@@ -170,12 +170,12 @@ class Generation:
 class Chain:
     """The generations that share a NAME, for reading. A context manager.
 
-    `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, where there is one already. Raises
-    `StorageError` where that directory is missing. `generations` are by number, committed or not; `version` is what
+    `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, if there is one already. Raises
+    `StorageError` if that directory is missing. `generations` are by number, committed or not; `version` is what
     ``NAME.ver`` says, None if it says nothing useful.
     """
 
-    #: Whether its directory may be made where it is missing.
+    #: Whether its directory may be made if it is missing.
     is_written = False
 
     def __init__(self, name: str, inventory: Inventory | None = None) -> None:
@@ -227,7 +227,7 @@ class Chain:
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
 
-        Manifests count where ``NAME.ver`` is missing, damaged, or older than they are: a manifest is what completes a
+        Manifests count if ``NAME.ver`` is missing, damaged, or older than they are: a manifest is what completes a
         generation. Those of another chain do not. Raises `DamagedError` if it is not known.
         """
         complete = {
@@ -368,7 +368,7 @@ class Chain:
     def needed(self, number: int) -> list[Generation]:
         """Return the generations that generation `number` may be made of, newest first, down to the last full one.
 
-        It ends early where a generation is missing: whether that one is needed shows only while restoring.
+        It ends early if a generation is missing: whether that one is needed shows only while restoring.
         """
         found = []
         for n in range(number, 0, -1):

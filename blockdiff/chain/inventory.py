@@ -24,8 +24,8 @@ _PERIOD = re.compile(r"-(19|20|21)[0-9]{2}((0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01
 class Inventory:
     """The files of the chains in a directory, as they were found.
 
-    NAME is without its directory here. ``NAME.ver`` is read of the NAMEs `bases` alone, where they are given. Raises
-    `StorageError` where the directory cannot be read.
+    NAME is without its directory here. ``NAME.ver`` is read of the NAMEs `bases` alone, if they are given. Raises
+    `StorageError` if the directory cannot be read.
     """
 
     def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:

@@ -17,7 +17,7 @@ def give(fd: int, directory_fd: int) -> None:
 
 
 def hint(path: str) -> str | None:
-    """Return what to do where we may not reach `path`, because it is another user's in a directory of ours."""
+    """Return what to do if we may not reach `path`, because it is another user's in a directory of ours."""
     try:
         file, directory = os.lstat(path), os.stat(os.path.dirname(path) or ".")
     except OSError:

@@ -25,7 +25,7 @@ class Place:
     def names(self, name: str) -> list[str]:
         """Return the chains that are there of the NAME `name`: itself, then its periods.
 
-        Where NAME itself is there, a ``NAME-DATE`` of another source has its name by chance.
+        If NAME itself is there, a ``NAME-DATE`` of another source has its name by chance.
         """
         base = os.path.basename(name)
         periods = [os.path.join(self.path, each) for each in self.inventory.periods(base)]
@@ -37,7 +37,7 @@ class Place:
     def newest(self, names: Iterable[str], now: float) -> str | None:
         """Return the chain whose last generation is the youngest at the time `now`, in seconds; None for none.
 
-        One from the future, which a wrong clock once made, is the youngest only where all are.
+        One from the future, which a wrong clock once made, is the youngest only if all are.
         """
 
         def youth(name: str) -> tuple[bool, float]:

@@ -40,7 +40,7 @@ class Status:
     `chain` is NAME itself, or the ``NAME-DATE`` of ``backup --chain`` that is looked at. `generation` is the last
     complete one, finished at `finished`, in seconds since the epoch, and `age_s` seconds ago; `succeeded` is when the
     last one was finished whose files are all there. `stored_bytes` is what all generations take. All are None if
-    nothing tells.
+    that is not known.
     """
 
     name: str

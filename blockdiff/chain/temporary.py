@@ -29,7 +29,7 @@ def directory() -> Iterator[str]:
 
 
 def failed(error: OSError) -> BlockdiffError:
-    """Return what to say where a temporary file cannot be made or written."""
+    """Return what to say if a temporary file cannot be made or written."""
     try:
         place = tempfile.gettempdir()
     except OSError:

@@ -1,7 +1,7 @@
 """Two other proofs beside `verify`: of one generation alone, and by merging an image.
 
 By itself a generation is proven like the step of an induction: what its delta carries has the digests of its table, and
-the table agrees with the one before about everything else. Where each generation passes, each restores exactly; and
+the table agrees with the one before about everything else. If each generation passes, each restores exactly; and
 each can be looked at on another day.
 """
 

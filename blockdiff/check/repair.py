@@ -1,9 +1,9 @@
 """Put a chain in order: rebuild what can be derived, set aside what is broken.
 
-A generation whose blocks are proven by its digest table stays, and gets a manifest where it has none that fits, or its
-digest table where only that is lost (`rebuild`). Behind the last of these, what cannot be restored is set aside:
-renamed, not removed; the chain then goes on there. Before it, what is broken stays, because younger generations may
-need its delta. Where nothing can be restored, nothing is touched.
+A generation whose blocks are proven by its digest table stays, and gets a manifest if it has none that fits, or its
+digest table if only that is lost (`rebuild`). After the last of these, what cannot be restored is set aside:
+renamed, not removed; the chain then continues there. Before it, what is broken stays, because younger generations may
+need its delta. If nothing can be restored, nothing is touched.
 
 What is to be done is found first, by reading only, so that a dry run says the same, but for what only a digest table
 that is rebuilt can prove. Run again, nothing is left to do.
@@ -46,7 +46,7 @@ class Deed:
 class Findings:
     """What there is to do; `lost` are the generations that cannot be restored or are missing, each with the reason.
 
-    `advice` says what the operator can do about those. Where `rebuilds_tables` more may be found when that is done: a
+    `advice` says what the operator can do about those. If `rebuilds_tables` more may be found when that is done: a
     table proves other generations as well.
     """
 

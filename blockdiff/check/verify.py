@@ -181,9 +181,9 @@ class Verifier:
         return None
 
     def _read_delta(self, generation: Generation) -> None:
-        """Take the digests of all blocks that the delta carries; of no others where it cannot be read to its end.
+        """Take the digests of all blocks that the delta carries; of no others if it cannot be read to its end.
 
-        Raises `DamagedError` as well where it can be read but is not what was written: younger generations, which are
+        Raises `DamagedError` as well if it can be read but is not what was written: younger generations, which are
         checked against tables of their own, do not suffer from that.
         """
         carried = bytearray()

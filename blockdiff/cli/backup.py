@@ -183,7 +183,7 @@ def _begun(where: Address, prefix: list[str] | None, given: "CommandLine") -> It
 
 
 def _refuse_root_file_system(names: list[str]) -> None:
-    """Raise `StorageError` before anything is written where the disk of one of the chains is not mounted."""
+    """Raise `StorageError` before anything is written if the disk of one of the chains is not mounted."""
     from blockdiff.chain.durable import Directory
 
     for name in names:

@@ -20,7 +20,7 @@ _NEEDED_BY = {
 
 
 class CommandLine(TypedDict):
-    """What click found on the command line; None, False and ``()`` where an option is not there."""
+    """What click found on the command line; None, False and ``()`` if an option is not there."""
 
     block_size: int | None
     digest: str | None

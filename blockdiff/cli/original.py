@@ -122,7 +122,7 @@ def _lvm_dump(gzip: bool, lzop: bool, host: str, volume: str) -> None:
 def _cronlog(logfile: str | None, timestamp: bool, print_always: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND, log what it says, and print this run's log if it fails.
 
-    Exits with the status of COMMAND, or 128+N where signal N ended it. A log that cannot be written does not end
+    Exits with the status of COMMAND, or 128+N if signal N ended it. A log that cannot be written does not end
     COMMAND: cronlog says so, and prints the run's log. It does not wait for what COMMAND leaves running.
     """
 

@@ -43,7 +43,7 @@ def run(command: click.Command, name: str) -> None:
 
 
 def _traced(name: str) -> "TraceFile | None":
-    """Begin the trace of this process where one is asked for."""
+    """Begin the trace of this process if one is asked for."""
     path = os.environ.get(TRACE, "")
     if path in ("", _ON_STDERR):
         return None
@@ -62,7 +62,7 @@ def _outcome(command: click.Command, name: str) -> int:
         keep_memory()
         pipeline.switch_quickly()
         try:
-            # not through `main`, which takes any broken pipe for one of standard output, and exits without a word
+            # not through `main`, which treats any broken pipe as one of standard output, and exits without a word
             with command.make_context(name, sys.argv[1:]) as context:
                 command.invoke(context)
         finally:
@@ -87,7 +87,7 @@ def _outcome(command: click.Command, name: str) -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Say what nobody had foreseen, with its traceback where that was asked for, and return the exit status."""
+    """Say what nobody had foreseen, with its traceback if that was asked for, and return the exit status."""
     _trace(error)
     if os.environ.get(TRACE) == _ON_STDERR or sys.flags.dev_mode:
         traceback.print_exception(error)

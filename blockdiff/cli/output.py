@@ -66,7 +66,7 @@ def shown_time(text: str | None) -> str:
 
 @contextmanager
 def watched(what: str) -> Iterator[Progress]:
-    """Yield a progress bar where standard error is a terminal, and a silent one elsewhere.
+    """Yield a progress bar if standard error is a terminal, and a silent one elsewhere.
 
     What is printed until then is printed within `Progress.aside`.
     """

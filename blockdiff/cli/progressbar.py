@@ -1,4 +1,4 @@
-"""A progress bar for a user who watches a run; imported only where there is a terminal."""
+"""A progress bar for a user who watches a run; imported only if there is a terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -161,14 +161,14 @@ def _restore(
             _write(chain, needed, out, outcome, salvages, advance)
     except BaseException:
         if out.is_changed:
-            _warn_of_mixture(outcome, done)
+            _warn_of_incomplete(outcome, done)
         raise
     if needed[0].manifest_error is not None:
         error = needed[0].manifest_error.message
         outcome.warnings.append(f"{error}; but every block was restored and compared")
 
 
-def _warn_of_mixture(outcome: _Outcome, done: int) -> None:
+def _warn_of_incomplete(outcome: _Outcome, done: int) -> None:
     size = "" if outcome.image_size is None else f" of {shown_size(outcome.image_size)}"
     say(
         f"warning: {printable(outcome.target)} is incomplete now: {shown_size(done)}{size} of generation "

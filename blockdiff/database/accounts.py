@@ -46,10 +46,10 @@ class Tls:
 
 @dataclass(frozen=True)
 class Account:
-    """A login. `socket` is the path of a Unix socket, used in place of `host` and `port` where it is not None.
+    """A login. `socket` is the path of a Unix socket, used in place of `host` and `port` if it is not None.
 
     With `through_ssh` the session goes through the SSH connection to the host that is backed up: to `socket` there, or,
-    where that is None, to whichever of `SOCKETS` exists there. `tls` and `public_key` (a file with the server's key for
+    if that is None, to whichever of `SOCKETS` exists there. `tls` and `public_key` (a file with the server's key for
     caching_sha2_password) are for networks; None without.
     """
 
@@ -97,7 +97,7 @@ class Account:
 
 @dataclass(frozen=True)
 class LoginOptions:
-    """What a command line says of a login; None and an empty host where it says nothing.
+    """What a command line says of a login; None and an empty host if it says nothing.
 
     `network` has options about TLS and the server's key, by their names in an option file.
     """
@@ -180,7 +180,7 @@ def _given(url: SplitResult, port: int | None) -> LoginOptions:
 
 
 def _options_for(given: LoginOptions) -> Mapping[str, str | None]:
-    """Return the options for a URL: from the file that it names, or else, where it has no password, from the user's."""
+    """Return the options for a URL: from the file that it names, or else, if it has no password, from the user's."""
     if given.defaults_file is not None:
         return _read(given.defaults_file)
     home = os.path.expanduser(_HOME_FILE)

@@ -99,7 +99,7 @@ def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
 
 
 def connected(account: Account) -> socket.socket:
-    """Return a connection to the server. PyMySQL's own way leaves a socket open where it fails."""
+    """Return a connection to the server. PyMySQL's own way leaves a socket open if it fails."""
     try:
         if account.socket is None:
             sock = socket.create_connection((account.host, account.port), CONNECT_TIMEOUT_S)

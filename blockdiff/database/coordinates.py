@@ -77,7 +77,7 @@ class Applier:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where the server stood: `binlog_position` in bytes, and None, as the file, where it writes no binary log.
+    """Where the server stood: `binlog_position` in bytes, and None, as the file, if it writes no binary log.
 
     `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None if it uses no GTIDs.
     `dataclasses.asdict` makes JSON of it, and `from_fields` reads that back.

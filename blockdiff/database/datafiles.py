@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from blockdiff.database.coordinates import Row, Rows
 
-#: Where data and logs of the storage engines lie; empty or relative ones are in the data directory.
+#: Where data and logs of the storage engines are; empty or relative ones are in the data directory.
 _DIRECTORIES = (
     *("innodb_data_home_dir", "innodb_log_group_home_dir", "innodb_undo_directory", "innodb_doublewrite_dir"),
     *("aria_log_dir_path", "rocksdb_datadir", "rocksdb_wal_dir", "tokudb_data_dir", "tokudb_log_dir"),

@@ -87,7 +87,7 @@ def read(path: str, groups: Collection[str]) -> dict[str, str | None]:
     """Return the options of `groups` in a file and in what it includes, the later before the earlier.
 
     Names have underscores for dashes and no ``loose_``; an option without ``=`` has the value None. Bytes that are no
-    UTF-8 are kept as surrogates. Raises `UsageError` if the file cannot be read or has a fault in it, and where a
+    UTF-8 are kept as surrogates. Raises `UsageError` if the file cannot be read or has a fault in it, and if a
     file with a password in one of the groups can be read by others than its owner. No message quotes a line.
     """
     reader = _Reader(groups)

@@ -93,7 +93,7 @@ class _CachingSha2:
 def handlers(password: bytes, trusted: bool, key_is_known: bool) -> dict[str, Callable[[Connection], object]]:
     """Return what takes the place of PyMySQL's own code for some ways to log in, by their names.
 
-    Where the server's public key is known (`key_is_known`), only that server can decrypt what caching_sha2_password
+    If the server's public key is known (`key_is_known`), only that server can decrypt what caching_sha2_password
     sends, and PyMySQL takes no other key for it.
     """
     names = _REVEALING[:1] if trusted else _REVEALING

@@ -26,7 +26,7 @@ _IDLE_TIMEOUT_S = 600
 _TIMED_OUT = (1205, 1969, 3024)
 #: Most rows of an answer.
 _ROWS_LIMIT = 100_000
-#: What PyMySQL raises where a server sends what it should not, a request for a file of ours among that.
+#: What PyMySQL raises if a server sends what it should not, a request for a file of ours among that.
 _GARBLED = (
     *(AssertionError, AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
     struct.error,
@@ -151,7 +151,7 @@ class SqlSession:
     def rows(self, statement: str) -> list[Row]:
         """Execute a statement and return its rows.
 
-        Raises `TimedOut` if it was not done in time, and `DatabaseError` for all else that the server says, where it
+        Raises `TimedOut` if it was not done in time, and `DatabaseError` for all else that the server says, if it
         sends too much, or if the session has ended.
         """
         self._bounds.begin()

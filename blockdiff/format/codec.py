@@ -182,7 +182,7 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
 class Sound(NamedTuple):
     """A piece of a damaged file that can be decompressed.
 
-    `begins_file` and `begins_member` tell where it does not just go on after the piece before it.
+    `begins_file` and `begins_member` say where it does not continue the piece before it.
     """
 
     data: bytes
@@ -193,7 +193,7 @@ class Sound(NamedTuple):
 def sound_pieces(file: BinaryIO, where: str, name: str) -> Iterator[Sound]:
     """Yield what can be decompressed of a file, whatever is wrong with the rest; raises nothing but `StorageError`.
 
-    Behind damage it continues at the next member that says how long it is; where none does, there is nothing more.
+    After damage it continues at the next member that says how long it is; if none does, there is nothing more.
     """
     begin, end = -1, 0
     while end > begin:
@@ -215,7 +215,7 @@ def _at(file: BinaryIO, offset: int, where: str) -> _Input:
 
 
 def _next_member(source: _Input, name: str) -> Iterator[bytes]:
-    """Yield the pieces of the next member; all pieces where the compression has none."""
+    """Yield the pieces of the next member; all pieces if the compression has none."""
     if name in ("none", "lzop"):
         yield from _lzop_pieces(source) if name == "lzop" else (task() for task in _plain_tasks(source))
         return
@@ -300,7 +300,7 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
 def _sized_gzip(source: _Input, rest: bytes) -> Task:
     """`rest` is what follows the header of a member.
 
-    Its last bytes are the CRC-32 and the size of the content: a buffer of that size is filled at once, where one that
+    Its last bytes are the CRC-32 and the size of the content: a buffer of that size is filled at once, while one that
     grows costs a third more.
     """
 

@@ -84,7 +84,7 @@ def together(runs: Iterable[Run]) -> Iterator[list[Run]]:
 
 
 class _Cursor:
-    """The pieces of a decompressed delta as one stream; gives views of a piece where it can, copies where it must."""
+    """The pieces of a decompressed delta as one stream; gives views of a piece if it can, copies if it must."""
 
     def __init__(self, pieces: Iterable[bytes], where: str) -> None:
         self._pieces = iter(pieces)
@@ -98,7 +98,7 @@ class _Cursor:
             self._pieces.close()
 
     def read(self, count: int, what: str) -> memoryview:
-        """Return exactly `count` bytes; raises `DamagedError` that names `what` where the delta ends before."""
+        """Return exactly `count` bytes; raises `DamagedError` that names `what` if the delta ends before."""
         view = self.read_up_to(count)
         if len(view) < count:
             raise self.damaged(f"it ends in the middle of {what}")
@@ -129,7 +129,7 @@ class _Cursor:
 class DeltaReader:
     """Reads a delta of either version; the header at once, the records by `runs`. A context manager.
 
-    Where `pieces` is a generator, it is closed in any case: one that uses threads and was left half read must
+    If `pieces` is a generator, it is closed in any case: one that uses threads and was left half read must
     not be left to the garbage collector, which may run where a thread cannot be waited for.
 
     `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);

@@ -15,7 +15,7 @@ from blockdiff.format.deltafile import Sink
 from blockdiff.shared.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, Hasher, block_count
 from blockdiff.shared.errors import DamagedError, StorageError
 
-#: Digests of a group, which is left out where all of them are those of zero blocks.
+#: Digests of a group, which is left out if all of them are those of zero blocks.
 GROUP = 1024
 #: Bytes of digests up to which a table is written in the plain form: a small one is not worth another.
 PLAIN_LIMIT = 1 << 20
@@ -257,7 +257,7 @@ def first_difference(digests: bytes, others: bytes, digest_size: int) -> int:
 
 
 def sparse_count(hasher: Hasher, delta_format: int, image_size: int | None) -> int | None:
-    """Return the number of digests where a table is to have the sparse form, else None.
+    """Return the number of digests if a table is to have the sparse form, else None.
 
     Version 1 deltas and MD5 are the original's, whose commands may continue the chain and know the plain form only.
     """

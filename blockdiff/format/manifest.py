@@ -48,9 +48,9 @@ class StoredFile:
 class Source:
     """What was backed up.
 
-    `host` (with ``:port`` where one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
+    `host` (with ``:port`` if one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
     `volume` is the LV UUID of a logical volume that was read through a snapshot, `was` how the source was called when
-    the generation was made, where `blockdiff repair --source` has given it another name since.
+    the generation was made, if `blockdiff repair --source` has given it another name since.
     """
 
     host: str | None

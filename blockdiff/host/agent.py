@@ -2,7 +2,7 @@
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-Three threads matter: the main thread scans and sends; the reader takes what the server sends, and tells the main
+Three threads matter: the main thread scans and sends; the reader receives what the server sends, and stops the main
 thread by a signal when the server has ended, whatever it is waiting for; the heartbeat says that we are alive.
 The agent writes nothing to the host's disk.
 """

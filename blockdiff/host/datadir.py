@@ -47,7 +47,7 @@ def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int
     """Return what the server should know of a data directory, where that is on one of the devices `paths`.
 
     The server cannot read what is not there, and does not learn of it; `shown` is what it may know of where a
-    place lies. Raises `SourceError` as `look`.
+    place is. Raises `SourceError` as `look`.
     """
     device, index = locate(directory, paths)
     if index is None:

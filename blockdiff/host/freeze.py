@@ -19,8 +19,8 @@ _GUARD = 'read -r word; [ "$word" = done ] || exec /bin/sh -c "$1"'
 class Freeze:
     """Runs `before` on entry and `after` on exit, through the shell; None for either means nothing to run.
 
-    `after` runs once `before` was started, whatever happens: no signal cuts it short, and where the agent is killed, a
-    small process that waits beside it does so. Raises `SourceError` if a command fails or is not done in time; where
+    `after` runs once `before` was started, whatever happens: no signal cuts it short, and if the agent is killed, a
+    small process that waits beside it does so. Raises `SourceError` if a command fails or is not done in time; if
     something else has failed before, that continues, and its hint mentions this.
     """
 

@@ -18,7 +18,7 @@ def open_for_reading(path: bytes) -> int:
     """Return a descriptor of what is at `path`, without waiting for the other end of a pipe.
 
     A lease is waited for: that we open the file asks its holder to release it. Raises `SourceError` that
-    names the holder where it does not within `TIMEOUT_S` seconds, and `OSError` if the file cannot be opened.
+    names the holder if it does not within `TIMEOUT_S` seconds, and `OSError` if the file cannot be opened.
     """
     deadline = time.monotonic() + TIMEOUT_S
     while True:

@@ -59,7 +59,7 @@ def remove(names: Sequence[str]) -> Tuple[List[str], List[str]]:
     """Remove snapshots of ours by their full names; return which were removed, and why others were not.
 
     Raises `SourceError` if one is not ours, or a run is at work on it: nothing is removed then. Raises
-    `ProcessError` where LVM does not answer.
+    `ProcessError` if LVM does not answer.
     """
     if not names:
         return [], []

@@ -2,7 +2,7 @@
 
 Shipped to the host ahead of everything else; it must run on any Python 3. Standard input continues with a line of JSON
 (`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, the `prefix`, a command to run the agent under,
-and `trace` where one is asked for), and the archive: zlib'd JSON with the source of each module by its full name.
+and `trace` if one is asked for), and the archive: zlib'd JSON with the source of each module by its full name.
 """
 
 import os
@@ -21,7 +21,7 @@ OTHER_SHELL = 96
 FOR_SHELLS = "exit {}\n".format(OTHER_SHELL).encode("ascii")
 #: What the remote command prints as soon as the login shell runs it.
 BEGUN = b"blockdiff begins\n"
-#: The first argument where one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
+#: The first argument if one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
 PINNED = "blockdiff-pinned"
 
 # most that is taken, in bytes: the owner of a pinned key may send anything
@@ -66,7 +66,7 @@ def read_exactly(count: int) -> bytes:
 
 
 def read_header() -> dict:  # type: ignore[type-arg]  # dict[str, object] needs Python 3.9
-    """Return what the header line says; ends the process where it is too long or is not a header."""
+    """Return what the header line says; ends the process if it is too long or is not a header."""
     line = bytearray()
     while line[-1:] != b"\n" and len(line) < _MAX_HEADER:
         line += read_exactly(1)

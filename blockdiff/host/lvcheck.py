@@ -15,7 +15,7 @@ from blockdiff.shared.errors import ProcessError, SourceError, printable
 
 #: Data and metadata of a thin pool must not be fuller than this before a snapshot is made, in percent.
 POOL_LIMIT_PERCENT = 95.0
-#: The snapshot size in bytes where none is asked for, or what the volume group has: as in the original.
+#: The snapshot size in bytes if none is asked for, or what the volume group has: as in the original.
 DEFAULT_SIZE = 10 << 30
 
 #: The setting above which LVM extends a pool, in percent, and makes no new volume in it.
@@ -38,7 +38,7 @@ _POOL_TROUBLE = {
 
 
 def find(path: str) -> Volume:
-    """Return the logical volume at `path`; raises `SourceError` if it is none, or LVM is missing there."""
+    """Return the logical volume at `path`; raises `SourceError` if it is not one, or LVM is missing there."""
     name = _mapper_path(os.path.normpath(path))
     try:
         found = lvs.volumes(name)
@@ -122,7 +122,9 @@ def resume_hint(volume: Volume) -> str:
     """Return what to do about a volume that is suspended: what writes to it waits without limit."""
     return (
         "nothing can write to {}: an LVM command was killed half-way, or is still running; if none is, "
-        "`dmsetup resume {}` on the host lets writers go on".format(volume.full_name, os.path.basename(volume.dm_path))
+        "`dmsetup resume {}` on the host lets writers continue".format(
+            volume.full_name, os.path.basename(volume.dm_path)
+        )
     )
 
 
@@ -155,14 +157,14 @@ def _check_pool(volume: Volume) -> None:
 
 
 def _metadata_limit(pool: Volume) -> float:
-    """Return how full the metadata of a pool may be, in percent: LVM wants 4 MiB free, or a quarter of a small one."""
+    """Return how full the metadata of a pool may be, in percent: LVM needs 4 MiB free, or a quarter of a small one."""
     for metadata in _looked_up(pool.group, 'lv_name="{}"'.format(pool.metadata)):
         return 100.0 - min(25.0, 100.0 * (4 << 20) / metadata.size)
     return 100.0
 
 
 def _looked_up(group: str, selection: str) -> List[Volume]:
-    """Return what `lvs` selects in a group; raises `SourceError` if it cannot tell."""
+    """Return what `lvs` selects in a group; raises `SourceError` if it does not know."""
     try:
         return lvs.volumes(group, selection)
     except ProcessError as error:

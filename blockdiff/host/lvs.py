@@ -48,7 +48,7 @@ class Volume(NamedTuple):
 
     `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` the name of a pool's metadata
     volume. Of volumes without a pool or an origin, these names, UUIDs and ids are ``""``. `made` is the time of its
-    making in ISO 8601, ``""`` where LVM's settings have another form.
+    making in ISO 8601, ``""`` if LVM's settings have another form.
     """
 
     uuid: str
@@ -133,7 +133,7 @@ def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> L
     """Return the volumes of `place` (a volume group, a volume, its path, or ``""``: all), hidden ones included.
 
     `selection` are terms of LVM's selection language, all of which must hold. Raises `ProcessError`, and `LateError`
-    where LVM has not answered after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    if LVM has not answered after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
     """
     timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     command = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o", _FIELDS]
@@ -148,7 +148,7 @@ def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> L
     if completed.returncode == 0:
         return parse_report(completed.stdout)
     try:
-        # trouble with another volume, a missing disk say, does not make untrue what is said of this one
+        # trouble with another volume, such as a missing disk, does not make the report on this one wrong
         found = parse_report(completed.stdout)
     except ProcessError:
         found = []
@@ -228,7 +228,7 @@ def is_waiting_for_udev(begun: int) -> bool:
 
 
 def parse_report(output: bytes) -> List[Volume]:
-    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` if it is none.
+    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` if it is not JSON.
 
     A volume of several segments has a row for each of them.
     """

@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     """How a thin volume is to be read; others are read from end to end in any case.
 
     With `hinted` only what changed since the snapshot that the last run kept, with `audited` all of it, and that is
-    checked against what changed since then; where it is a `full` generation only what is mapped.
+    checked against what changed since then; if it is a `full` generation only what is mapped.
     """
 
     hinted: bool = False
@@ -54,7 +54,7 @@ class Source(ABC):
 
     @abstractmethod
     def take(self) -> None:
-        """Take the image's moment; writers are held still, so nothing else is done here."""
+        """Take the image's moment; writers are stopped, so nothing else is done here."""
 
     def watch(self) -> None:  # noqa: B027  # most sources have nothing to do
         """Take care of what was made, as soon as nobody is stopped any more: others may be read first."""
@@ -68,7 +68,7 @@ class Source(ABC):
         return {}
 
     def explain(self) -> Optional[SourceError]:
-        """Return what is behind an error of reading, where more is to be known of it."""
+        """Return the cause of an error of reading, if more is known of it."""
         return None
 
     @abstractmethod
@@ -193,7 +193,7 @@ class VolumeSource(Source):
         return self._opened
 
     def _extents(self, reading: Reading, new: lvs.Volume) -> "Tuple[Optional[List[Extent]], str]":
-        """Return what is known of the volume's extents, and how; None, and a note that says why, where nothing is."""
+        """Return what is known of the volume's extents, and how; None, and a note that says why, if nothing is."""
         try:
             if reading.full:
                 return thin.mapped_extents(new), "mapped"
@@ -225,7 +225,7 @@ class VolumeSource(Source):
             self._snapshot.close()
             if self._kept is not None:
                 lvm.remove(self._kept)
-        except ProcessError as error:  # the image is sound all the same
+        except ProcessError as error:  # the image is sound nevertheless
             self.notes.append("{}{}".format(error.message, "; " + error.hint if error.hint else ""))
             return {"touched": False, "left": True, **self._fields()}
         return {"touched": False, "left": False, **self._fields()}
@@ -236,7 +236,7 @@ class VolumeSource(Source):
 
 
 def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
-    """Return the device number on which `directory` lies, as text, and which of the devices `paths` is beneath it.
+    """Return the device number on which `directory` is, as text, and which of the devices `paths` is beneath it.
 
     The number is ``""`` if there is no such directory here; the index is None if none of the devices is.
     """

@@ -23,7 +23,7 @@ from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 #: How long thin_delta may take, and a message to the device mapper, in seconds.
 DELTA_TIMEOUT_S = 300.0
 MESSAGE_TIMEOUT_S = 30.0
-#: Ranges that are accepted from thin_delta; where there are more, reading everything is no worse.
+#: Ranges that are accepted from thin_delta; if there are more, reading everything is not worse.
 RANGE_LIMIT = 200000
 
 _SECTOR = 512

@@ -1,4 +1,4 @@
-"""Sees whether a source that is read as it is was written to meanwhile, or was in use.
+"""Sees whether a source that is read as it is was written to while it was read, or was in use.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -12,7 +12,7 @@ from blockdiff.shared import devices
 class Seen(NamedTuple):
     """What happened to a source: `touched` is whether it was written to, None if it is not known.
 
-    `how` is that in words that follow its path, or how it is in use; "" where nobody used it and nothing happened.
+    `how` is that in words that follow its path, or how it is in use; "" if nobody used it and nothing happened.
     """
 
     touched: Optional[bool]

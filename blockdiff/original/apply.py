@@ -19,7 +19,7 @@ def apply(pieces: Iterable[bytes], path: str) -> None:
 
     Raises `DamagedError` for a delta that is cut off or malformed, and `TargetError` if the file cannot be written;
     both say that it is not to be trusted. A version 2 delta gives a regular file its exact size. A version 1 delta does
-    not know the image's size: where the image shrank, the file must be cut by hand.
+    not know the image's size: if the image shrank, the file must be cut by hand.
     """
     with DeltaReader(pieces, "the delta on standard input") as reader, _opened(path) as fd:
         try:
@@ -71,7 +71,8 @@ def _check_short(run: Run, reader: DeltaReader, fd: int, is_file: bool, path: st
     if reader.format == 1 and is_file and run.length % reader.block_size and os.fstat(fd).st_size > stop:
         raise DamagedError(
             f"the delta ends in a block of {run.length % reader.block_size} bytes at offset {stop}, "
-            f"but {printable(path)} goes on: the delta is cut off, or the image shrank (then truncate -s {stop} first)"
+            f"but {printable(path)} is longer: the delta is cut off, or the image shrank (then truncate -s {stop}
+            first)"
         )
 
 

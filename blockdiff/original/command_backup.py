@@ -44,7 +44,7 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
 
     The command may take as long as it likes. What it wrote is read again before it counts: the delta must be complete,
     its blocks must match the new digest table, and all others the old one. Raises `ProcessError` if the command
-    fails, `DamagedError` where its output does not hold; the chain is then as it was.
+    fails, `DamagedError` if its output does not hold; the chain is then as it was.
     """
     with ExitStack() as stack:
         chain = stack.enter_context(LockedChain(name))
@@ -176,7 +176,7 @@ def _check_kept(table: TableReader, old: TableReader | None, first: int, stop: i
 
 
 def _image_size(found: _Findings, base: Generation | None) -> int | None:
-    """Return the image's size: where the last block did not change, what the chain knows of it."""
+    """Return the image's size: if the last block did not change, what the chain knows of it."""
     if found.image_size is not None:
         return found.image_size
     known = base.manifest if base is not None else None

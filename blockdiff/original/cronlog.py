@@ -1,6 +1,6 @@
 """Run a command and log what it says, so that cron mails the log of a run that failed, and nothing else.
 
-What is to be mailed is kept apart from the log, which may be cut meanwhile, as `logrotate` does with ``copytruncate``,
+What is to be mailed is kept apart from the log, which may be cut in between, as `logrotate` does with ``copytruncate``,
 be full, or not be a file at all. The command comes first: it is neither kept from running nor ended because of its log.
 """
 
@@ -137,7 +137,7 @@ class _Log:
                 self.line(text)
 
     def end(self) -> None:
-        """Append the last line of the command where it had no end."""
+        """Append the last line of the command if it had no end."""
         if self._rest:
             self.write(b"\n")
 
@@ -152,10 +152,10 @@ def run_logged(
 ) -> int:
     """Run `command` to its end, append what it says to the log at `path`, and return its exit status.
 
-    That is 128+N where signal N ended it. The command may take as long as it likes; what it leaves behind is not waited
-    for. Where it failed, or the log did, or always if asked to, this run's log goes to `output`, unless that is the
-    log. Without `path` it is kept only for that. `warn` is told what could not be logged or kept. Raises `ProcessError`
-    if the command cannot be started, and `StorageError`, before it is, where `path` cannot be that of a log.
+    That is 128+N if signal N ended it. The command may take as long as it likes; what it leaves behind is not waited
+    for. If it failed, or the log did, or always if asked to, this run's log goes to `output`, unless that is the
+    log. Without `path` it is kept only for that. `warn` gets what could not be logged or kept. Raises `ProcessError`
+    if the command cannot be started, and `StorageError`, before it is, if `path` cannot be that of a log.
     """
     with ExitStack() as stack:
         file, mail = _LogFile(path), _Mail()

@@ -17,7 +17,7 @@ def patiently(
     writable: Sequence[int] = (),
     patience_s: float | None = None,
 ) -> _Result:
-    """Return what `call` returns. Where it would block, wait for a descriptor, and call it again.
+    """Return what `call` returns. If it would block, wait for a descriptor, and call it again.
 
     Who shares a descriptor with us may have made it so, as ssh does. Raises `BlockingIOError` if it would still
     block after `patience_s` seconds (None: waits without limit).

@@ -35,7 +35,7 @@ def refuse_in_use(path: str) -> None:
 
 
 def _let_udev_finish() -> None:
-    """Wait until udev has looked at what is new, where there is udev."""
+    """Wait until udev has looked at what is new, if there is udev."""
     with suppress(ProcessError):
         process.run(["udevadm", "settle", f"--timeout={_UDEV_S}"], 2 * _UDEV_S, check=False)
 
@@ -48,7 +48,7 @@ def _users(path: str) -> list[str]:
 
 
 class DeviceTarget(OffsetWriter):
-    """A block device, written in place. Refused where it is mounted or in use, by whomever (see `inuse`).
+    """A block device, written in place. Refused if it is mounted or in use, by whomever (see `inuse`).
 
     `image_size` in bytes is what must fit, None if it is not known yet. Without `force` a device that holds data is
     refused. What is zero already is left alone, so that a thin volume does not grow. A context manager.
@@ -101,7 +101,7 @@ class DeviceTarget(OffsetWriter):
         super().write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
-        """Write zeros where there are others; raises `TargetError`."""
+        """Write zeros if there are others; raises `TargetError`."""
         self.is_changed = True
         try:
             write_zeros(self._fd, offset, length)

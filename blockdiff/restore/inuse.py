@@ -79,7 +79,7 @@ def _loop_devices(is_it: _IsIt) -> Iterator[str]:
 
 
 def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
-    """Yield the processes, but for this one, that have open what `is_it` knows, for writing where that is asked for."""
+    """Yield the processes, but for this one, that have open what `is_it` knows, for writing if that is asked for."""
     for pid in sorted(int(name) for name in _listed(devices.PROC) if name.isdecimal()):
         if pid != os.getpid() and any(map(is_it, _opened(f"{devices.PROC}/{pid}", only_writers))):
             name = devices.content(f"{devices.PROC}/{pid}/comm") or "a process"

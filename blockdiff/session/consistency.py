@@ -1,4 +1,4 @@
-"""What is known of an image's consistency, and what is said to the user where it may not be that of one moment."""
+"""What is known of an image's consistency, and what is said to the user if it may not be that of one moment."""
 
 from blockdiff.session.rules import Totals
 from blockdiff.shared.errors import printable

@@ -31,11 +31,11 @@ class Session:
 
     The steps of a run are methods, in their order: `prepare`, `take`, then for each source `scan` and `changes`, and
     `finish`. Entering raises `TransportError` if no agent can be started. All of them raise what the agent reports,
-    `ConnectionLost` or `TransportError` where it is gone, and `ProtocolError` if it breaks a rule.
+    `ConnectionLost` or `TransportError` if it has ended, and `ProtocolError` if it breaks a rule.
 
     `host` is what the agent says of its machine: text, made printable. `apart_s` is how many seconds lay between the
     moments of its sources at most. `prefix` is a command to run the agent under, `begun` a connection of
-    `transport.begin`, where there is one already. A connection that the host does not take is tried again after each of
+    `transport.begin`, if there is one already. A connection that the host does not take is tried again after each of
     `pauses_s`, in seconds; `refused` counts them.
     """
 
@@ -118,7 +118,7 @@ class Session:
         """Yield a socket that leads to the first of the Unix sockets on the host that exists, else to its `port`.
 
         Frames are received by a thread until then. Raises `SourceError` if the host cannot connect. A failure inside
-        is replaced by that of the connection to the host, where that is what broke.
+        is replaced by that of the connection to the host, if that is what broke.
         """
         self._tunnel = tunnel = Tunnel(self._link, lambda fields: from_wire(fields, self.address.login))
         try:

@@ -36,7 +36,7 @@ def is_useless(left: Left) -> bool:
 def chain_is_gone(left: Left) -> bool:
     """Return whether a snapshot was made for a chain of this machine that has no generation any more.
 
-    Where nothing tells, because the directory is not there (a disk that is not mounted), it is not gone.
+    If nobody can know, because the directory is missing (a disk that is not mounted), it counts as existing.
     """
     server, _colon, place = (left.chain or "").partition(":")
     directory, base = os.path.split(place)

@@ -98,8 +98,8 @@ def _moved(run: Run, data: memoryview, allocate: Callable[[int], memoryview]) ->
 def opened(main: Session, scan: ScanRequest, path: str, connect: Callable[[], Session]) -> Iterator[Streams]:
     """Let the session's agent open its next source, and as many others as `scan` says open the same.
 
-    `path` is the source's; others read the snapshot of it, where there is one. `connect` makes a session. Raises
-    `SourceError` where they do not find the same.
+    `path` is the source's; others read the snapshot of it, if there is one. `connect` makes a session. Raises
+    `SourceError` if they do not find the same.
     """
     found = main.scan(scan)
     with ExitStack() as stack:

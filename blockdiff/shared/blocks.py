@@ -1,6 +1,6 @@
 """Blocks and their digests: the arithmetic and the algorithms, in one place for both sides.
 
-Shipped to the host: standard library only, Python 3.6 or newer; `xxhash` is used where it is installed.
+Shipped to the host: standard library only, Python 3.6 or newer; `xxhash` is used if it is installed.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def _md5(data: memoryview) -> "hashlib._Hash":
 
 
 def _md5_function() -> "Callable[[memoryview], hashlib._Hash]":
-    """Return an MD5 that also works on hosts in FIPS mode, where Python (3.9 or newer) can be given its purpose."""
+    """Return an MD5 that also works on hosts in FIPS mode, if Python (3.9 or newer) can be given its purpose."""
     try:
         _md5(memoryview(b""))
     except TypeError:
@@ -164,5 +164,5 @@ class Hasher:
         return found
 
     def run_digests(self, length: int, data: Optional[memoryview]) -> bytes:
-        """Return the joined digests of a run of blocks: of `data`, or of `length` zero bytes where that is None."""
+        """Return the joined digests of a run of blocks: of `data`, or of `length` zero bytes if that is None."""
         return self.zero_digests(length) if data is None else b"".join(self.digests(data))

@@ -97,7 +97,7 @@ def use(devices: Sequence[str], own: str = "") -> str:
 
 
 def mounts() -> List[Mount]:
-    """Return what is mounted, each of its devices by itself, in the order in which it was mounted."""
+    """Return what is mounted, each of its devices alone, in the order in which it was mounted."""
     pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
     found = []
     for device, place, about in _mounted():
@@ -138,7 +138,7 @@ def loops() -> "List[Tuple[str, os.stat_result]]":
 def sectors(device: str) -> Optional[Sectors]:
     """Return what was read from and written to a device so far; None if the kernel does not say.
 
-    It also shows what it does not count, as for memory disks, or where that was switched off: those counters do not
+    It also shows what it does not count, as for memory disks, or if that was switched off: those counters do not
     change.
     """
     try:
@@ -205,7 +205,7 @@ def _unescaped(path: str) -> str:
 
 
 def content(path: str) -> str:
-    """Return what a file of the kernel's holds, without the end of its last line; "" where it cannot be read."""
+    """Return what a file of the kernel's holds, without the end of its last line; "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             text = os.fsdecode(file.read())

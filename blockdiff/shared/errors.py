@@ -72,8 +72,8 @@ class Interrupted(BaseException):  # noqa: N818
     """A signal asked the process to stop: raised by its handler, wherever the main thread is just then.
 
     Like `KeyboardInterrupt` it is no `Exception`: code that handles those, the standard library's own included, must
-    not take it for a failure of what it was doing. `number` is the signal's; the exit status is then that of shells for
-    a command that the signal ended.
+    not mistake it for a failure of what it was doing. `number` is the signal's; the exit status is then that of shells
+    for a command that the signal ended.
     """
 
     def __init__(self, message: str = "", number: int = 0) -> None:
@@ -114,9 +114,9 @@ class DatabaseError(BlockdiffError):
 
 
 def of_system(error: BaseException) -> Optional[BlockdiffError]:
-    """Return what to say of `error` where the system, or Python for lack of memory, raised it; None for any other.
+    """Return what to say of `error` if the system, or Python for lack of memory, raised it; None for any other.
 
-    It is the last resort, for what nobody has named with its place: the path is in the sentence where the system
+    It is the last resort, for what nobody has named with its place: the path is in the sentence if the system
     knows it. Python says in one way for objects, in another for the system, and in a third for threads that there is
     no more memory.
     """

@@ -22,7 +22,7 @@ class Extent(NamedTuple):
 def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[Extent]:
     """Yield extents of whole blocks that cover an image of `size` bytes, from ascending ones that need not.
 
-    A block is zeros, or the same as before, only where all of it is said to be; everything else is data.
+    A block is zeros, or the same as before, only if all of it is said to be; everything else is data.
     """
     position = 0
     for start, end, state in extents:

@@ -1,4 +1,4 @@
-"""What a key may ask the agent for, where its line in ``authorized_keys`` says so; other keys may ask for anything.
+"""What a key may ask the agent for, if its line in ``authorized_keys`` says so; other keys may ask for anything.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -47,7 +47,7 @@ class Grant:
         ]
 
     def place(self, device: str, source: "Optional[int]") -> "Tuple[str, Optional[int]]":
-        """Return what the key may know of where a directory lies: see `sources.locate`.
+        """Return what the key may know of where a directory is: see `sources.locate`.
 
         Of what is not on the granted sources of the run a limited key learns nothing, not even whether it exists.
         """

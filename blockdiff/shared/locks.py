@@ -9,7 +9,7 @@ from typing import List
 def holders(inode: int, *kinds: str) -> List[str]:
     """Return the process ids, as text, of those that hold one of the `kinds` (such as ``FLOCK``) on a file.
 
-    An inode is enough: the list has other devices than `os.stat` if file systems are on each other. Empty where
+    An inode is enough: the list has other devices than `os.stat` if file systems are on each other. Empty if
     there is no list to read.
     """
     try:

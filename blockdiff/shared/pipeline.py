@@ -182,7 +182,7 @@ class Crew:
         self._at_work: List[_thread.LockType] = []
 
     def start(self, threads: int) -> None:
-        """Start as many threads; where that fails or is interrupted, `dismiss` ends those that were started."""
+        """Start as many threads; if that fails or is interrupted, `dismiss` ends those that were started."""
         for _ in range(threads):
             at_work = _thread.allocate_lock()
             at_work.acquire()
@@ -190,7 +190,7 @@ class Crew:
             self._at_work.append(at_work)
 
     def give(self, work: Callable[[], Result]) -> "Task[Result]":
-        """Let a thread do `work`; where they were dismissed, it is done here, if need be."""
+        """Let a thread do `work`; if they were dismissed, it is done here, if need be."""
         task = Task(work)
         self._tasks.append(cast("Task[object]", task))
         self._open()

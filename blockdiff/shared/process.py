@@ -1,4 +1,4 @@
-"""Run and stop child processes, always with a deadline, and through a shell only where the user gave a line for it.
+"""Run and stop child processes, always with a deadline, and through a shell only if the user gave a line for it.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -40,7 +40,7 @@ _LOOK_S = 0.1
 
 
 class Completed(NamedTuple):
-    """What a child process printed, and how it ended: `returncode` is negative where it died of a signal."""
+    """What a child process printed, and how it ended: `returncode` is negative if it died of a signal."""
 
     stdout: bytes
     stderr: bytes
@@ -48,7 +48,7 @@ class Completed(NamedTuple):
 
 
 class DeadlineError(ProcessError):
-    """A child process was not done in time. `more` says that it is still there, where it is."""
+    """A child process was not done in time. `more` says that it is still there, if it is."""
 
     def __init__(self, arguments: Sequence[Argument], timeout_s: float, more: str = "") -> None:
         super().__init__("{} did not end within {:g} s{}".format(shown(arguments), timeout_s, more))
@@ -77,7 +77,7 @@ class Output:
 
     It has ended when it has ended: what others, whom it started, still hold open then is read for a moment more, and
     left open for as long as we live, so that they are not ended for what they say. Standard output goes to `consume`,
-    where it is given, as it comes.
+    if it is given, as it comes.
     """
 
     def __init__(self, child: "subprocess.Popen[bytes]", consume: Optional[Callable[[bytes], object]] = None) -> None:
@@ -128,7 +128,7 @@ class Output:
                 self._selector.unregister(key.fileobj)
 
     def _keep_last(self, data: bytes) -> None:
-        """Keep the end of what is said on standard error beside a stream, whose length nobody knows."""
+        """Keep the end of standard error beside a stream, whose length nobody knows."""
         self._stderr[:] = [(b"".join(self._stderr) + data)[-_CHUNK:]]
 
     def _let_be(self) -> None:
@@ -325,7 +325,7 @@ def _start(
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """End a child: SIGTERM, then SIGKILL where `timeout_s` seconds did not do.
+    """End a child: SIGTERM, then SIGKILL if `timeout_s` seconds did not do.
 
     It has ended then, unless it is another user's by now, as through sudo, or stuck in its disk.
     """

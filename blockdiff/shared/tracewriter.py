@@ -1,6 +1,6 @@
 """The trace of a run, for an issue report: phases, child processes, frames by kind and size, and what was waited for.
 
-Shipped to the host: standard library only, Python 3.6 or newer. It is imported only where a trace is asked for. The
+Shipped to the host: standard library only, Python 3.6 or newer. It is imported only if a trace is asked for. The
 server appends lines to a file; the agent sends its lines over the connection (TRACE), each with its own clock.
 Frames of control have a line each. Frames of bulk are counted, and have a line for each kind and second.
 """

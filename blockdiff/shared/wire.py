@@ -7,7 +7,7 @@ A frame is a header of 24 bytes and at most `MAX_PAYLOAD` bytes::
     u8 kind, 3 zero bytes, u32le length, u32le sequence, u64le offset, u32le crc
 
 `length` counts the payload, `sequence` the frames sent in this direction, from 0. `offset` is a place in the image in
-bytes, where the kind has one. `crc` is the CRC-32 of all else: the header before it, and the payload. Control frames
+bytes, if the kind has one. `crc` is the CRC-32 of all else: the header before it, and the payload. Control frames
 carry JSON, bulk frames raw bytes.
 SSH already guards what it carries; CRC and sequence hold for every transport, and cost little.
 """
@@ -48,12 +48,12 @@ END = 16  # JSON, agent: all is put away; nothing follows
 OPEN = 17  # JSON, server: connect to it
 BYTES = 18  # what came from this side's end; empty: its last
 CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
-# Where both are on one machine and have memory in common (`blockdiff.host.sharedbuffers`):
+# If both are on one machine and have memory in common (`blockdiff.host.sharedbuffers`):
 LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
 TAKEN_OUT = 21  # server: the next of the runs that LENT named was taken out
 # In place of a run:
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and which exist; END follows
-# At any time after a frame of the agent's, where a trace was asked for (`blockdiff.shared.tracewriter`):
+# At any time after a frame of the agent's, if a trace was asked for (`blockdiff.shared.tracewriter`):
 TRACE = 23  # agent: one line of it
 # Their names; there is no other number yet.
 _KINDS = {value: name for name, value in globals().copy().items() if isinstance(value, int)}
@@ -79,7 +79,7 @@ RUNNING = "running"
 KEPT = "kept"
 DEAD = "dead"
 
-# Bytes that are read at once where less is asked for: many small frames come with one call, and little of a large one's
+# Bytes that are read at once if less is asked for: many small frames come with one call, and little of a large one's
 # payload is copied twice.
 _AHEAD = 16 << 10
 
@@ -88,7 +88,7 @@ TABLE_WINDOW = 1 << 20
 
 #: Each side sends something at least this often, in seconds ...
 HEARTBEAT_S = 10.0
-#: ... and takes the other side for lost after this much silence. A host under heavy load may stall for a while.
+#: ... and gives up the other side after this much silence. A host under heavy load may stall for a while.
 SILENCE_S = 120.0
 #: An agent that is there but gets nothing done for this long is given up: a disk that never answers, or ill will.
 STALL_S = 3600.0
@@ -109,7 +109,7 @@ class Carrier(ABC):
     def readinto(self, view: memoryview, timeout_s: float) -> int:
         """Read at least one byte into `view` and return how many; 0: the other side has ended.
 
-        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and where the read fails.
+        Raises `ConnectionLost` after `timeout_s` seconds without a byte, and if the read fails.
         """
 
     @abstractmethod
@@ -162,7 +162,7 @@ class Link:
 
     Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
     it may say nothing but ALIVE (None: no limit), and `deadline` a time of `time.monotonic` after which nothing is
-    received any more (None: never). `crc32` is a faster `zlib.crc32`, where there is one.
+    received any more (None: never). `crc32` is a faster `zlib.crc32`, if there is one.
     """
 
     #: The last of the frame kinds that this end takes: nobody sends TRACE to one that did not ask for it.

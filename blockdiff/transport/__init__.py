@@ -14,8 +14,8 @@ NAMES = ("ssh", "paramiko")
 def connect(address: Address, name: str | None = None, options: Sequence[str] = ()) -> Connection:
     """Return a connection to a command on `address` that is about to become the agent.
 
-    `name` is one of `NAMES`; None takes the system's ssh where there is one. `options` are like ``Port=2222``. Raises
-    `TransportError` where the connection cannot be made (with ssh, that shows when the agent is pushed).
+    `name` is one of `NAMES`; None takes the system's ssh if there is one. `options` are like ``Port=2222``. Raises
+    `TransportError` if the connection cannot be made (with ssh, that shows when the agent is pushed).
     """
     if address.host is None:
         return child.local()

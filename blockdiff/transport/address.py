@@ -19,7 +19,7 @@ _ORDER = "NAME comes first: blockdiff backup NAME SOURCE"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a source is. `host` is None for this machine, `user` and `port` where SSH's settings decide."""
+    """Where a source is. `host` is None for this machine, `user` and `port` are None if SSH's settings decide."""
 
     host: str | None
     path: str

@@ -16,7 +16,7 @@ from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Connection, Exit, Tail
 from blockdiff.transport.sharedmemory import SharedMemory
 
-#: Size of the pipes to and from the child in bytes, where the system allows it: fewer switches between the processes.
+#: Size of the pipes to and from the child in bytes, if the system allows it: fewer switches between the processes.
 PIPE_SIZE = 1 << 20
 #: How long an agent on this machine may take to put everything away once it is asked to end, in seconds: LVM is slow.
 UNWIND_TIMEOUT_S = 60.0
@@ -155,7 +155,7 @@ class ChildConnection(Connection):
 
 
 def local() -> ChildConnection:
-    """Start the agent on this machine; where the system has memory to share, they share it."""
+    """Start the agent on this machine; if the system has memory to share, they share it."""
     try:
         memory = SharedMemory()
     except OSError:

@@ -43,8 +43,8 @@ class Connection(wire.Carrier):
 
     `place` is where it is, `memory` what a command on this machine has inherited. `nonce` is what the agent will begin
     with, once it was sent, and `prefix` the command that it is to run under. `tells_end` is whether the command's end
-    is known even where others, as what its host's start files have begun, hold the connection open; `readinto` then
-    takes their silence for the end.
+    is known even if others, as what its host's start files have begun, hold the connection open; `readinto` then
+    treats their silence as the end.
     """
 
     tells_end: bool = True
@@ -67,8 +67,8 @@ class Connection(wire.Carrier):
     def write_start(self, data: bytes, timeout_s: float) -> None:
         """Write the first bytes that the command reads; raises `ConnectionLost` as `write` does.
 
-        Nobody receives yet whose patience could end it: where it may not fit into what is in between, this raises as
-        well where not all was taken after `timeout_s` seconds.
+        Nobody receives yet whose patience could end it: if it may not fit into what is in between, this raises as
+        well if not all was taken after `timeout_s` seconds.
         """
         self.write([data])
 

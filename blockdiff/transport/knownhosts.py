@@ -27,7 +27,7 @@ class KnownKeys:
     def __init__(self, paths: Iterable[str], where: Place) -> None:
         lines = [line for path in paths for line in _lines(path)]
         self._entries = _entries(lines, where.key_name)
-        # ssh takes a key that is known for the host without its port, too
+        # ssh accepts a key that is known for the host without its port, too
         self._elsewhere = _entries(lines, where.host) if where.alias is None else []
 
     @property

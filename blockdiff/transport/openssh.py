@@ -34,10 +34,10 @@ _SETTINGS = (
 )
 
 # what would keep the agent from being started or reached, with the value that does not; older versions of ssh do not
-# know all of them, so they are set only where they are needed
+# know all of them, so they are set only if they are needed
 _NEEDED = {"RemoteCommand": "none", "SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
 
-# the fastest cipher by far where the CPU has AES
+# the fastest cipher by far if the CPU has AES
 _FAST_CIPHER = "aes128-gcm@openssh.com"
 
 # the exit status of ssh itself
@@ -46,7 +46,7 @@ _SSH_FAILED = 255
 _SETTINGS_TIMEOUT_S = 30.0
 # one jump host, as ProxyJump has it
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@,]+)@)?(?P<host>\[[^\]]+\]|[^:,\[\]]+)(?::(?P<port>[0-9]+))?")
-# what ssh says where all is well
+# what ssh says if all is well
 _LOGGED_IN = "Authenticated to "
 _BORING = (_LOGGED_IN, "Transferred: ", "Bytes per second: ")
 
@@ -54,7 +54,7 @@ _BORING = (_LOGGED_IN, "Transferred: ", "Bytes per second: ")
 class SshConnection(ChildConnection):
     """A command on a host, through a child process that is ssh, which ends no sooner than the connection.
 
-    Raises `UsageError` if ssh does not take an option, `TransportError` where it cannot be used as it is set up.
+    Raises `UsageError` if ssh does not take an option, `TransportError` if it cannot be used as it is set up.
     """
 
     tells_end = False
@@ -88,7 +88,7 @@ class SshConnection(ChildConnection):
         self._close_log()
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
-        """Return what ssh said of its failure, where it failed itself."""
+        """Return what ssh said of its failure, if it failed itself."""
         own, theirs = self._own_words(), self.stderr().splitlines()
         if self.wait(0) == (None,) and not self.logged_in():
             known = advice.from_ssh(self.place, own)

@@ -201,7 +201,7 @@ class _HostKey(paramiko.MissingHostKeyPolicy):
         self._place = place
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        """Return where the key is the known one, and raise `TransportError` if it is not."""
+        """Return if the key is the known one, and raise `TransportError` if it is not."""
         if (cause := self.known.wrong(key.get_name(), key.asbytes())) is not None:
             raise advice.failure(cause, self._place)
         self.accepted = True

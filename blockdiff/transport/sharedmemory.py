@@ -11,7 +11,7 @@ class SharedMemory:
     """Memory of the descriptor `fd`, which the agent's process is to inherit; `close` releases it.
 
     It is read like a file, never mapped: whatever the other side does to it, a read fails or returns bytes. Raises
-    `OSError` where the system has none to give.
+    `OSError` if the system has none to give.
     """
 
     def __init__(self) -> None:

@@ -47,7 +47,7 @@ _PASSED_OVER = frozenset(
         updatehostkeys usekeychain verifyhostkeydns versionaddendum visualhostkey xauthlocation""",
     )
 )
-# what a file may say where it is what happens anyway
+# what a file may say if it is what happens anyway
 _ANYWAY = {
     "addressfamily": "any",
     "canonicalizehostname": "no",
@@ -70,7 +70,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the settings say about a host; `timeout_s` is None if they want none, `user` where they name none."""
+    """What the settings say about a host; `timeout_s` is None if they want none, `user` if they name none."""
 
     place: Place
     port: int

@@ -98,7 +98,7 @@ def test_a_volume_that_was_made_anew_under_its_name(chain: VolumeChain, volume_g
     volume_group.volume("data", "32M")
     said = chain.fails()
     assert f"holds backups of the volume with the LV UUID {first}, this one has " in said
-    assert "use another NAME, or --full to go on in this chain" in said
+    assert "use another NAME, or --full to continue this chain" in said
     assert list(volume_group.volumes()) == ["data"]
     summary = chain.backup("--full")
     assert part(summary, "source")["volume"] != first
