@@ -433,18 +433,18 @@ TABLE_SIZE = BLOCKS * 32
 WANTS: dict[str, tuple[list[Callable[[Wire], object]], str]] = {
     "the same again": (
         [lambda a: a.want(0, 32), lambda a: a.want(0, 32)],
-        f"wants 0 to 32 of {TABLE_SIZE} bytes of digests",
+        f"asks for 0 to 32 of {TABLE_SIZE} bytes of digests",
     ),
     "less": (
         [lambda a: a.want(0, 64), lambda a: a.want(0, 32)],
-        f"wants 0 to 32 of {TABLE_SIZE} bytes of digests",
+        f"asks for 0 to 32 of {TABLE_SIZE} bytes of digests",
     ),
-    "nothing": ([lambda a: a.want(0, 0)], f"wants 0 to 0 of {TABLE_SIZE} bytes of digests"),
+    "nothing": ([lambda a: a.want(0, 0)], f"asks for 0 to 0 of {TABLE_SIZE} bytes of digests"),
     "more than there is": (
         [lambda a: a.want(0, TABLE_SIZE + wire.TABLE_WINDOW + 1)],
-        f"wants 0 to {TABLE_SIZE + wire.TABLE_WINDOW + 1} of {TABLE_SIZE} bytes of digests",
+        f"asks for 0 to {TABLE_SIZE + wire.TABLE_WINDOW + 1} of {TABLE_SIZE} bytes of digests",
     ),
-    "from behind its end": ([lambda a: a.want(64, 32)], f"wants 64 to 32 of {TABLE_SIZE} bytes of digests"),
+    "from behind its end": ([lambda a: a.want(64, 32)], f"asks for 64 to 32 of {TABLE_SIZE} bytes of digests"),
     "without a start": ([lambda a: a.frame(wire.WANT, b"x", offset=32)], "sent a length of 1 bytes"),
 }
 

@@ -247,7 +247,7 @@ def test_a_first_run_of_a_period_that_is_at_work_is_one_of_its_name(tmp_path: Pa
     with LockedChain(f"{chain.name}-202611"):
         for arguments, status in ((("list", chain.name), 4), (("status", chain.name), 1)):
             done = commands.run("blockdiff", *arguments)
-            said = f"the first run of {chain.name}-202611 is at work"
+            said = f"the first run of {chain.name}-202611 is still running"
             assert done.returncode == status and said in (done.stdout + done.stderr).decode()
 
 

@@ -115,7 +115,7 @@ def test_a_gentle_child_is_never_killed_and_can_finish_without_us(
     monkeypatch.setattr(process, "GENTLE_TIMEOUT_S", 0.2)
     script = "trap '' INT TERM; while [ ! -e go ]; do sleep 0.01; done; echo told; touch done"
     try:
-        with pytest.raises(process.DeadlineError, match=r"and process \d+ is still there") as caught:
+        with pytest.raises(process.DeadlineError, match=r"and process \d+ is still running") as caught:
             process.run_gently(["sh", "-c", f"cd {tmp_path}; {script}"], 0.2)
         child = process.LEFT_ALONE.pop()
         assert child.poll() is None and f"process {child.pid} " in caught.value.more

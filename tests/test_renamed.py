@@ -87,4 +87,4 @@ def test_what_cannot_be_renamed_is_told(chain: SmallChain, tmp_path: Path) -> No
     (tmp_path / "new").mkdir()
     original = chains.some_days(tmp_path / "new", 1, Options(block_size=BLOCK, digest="md5", delta_format=1))
     chains.without_manifests(original)
-    assert "names no source" in refused(1, "repair", original.name, *where)
+    assert "does not name a source" in refused(1, "repair", original.name, *where)

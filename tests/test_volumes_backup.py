@@ -400,10 +400,11 @@ def test_kept_snapshots_that_no_run_will_look_at_are_told_with_what_removes_them
     words = ("blockdiff", "backup", chain.name, chain.source, "--lvm")
     result = commands.run(*words)
     said, removal, opened = "is still on the host, although its", "`blockdiff snapshots --remove vg/", "it is open"
+    gone = "no longer exists"
     assert result.returncode == 0
     assert result.stderr.decode().splitlines() == [
-        f"blockdiff: note: the snapshot vg/bd_orphan {said} volume is gone; {opened}: {removal}bd_orphan` removes it",
-        f"blockdiff: note: the snapshot vg/bd_nobodys {said} chain is gone: {removal}bd_nobodys` removes it",
+        f"blockdiff: note: the snapshot vg/bd_orphan {said} volume {gone}; {opened}: {removal}bd_orphan` removes it",
+        f"blockdiff: note: the snapshot vg/bd_nobodys {said} chain {gone}: {removal}bd_nobodys` removes it",
     ]
     assert fake.names() == before
     commands.done("blockdiff", "snapshots", "--remove", "vg/bd_orphan", "--remove", "vg/bd_nobodys")

@@ -247,7 +247,7 @@ class Chain:
             return 0
         raise DamagedError(
             f"{self.path_of('.ver')} {'says nothing' if self.has_version_file else 'is missing'}, "
-            "and no manifest says which generation is the last",
+            "and no manifest names the last generation",
             self._version_hint(),
         )
 

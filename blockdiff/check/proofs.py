@@ -122,7 +122,7 @@ def _check_rest(generation: Generation, table: TableReader, old: TableReader, ca
             new, before = table.digests(start, count), old.digests(start, min(count, max(0, old.count - start)))
             if new != before:
                 bad = first_difference(new, before, table.digest_size)
-                raise _unproven(generation, (start + bad) * table.block_size, "but its digest changed")
+                raise _unproven(generation, (start + bad) * table.block_size, "its digest changed")
 
 
 def _unproven(generation: Generation, offset: int, why: str) -> DamagedError:

@@ -70,9 +70,8 @@ def _check_short(run: Run, reader: DeltaReader, fd: int, is_file: bool, path: st
     stop = run.offset + run.length
     if reader.format == 1 and is_file and run.length % reader.block_size and os.fstat(fd).st_size > stop:
         raise DamagedError(
-            f"the delta ends in a block of {run.length % reader.block_size} bytes at offset {stop}, "
-            f"but {printable(path)} is longer: the delta is cut off, or the image shrank (then truncate -s {stop}
-            first)"
+            f"the delta ends in a block of {run.length % reader.block_size} bytes at offset {stop}, but"
+            f" {printable(path)} is longer: the delta is cut off, or the image shrank (then truncate -s {stop} first)"
         )
 
 
