@@ -286,7 +286,7 @@ def test_an_audit_finds_what_thin_delta_did_not_report(thin: Thin) -> None:
 
     said = thin.chain.fails(KEEP, "--audit")
     assert f"the audit failed: thin_delta did not report the change at offset {3 * MIB}" in said
-    assert "go on with --full" in said
+    assert "use --full now" in said
     assert thin.kept() == kept
 
     assert extents(thin.chain.backup(KEEP, "--full")) == "mapped"
