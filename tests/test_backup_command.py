@@ -135,7 +135,7 @@ def test_a_dry_run_finds_what_the_run_would_fail_of(chain: SmallChain, tmp_path:
     assert "cannot end like" in refused(2, "--dry-run", f"{chain.name}@2", chain.source)
     assert "gzip has no level 77" in refused(2, "--dry-run", "--level", "77", chain.name, chain.source)
     chain.directory.chmod(0o777)
-    assert "others may write to" in refused(1, "--dry-run", chain.name, chain.source)
+    assert "other users can write to" in refused(1, "--dry-run", chain.name, chain.source)
     chain.directory.chmod(0o700)
     chain.file(".1.sha256").write_bytes(b"damaged")
     assert "disk.1.sha256" in refused(5, "--dry-run", chain.name, chain.source)

@@ -81,7 +81,9 @@ class SnapshotSize(click.ParamType[str]):
 @click.option("--lvm", is_flag=True, help="Read logical volumes through snapshots.")
 @click.option("--snapshot-size", type=SnapshotSize(), help="Of a thick snapshot, or % of its volume. Default 20%.")
 @click.option("--mysql", metavar="URL", help="Lock this database for the snapshots: mysql://USER@HOST/, or ssh.")
-@click.option("--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up the lock after this wait. Default 30.")
+@click.option(
+    "--lock-wait", type=SECONDS, metavar="SECONDS", help="Give up without the lock after this long. Default 30."
+)
 @click.option("--long-query", type=SECONDS, metavar="SECONDS", help="Wait for statements older than this. Default 60.")
 @click.option(
     "--max-hold", type=SECONDS, metavar="SECONDS", help="The database releases the lock after this long. Default 60."

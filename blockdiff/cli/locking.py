@@ -25,7 +25,11 @@ from blockdiff.mysqllock import Limits, Statements
 )
 @click.option("--after", metavar="STMT", multiple=True, help="The statement that unlocks.")
 @click.option(
-    "--lock-wait", type=SECONDS, default=30.0, show_default=True, help="Give up the lock after this many seconds."
+    "--lock-wait",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Give up without the lock after this many seconds.",
 )
 @click.option(
     "--long-query", type=SECONDS, default=60.0, show_default=True, help="Wait for statements older than this."

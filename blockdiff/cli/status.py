@@ -67,8 +67,8 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, me
     """Report the state of chains, for monitoring.
 
     One line, with the exit statuses of Nagios plug-ins: 0 ok, 1 warning, 2 critical (too old, missing or damaged),
-    3 unknown, usage errors included. For chains of `backup --chain`, NAME stands for the newest
-    NAME-DATE. Looks at names, sizes and manifests; `verify` reads the data.
+    3 unknown, usage errors included. Of NAME and the NAME-DATE of `backup --chain`, the newest counts. Looks at names,
+    sizes and manifests; `verify` reads the data.
 
     \b
     Example:
