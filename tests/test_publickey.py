@@ -106,7 +106,7 @@ def test_two_keys_are_refused_because_a_line_restricts_one(keys: Path, tmp_path:
 def test_options_in_front_are_refused(keys: Path, tmp_path: Path, options: bytes) -> None:
     path = tmp_path / "key.pub"
     path.write_bytes(b"\n" + options + public(keys))
-    assert f"line 2 of {path} has options of its own in front of the key" in refused(path)
+    assert f"line 2 of {path} has options in front of the key" in refused(path)
 
 
 @pytest.mark.parametrize(

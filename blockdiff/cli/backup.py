@@ -161,7 +161,7 @@ def _refuse_together(given: "CommandLine") -> None:
         raise UsageError("--streams cannot be combined with --keep-snapshot: it is for runs that read everything")
     if given["streams"] > 1 and (given["before"], given["after"]) != (None, None) and not given["lvm"]:
         raise UsageError(
-            "--streams cannot be combined with --before and --after without --lvm: they hold one connection still"
+            "--streams cannot be combined with --before and --after without --lvm: only one connection waits for them"
         )
 
 

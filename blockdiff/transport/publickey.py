@@ -71,7 +71,7 @@ def parse(content: bytes, path: str) -> str:
     if len(keys) > 1:
         raise UsageError(
             f"{shown} holds {len(keys)} public keys, and a line of authorized_keys restricts one",
-            "put the one that you mean into a file of its own",
+            "put the one that you mean into its own file",
         )
     return keys[0][1]
 
@@ -111,7 +111,7 @@ def _fault(line: str) -> str | None:
     if line.startswith("ssh-dss "):
         return "is a DSA key, which sshd no longer accepts"
     if _is_key(_after_options(line)):
-        return "has options of its own in front of the key: leave them out, the line that is printed has its own"
+        return "has options in front of the key: omit them, the line that is printed has its own"
     return "is not a public key"
 
 

@@ -193,7 +193,7 @@ def _check_conditions(words: list[str]) -> None:
 
 
 def _paths(value: str) -> list[str]:
-    """Return the paths that a value names; `none` is no path."""
+    """Return the paths that a value names; `none` names nothing."""
     try:
         words = shlex.split(value)
     except ValueError as error:
