@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from blockdiff.shared.errors import Interrupted
+
+if TYPE_CHECKING:
+    import pytest  # the demo, which uses this module, needs no test tools
 
 
 def new_mark() -> str:
@@ -47,7 +49,7 @@ def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
 
 
 @contextmanager
-def leaving_none(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def leaving_none(monkeypatch: "pytest.MonkeyPatch") -> Iterator[str]:
     """Mark whatever the test starts, and see to it that none of it outlives the test; yields the mark."""
     mark = new_mark()
     for name, value in environment(mark).items():

@@ -14,6 +14,7 @@ from blockdiff.database import coordinates
 from blockdiff.database.accounts import Account
 from blockdiff.database.coordinates import Channel, Coordinates, Row, Version, replica_statement
 from blockdiff.shared.errors import DatabaseError, UsageError
+from blockdiff.shared.fields import Fields
 from tests.conftest import require
 from tests.mariadb import MariaDB, execute, wait_for
 
@@ -138,7 +139,7 @@ FULL = replace(MARIADB, replica_channels=(Channel("", "db00", 3306, "binlog.0000
 
 @pytest.mark.parametrize("given", [FULL, MYSQL, replace(MYSQL, binlog_file=None, binlog_position=None)])
 def test_coordinates_survive_json(given: Coordinates) -> None:
-    assert coordinates.from_fields(json.loads(json.dumps(asdict(given)))) == given
+    assert coordinates.from_fields(Fields(json.loads(json.dumps(asdict(given))), ValueError)) == given
 
 
 @pytest.mark.parametrize(
@@ -164,13 +165,13 @@ def test_coordinates_survive_json(given: Coordinates) -> None:
 )
 def test_fields_that_are_wrong_are_named(change: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}$"):
-        coordinates.from_fields({**asdict(FULL), **change})
+        coordinates.from_fields(Fields({**asdict(FULL), **change}, ValueError))
 
 
 @pytest.mark.parametrize("given", [None, [], "", {}])
 def test_what_are_no_fields_at_all_is_an_error(given: object) -> None:
     with pytest.raises(ValueError, match=r"^coordinates$"):
-        coordinates.from_fields(given)
+        coordinates.from_fields(Fields(given, ValueError))
 
 
 # --- the statement for a replica

@@ -23,7 +23,7 @@ DEEPEST = {
     "zstd": "blockdiff.format.codec._zstd_stream",
     "lzop": "blockdiff.format.lzop.pieces",
     "table": "blockdiff.format.digesttable._Sparse.stored_digests",
-    "manifest": "blockdiff.database.coordinates._is_count",
+    "manifest": "blockdiff.database.coordinates._channel_from_fields",
     "version": "blockdiff.chain.generations.Chain.spans",
     "generation": "blockdiff.format.digesttable.TableReader.digests",
     "frames": "blockdiff.session.rules.printable",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from blockdiff.shared.errors import DatabaseError, UsageError, printable
+from blockdiff.shared.fields import Fields
 
 Row = Mapping[str, object]
 #: Executes a statement and returns its rows, by the names of their columns.
@@ -200,59 +201,37 @@ def _is_number(text: str, digits: int) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= digits
 
 
-def from_fields(given: object) -> Coordinates:
-    """Return the coordinates from a JSON object. Raises `ValueError` with the name of the field that is wrong."""
-    values = _exactly(given, Coordinates, "coordinates")
-    channels = values["replica_channels"]
-    if not isinstance(channels, list | tuple):
-        raise ValueError("replica_channels")
-    flavour = _string(values, "flavour")
-    if flavour not in (MARIADB, MYSQL):
-        raise ValueError("flavour")
-    if (values["binlog_file"] is None) != (values["binlog_position"] is None):
-        raise ValueError("binlog_position")
+def from_fields(given: Fields) -> Coordinates:
+    """Return the coordinates that a manifest holds; what is wrong is refused by its name."""
+    _have_exactly(given, Coordinates, "coordinates")
+    flavour = given.text("flavour")
+    given.check("flavour", flavour in (MARIADB, MYSQL))
+    given.check("binlog_position", given.has("binlog_file") == given.has("binlog_position"))
     return Coordinates(
-        server_version=_string(values, "server_version"),
+        server_version=given.text("server_version"),
         flavour=flavour,
-        binlog_file=None if values["binlog_file"] is None else _string(values, "binlog_file"),
-        binlog_position=None if values["binlog_position"] is None else _count(values, "binlog_position"),
-        gtid=None if values["gtid"] is None else _string(values, "gtid"),
-        replica_channels=tuple(_channel_from_fields(channel) for channel in channels),
+        binlog_file=given.optional(given.text, "binlog_file"),
+        binlog_position=given.optional(given.count, "binlog_position"),
+        gtid=given.optional(given.text, "gtid"),
+        replica_channels=tuple(map(_channel_from_fields, given.parts("replica_channels"))),
     )
 
 
-def _channel_from_fields(given: object) -> Channel:
-    values = _exactly(given, Channel, "replica_channels")
+def _channel_from_fields(given: Fields) -> Channel:
+    _have_exactly(given, Channel, "replica_channels")
     return Channel(
-        name=_string(values, "name"),
-        source_host=_string(values, "source_host"),
-        source_port=_count(values, "source_port"),
-        file=_string(values, "file"),
-        position=_count(values, "position"),
-        gtid=None if values["gtid"] is None else _string(values, "gtid"),
+        name=given.text("name"),
+        source_host=given.text("source_host"),
+        source_port=given.count("source_port"),
+        file=given.text("file"),
+        position=given.count("position"),
+        gtid=given.optional(given.text, "gtid"),
     )
 
 
-def _exactly(given: object, kind: type[Coordinates] | type[Channel], name: str) -> dict[str, object]:
-    """Return a JSON object that has just the fields of a dataclass."""
-    names = {field.name for field in fields(kind)}
-    if not isinstance(given, dict) or set(given) != names:
-        raise ValueError(name)
-    return given
-
-
-def _string(values: Mapping[str, object], name: str) -> str:
-    value = values[name]
-    if not isinstance(value, str):
-        raise ValueError(name)
-    return value
-
-
-def _count(values: Mapping[str, object], name: str) -> int:
-    value = values[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(name)
-    return value
+def _have_exactly(given: Fields, kind: type[Coordinates] | type[Channel], name: str) -> None:
+    """Refuse a JSON object that has not just the fields of a dataclass."""
+    given.check(name, set(given.names()) == {field.name for field in fields(kind)})
 
 
 def replica_statement(coordinates: Coordinates) -> str:

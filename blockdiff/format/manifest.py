@@ -6,7 +6,7 @@ that every byte of it is covered.
 
 import hashlib
 import json
-import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
@@ -15,11 +15,10 @@ from blockdiff.database.coordinates import Coordinates
 from blockdiff.format import checksum, codec
 from blockdiff.shared.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, block_count
 from blockdiff.shared.errors import ChainError, DamagedError
+from blockdiff.shared.fields import Fields
 
 #: What is written. Version 1, in which a file had its SHA-256 in place of a checksum with a name, is read as well.
 VERSION = 2
-#: Largest whole number in one: more than anything there is to count, and a float can hold it.
-MAX_INTEGER = (1 << 63) - 1
 #: Largest manifest that is read, in bytes.
 MAX_BYTES = 16 << 20
 
@@ -170,77 +169,13 @@ def from_bytes(content: bytes, path: str) -> Manifest:
     blank = content.replace(claimed.encode("ascii", "replace"), _NO_DIGEST.encode("ascii"), 1)
     if hashlib.sha256(blank).hexdigest() != claimed:
         raise DamagedError(f"{path} is damaged: its checksum does not match", "restore it from a copy")
-    return _from_fields(fields, path)
-
-
-class _Fields:
-    """An object of a manifest, whatever the file holds in its place; `path` is for messages.
-
-    All of it raises `DamagedError` for what is missing or of another type.
-    """
-
-    def __init__(self, holder: object, path: str) -> None:
-        self._holder = holder if isinstance(holder, dict) else {}
-        self._path = path
-
-    def get(self, name: str, kind: type[Value]) -> Value:
-        """Return a field; a number is whole, from 0 to `MAX_INTEGER`."""
-        value = self._holder.get(name)
-        if not isinstance(value, kind) or (kind is int and not _is_count(value)):
-            raise self.unfit(name)
-        return value
-
-    def check(self, name: str, fits: bool) -> None:
-        """Raise the error for a field that `fits` not with the others."""
-        if not fits:
-            raise self.unfit(name)
-
-    def unfit(self, name: str) -> DamagedError:
-        """Return the error for a field."""
-        return DamagedError(f"{self._path} is damaged: {name} is missing or not valid")
-
-    def optional(self, name: str, kind: type[Value]) -> Value | None:
-        """Return a field that may be ``null`` or missing."""
-        return None if self._holder.get(name) is None else self.get(name, kind)
-
-    def number(self, name: str) -> float:
-        """Return a number that need not be whole."""
-        value = self._holder.get(name)
-        return value if isinstance(value, float) and 0 <= value < math.inf else float(self.get(name, int))
-
-    def optional_number(self, name: str) -> float | None:
-        """Return a number that need not be whole, and may be ``null`` or missing."""
-        return None if self._holder.get(name) is None else self.number(name)
-
-    def part(self, name: str) -> "_Fields":
-        """Return an object in this one."""
-        return _Fields(self._holder.get(name), self._path)
-
-    def optional_part(self, name: str) -> "_Fields | None":
-        """Return an object in this one that may be ``null`` or missing."""
-        return None if self.optional(name, dict) is None else self.part(name)
-
-    def coordinates(self, name: str) -> Coordinates | None:
-        """Return a database's place, which may be ``null`` or missing."""
-        holder = self.optional(name, dict)
-        try:
-            return None if holder is None else coordinates.from_fields(holder)
-        except ValueError as error:
-            raise DamagedError(f"{self._path} is damaged: {error} is missing or not valid") from error
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
-
-
-def _from_fields(found: dict[str, object], path: str) -> Manifest:
-    fields = _Fields(found, path)
-    known = _known(fields)
-    _check(fields, known)
+    given = Fields(fields, lambda name: DamagedError(f"{path} is damaged: {name} is missing or not valid"))
+    known = _known(given)
+    _check(given, known)
     return known
 
 
-def _check(fields: _Fields, known: Manifest) -> None:
+def _check(fields: Fields, known: Manifest) -> None:
     """What later steps calculate with must make sense: a checksum does not say who wrote a manifest."""
     fields.check("delta_format", known.delta_format in (1, 2))
     fields.check("block_size", MIN_BLOCK_SIZE <= known.block_size <= MAX_BLOCK_SIZE)
@@ -251,72 +186,76 @@ def _check(fields: _Fields, known: Manifest) -> None:
     fields.check("blocks", known.image_size is None or known.blocks == block_count(known.image_size, known.block_size))
 
 
-def _known(fields: _Fields) -> Manifest:
+def _known(fields: Fields) -> Manifest:
     return Manifest(
-        chain=fields.get("chain", str),
-        generation=fields.get("generation", int),
-        parent=_parent(fields.optional_part("parent")),
-        full=fields.get("full", bool),
-        delta_format=fields.get("delta_format", int),
+        chain=fields.text("chain"),
+        generation=fields.count("generation"),
+        parent=_optional(_parent, fields, "parent"),
+        full=fields.flag("full"),
+        delta_format=fields.count("delta_format"),
         delta=_stored(fields.part("delta")),
         table=_stored(fields.part("table")),
-        digest=fields.get("digest", str),
-        block_size=fields.get("block_size", int),
-        image_size=fields.optional("image_size", int),
-        blocks=fields.get("blocks", int),
-        changed_blocks=fields.get("changed_blocks", int),
+        digest=fields.text("digest"),
+        block_size=fields.count("block_size"),
+        image_size=fields.optional(fields.count, "image_size"),
+        blocks=fields.count("blocks"),
+        changed_blocks=fields.count("changed_blocks"),
         source=_source(fields.part("source")),
-        consistency=fields.get("consistency", str),
-        started=fields.get("started", str),
-        finished=fields.get("finished", str),
-        bytes_read=fields.optional("bytes_read", int),
-        bytes_received=fields.optional("bytes_received", int),
-        run=fields.optional("run", str),
-        snapshot=_snapshot(fields.optional_part("snapshot")),
-        quiesced=_quiesced(fields.optional_part("quiesced")),
-        database=fields.coordinates("database"),
-        notes=[str(note) for note in fields.optional("notes", list) or []],
-        versions={str(k): str(v) for k, v in fields.get("versions", dict).items()},
+        consistency=fields.text("consistency"),
+        started=fields.text("started"),
+        finished=fields.text("finished"),
+        bytes_read=fields.optional(fields.count, "bytes_read"),
+        bytes_received=fields.optional(fields.count, "bytes_received"),
+        run=fields.optional(fields.text, "run"),
+        snapshot=_optional(_snapshot, fields, "snapshot"),
+        quiesced=_optional(_quiesced, fields, "quiesced"),
+        database=_optional(coordinates.from_fields, fields, "database"),
+        notes=fields.optional(fields.texts, "notes") or [],
+        versions=_texts_by_name(fields.part("versions")),
     )
 
 
-def _parent(fields: _Fields | None) -> Parent | None:
-    return None if fields is None else Parent(fields.get("generation", int), fields.optional("manifest_sha256", str))
+def _optional(read: Callable[[Fields], Value], fields: Fields, name: str) -> Value | None:
+    return read(fields.part(name)) if fields.has(name) else None
 
 
-def _stored(fields: _Fields) -> StoredFile:
-    of_version_1 = fields.optional("sha256", str)
-    known = fields.get("checksum", str) if of_version_1 is None else checksum.of_sha256(of_version_1)
-    return StoredFile(fields.get("suffix", str), fields.get("size", int), known)
+def _texts_by_name(fields: Fields) -> dict[str, str]:
+    return {name: fields.text(name) for name in fields.names()}
 
 
-def _source(fields: _Fields) -> Source:
-    host, volume = fields.optional("host", str), fields.optional("volume", str)
-    return Source(host, fields.get("path", str), fields.get("kind", str), volume, fields.optional("was", str))
+def _parent(fields: Fields) -> Parent:
+    return Parent(fields.count("generation"), fields.optional(fields.text, "manifest_sha256"))
 
 
-def _snapshot(fields: _Fields | None) -> SnapshotRecord | None:
-    if fields is None:
-        return None
+def _stored(fields: Fields) -> StoredFile:
+    of_version_1 = fields.optional(fields.text, "sha256")
+    known = fields.text("checksum") if of_version_1 is None else checksum.of_sha256(of_version_1)
+    return StoredFile(fields.text("suffix"), fields.count("size"), known)
+
+
+def _source(fields: Fields) -> Source:
+    host, volume, was = (fields.optional(fields.text, name) for name in ("host", "volume", "was"))
+    return Source(host, fields.text("path"), fields.text("kind"), volume, was)
+
+
+def _snapshot(fields: Fields) -> SnapshotRecord:
     return SnapshotRecord(
-        fields.get("uuid", str),
-        fields.get("kind", str),
+        fields.text("uuid"),
+        fields.text("kind"),
         fields.number("took_s"),
-        fields.optional_number("fill_percent"),
-        fields.get("kept", bool),
-        fields.optional("extents", str),
-        fields.optional_number("apart_s"),
+        fields.optional(fields.number, "fill_percent"),
+        fields.flag("kept"),
+        fields.optional(fields.text, "extents"),
+        fields.optional(fields.number, "apart_s"),
     )
 
 
-def _quiesced(fields: _Fields | None) -> Quiesced | None:
-    if fields is None:
-        return None
+def _quiesced(fields: Fields) -> Quiesced:
     return Quiesced(
-        fields.get("by", str),
+        fields.text("by"),
         fields.number("held_s"),
-        [str(statement) for statement in fields.get("statements", list)],
-        fields.optional_number("waited_s"),
+        fields.texts("statements"),
+        fields.optional(fields.number, "waited_s"),
     )
 
 

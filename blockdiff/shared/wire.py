@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from blockdiff.shared.errors import ConnectionLost, ProtocolError
+from blockdiff.shared.fields import Fields
 
 # Frame kinds: plain numbers, because each frame is compared with several. These may come from both sides:
 ALIVE = 1  # nothing: the sender is still there
@@ -341,27 +342,19 @@ class Heartbeat:
 
 
 def integers(fields: Dict[str, object], *names: str) -> Tuple[int, ...]:
-    """Return the fields `names`, which must be integers from 0 to `MAX_INTEGER`; raises `ProtocolError`."""
-    found: List[int] = []
-    for name in names:
-        value = fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-            raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
-        found.append(value)
-    return tuple(found)
+    """Return the fields `names`, which must be whole numbers from 0 to `fields.MAX_INTEGER`; raises `ProtocolError`."""
+    return tuple(Fields(fields, _refuse).count(name) for name in names)
 
 
 def text(fields: Dict[str, object], name: str) -> str:
     """Return the field `name`, which must be a string; raises `ProtocolError`."""
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
-    return value
+    return Fields(fields, _refuse).text(name)
 
 
 def texts(fields: Dict[str, object], name: str) -> List[str]:
     """Return the field `name`, which must be a list of strings; raises `ProtocolError`."""
-    values = fields.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ProtocolError("field {} of a control frame is missing or not valid".format(name))
-    return list(values)
+    return Fields(fields, _refuse).texts(name)
+
+
+def _refuse(name: str) -> ProtocolError:
+    return ProtocolError("field {} of a control frame is missing or not valid".format(name))
