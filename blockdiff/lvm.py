@@ -18,7 +18,7 @@ from typing import List, Optional, Sequence
 from blockdiff.host import lvs
 from blockdiff.host.lvcheck import full_size, resume_hint, size_in_bytes
 from blockdiff.host.lvs import ORIGIN_TAG, PREFIX, TAG, LateError, Volume
-from blockdiff.shared import process
+from blockdiff.shared import process, signals
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError
 
@@ -216,7 +216,7 @@ class Snapshot:
             self._stop_watching()
             return
         try:
-            process.undisturbed(self._end)
+            signals.undisturbed(self._end)
         except ProcessError as failure:
             if not isinstance(error, BlockdiffError):
                 raise

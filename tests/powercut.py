@@ -131,6 +131,15 @@ class History:
                 found.add(Found(frozenset((name, file, content[file]) for name, file in there.items())))
         return found
 
+    def complete(self) -> dict[str, bytes]:
+        """Return the names and their contents after all steps, if no power is cut."""
+        contents = dict(self.contents)
+        for step in self.steps:
+            if isinstance(step, Write | Cut):
+                contents[step.file] = _written(contents.get(step.file, b""), [step])
+        names = _named(self.names, [step for step in self.steps if isinstance(step, NameChange)])
+        return {name: contents.get(file, b"") for name, file in names.items()}
+
 
 def _named(names: dict[str, int], changes: list[NameChange]) -> dict[str, int]:
     result = dict(names)
@@ -276,12 +285,14 @@ class Recorder:
 
 @contextmanager
 def recorded(monkeypatch: pytest.MonkeyPatch, directory: Path, *modules: ModuleType) -> Iterator[History]:
-    """Note what `modules` do to a directory."""
+    """Note what `modules` do to a directory, through their name ``os``. Fails where something else changed it."""
     recorder = Recorder(directory)
     with monkeypatch.context() as patch:
         for module in modules:
             patch.setattr(module, "os", recorder)
         yield recorder.history
+    there = {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".lock"}
+    assert recorder.history.complete() == there, "something changed the directory past the recorder"
 
 
 def each_state(history: History, told: int, check: Callable[[Found, bool], None]) -> int:

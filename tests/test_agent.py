@@ -31,8 +31,8 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from blockdiff.host import agent
 from blockdiff.shared import wire
-wire.Link.__init__.__defaults__ = (float(sys.argv[2]), None, *wire.Link.__init__.__defaults__[2:])
-wire.Heartbeat.__init__.__defaults__ = (float(sys.argv[3]),)
+wire.SILENCE_S = float(sys.argv[2])
+wire.HEARTBEAT_S = float(sys.argv[3])
 agent.ORDER_TIMEOUT_S = float(sys.argv[4])
 agent.main(b"go")
 """

@@ -162,32 +162,6 @@ def test_a_signal_while_the_files_are_made_leaves_none(
     assert chain.files() == before
 
 
-def test_files_are_durable_before_they_have_names(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every content is synced before the first link, and the directory before, between the links and after."""
-    calls: list[str] = []
-    for name in ("fsync", "link", "rename"):
-        real = getattr(os, name)
-
-        def record(*arguments: object, name: str = name, real: object = real, **keywords: object) -> object:
-            calls.append(f"{name} {arguments[1]}" if name != "fsync" else name)
-            assert callable(real)
-            return real(*arguments, **keywords)
-
-        monkeypatch.setattr(os, name, record)
-    chain.add(DAYS[1])
-    assert calls == [
-        *("link .disk.ver.tmp", "fsync"),  # whether that can be done
-        *["fsync"] * 5,
-        "link disk.2.gz",
-        "link disk.2.sha256",
-        "fsync",
-        "link disk.2.json",
-        "fsync",
-        "rename disk.ver",
-        "fsync",
-    ]
-
-
 def test_files_are_private_and_read_only(chain: SmallChain) -> None:
     commands.done("blockdiff", "backup", chain.name, chain.source)
     modes = {suffix: chain.file(suffix).stat().st_mode & 0o777 for suffix in (".2.gz", ".2.sha256", ".2.json", ".ver")}

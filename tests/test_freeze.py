@@ -184,7 +184,7 @@ def test_a_command_that_does_not_end_is_stopped_with_all_that_it_started(
 def test_a_command_that_ignores_to_be_stopped_is_killed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     stubborn = "trap '' TERM; (sleep 100); sleep 100"
     give_no_time(monkeypatch, stubborn)
-    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
+    monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
     with pytest.raises(SourceError, match="did not end within"), Freeze(stubborn, log.command("after")):
         pytest.fail("it is not frozen")
     assert log.words() == ["after"]

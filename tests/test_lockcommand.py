@@ -195,7 +195,7 @@ def test_a_command_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_command_that_ignores_to_be_stopped_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lockcommand, "LOCK_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(process.stop_session, "__defaults__", (0.2,))
+    monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
     refused("trap '' TERM; (sleep 100); sleep 100; env", lambda: pytest.fail("nothing is locked"))
 
 

@@ -184,7 +184,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[Scene
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the agent take the server for lost after a few seconds of silence; both say more often that they live."""
-    monkeypatch.setattr(wire.Heartbeat.__init__, "__defaults__", (HEARTBEAT_S,))
+    monkeypatch.setattr(wire, "HEARTBEAT_S", HEARTBEAT_S)
     monkeypatch.setattr(bundle, "_source", _with_constants(bundle._source))
     bundle._archive.cache_clear()
     yield

@@ -149,66 +149,6 @@ def test_a_signal_to_the_caller_does_not_end_a_gentle_child(tmp_path: Path) -> N
         helper.join(LIMIT_S)
 
 
-def test_whenever_a_signal_comes_undisturbed_work_is_done_or_was_not_begun() -> None:
-    """Signals at 300 moments of a call of about half a millisecond."""
-    armed: list[bool] = []
-
-    def raise_it(_number: int, _frame: object) -> None:
-        if armed:  # an interpreter with several threads may take a signal late, when its moment is over
-            armed.clear()
-            raise Interrupted("told to stop")
-
-    interrupted = 0
-    before = signal.signal(signal.SIGALRM, raise_it)
-    try:
-        for moment in range(300):
-            begun: list[int] = []
-            done: list[int] = []
-
-            def work(begun: list[int] = begun, done: list[int] = done) -> str:
-                begun.append(1)
-                time.sleep(0.0003)
-                done.append(1)
-                return "result"
-
-            try:
-                armed.append(True)
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 + moment * 0.000003)
-                assert process.undisturbed(work) == "result"
-                armed.clear()
-            except Interrupted:
-                interrupted += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert begun == done
-    finally:
-        armed.clear()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted > 10
-
-
-def test_undisturbed_work_is_told_of_a_signal_and_waited_for() -> None:
-    cancelled, ended = threading.Event(), threading.Event()
-
-    def work() -> None:
-        processes.interrupt_main_thread(signal.SIGUSR1)
-        assert cancelled.wait(LIMIT_S)
-        ended.set()
-
-    with processes.interrupting(signal.SIGUSR1), pytest.raises(Interrupted):
-        process.undisturbed(work, cancelled.set)
-    assert ended.is_set()
-
-
-def test_what_undisturbed_work_raises_is_raised() -> None:
-    def work() -> None:
-        raise ProcessError("it failed", "a hint")
-
-    with pytest.raises(ProcessError, match="it failed") as caught:
-        process.undisturbed(work)
-    assert caught.value.hint == "a hint"
-
-
 @pytest.mark.parametrize("how", ["run", "run_shell", "run_gently", "stream"])
 def test_what_a_child_leaves_behind_with_its_output_open_is_not_waited_for_and_let_be(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
@@ -296,7 +236,7 @@ def test_a_session_that_we_may_not_end_is_waited_for(tmp_path: Path, monkeypatch
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "killpg", refuse)
-    monkeypatch.setattr(process.stop_session, "__defaults__", (0.1,))
+    monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.1)
     script = f"cd '{tmp_path}'; until [ -e go ]; do sleep 0.01; done; sleep 0.3; head -c 300000 /dev/zero; touch done"
     with pytest.raises(process.DeadlineError, match=r"did not end within 0\.1 s"):
         process.run_shell(script, 0.1)

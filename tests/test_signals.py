@@ -3,6 +3,14 @@
 import signal
 import subprocess
 import sys
+import threading
+import time
+
+import pytest
+
+from blockdiff.shared import signals
+from blockdiff.shared.errors import Interrupted, ProcessError
+from tests import processes
 
 TIMEOUT_S = 30.0
 
@@ -127,3 +135,63 @@ def test_a_child_that_is_being_started_when_a_signal_comes_is_ended() -> None:
         "finally: print(children[0].returncode)",
     )
     assert told(*lines) == "-15\nstopped by SIGTERM"
+
+
+def test_whenever_a_signal_comes_undisturbed_work_is_done_or_was_not_begun() -> None:
+    """Signals at 300 moments of a call of about half a millisecond."""
+    armed: list[bool] = []
+
+    def raise_it(_number: int, _frame: object) -> None:
+        if armed:  # an interpreter with several threads may take a signal late, when its moment is over
+            armed.clear()
+            raise Interrupted("told to stop")
+
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, raise_it)
+    try:
+        for moment in range(300):
+            begun: list[int] = []
+            done: list[int] = []
+
+            def work(begun: list[int] = begun, done: list[int] = done) -> str:
+                begun.append(1)
+                time.sleep(0.0003)
+                done.append(1)
+                return "result"
+
+            try:
+                armed.append(True)
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + moment * 0.000003)
+                assert signals.undisturbed(work) == "result"
+                armed.clear()
+            except Interrupted:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert begun == done
+    finally:
+        armed.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
+
+
+def test_undisturbed_work_is_told_of_a_signal_and_waited_for() -> None:
+    cancelled, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        processes.interrupt_main_thread(signal.SIGUSR1)
+        assert cancelled.wait(TIMEOUT_S)
+        ended.set()
+
+    with processes.interrupting(signal.SIGUSR1), pytest.raises(Interrupted):
+        signals.undisturbed(work, cancelled.set)
+    assert ended.is_set()
+
+
+def test_what_undisturbed_work_raises_is_raised() -> None:
+    def work() -> None:
+        raise ProcessError("it failed", "a hint")
+
+    with pytest.raises(ProcessError, match="it failed") as caught:
+        signals.undisturbed(work)
+    assert caught.value.hint == "a hint"

@@ -240,7 +240,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
     shortened = functools.partial(connection.push_agent, silence_s=silence_s)
     monkeypatch.setattr(connection, "push_agent", shortened)
     monkeypatch.setattr(connection, "EXIT_TIMEOUT_S", silence_s)
-    monkeypatch.setattr(wire.Heartbeat.__init__, "__defaults__", (1.0,))
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 1.0)
     monkeypatch.setattr(bundle, "_source", _with_silence(bundle._source, silence_s))
     bundle._archive.cache_clear()
     yield silence_s

@@ -362,7 +362,7 @@ def test_a_heartbeat_ends_with_its_link() -> None:
 
 
 def test_a_heartbeat_does_not_keep_its_process_from_ending() -> None:
-    assert wire.Heartbeat(Link(Memory()))._thread.daemon
+    assert wire.Heartbeat(Link(Memory()), 1)._thread.daemon
 
 
 def test_alive_does_not_disturb_a_receiver() -> None:

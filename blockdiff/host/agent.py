@@ -71,7 +71,7 @@ class Agent:
         signals.unwind()
         try:
             threading.Thread(target=self._read, name="reader", daemon=True).start()
-            wire.Heartbeat(self._link).start()
+            wire.Heartbeat(self._link, wire.HEARTBEAT_S).start()
             self._link.send_json(wire.HELLO, hello())
             kind, order = self._next_order(wire.REQUEST, wire.SNAPSHOTS)
             if kind == wire.REQUEST:
@@ -363,7 +363,7 @@ def _traced(pipe: wire.Pipe) -> wire.Link:
     """Return our end of the connection, on which the server hears what happens here as well."""
     from blockdiff.shared import tracewriter  # here, because nearly nobody asks for it
 
-    link = tracewriter.AgentLink(pipe)
+    link = tracewriter.AgentLink(pipe, wire.SILENCE_S)
     trace.report = link.report
     return link
 
@@ -382,7 +382,7 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = Fal
     status = 1
     try:
         pipe.write([nonce])
-        link = _traced(pipe) if traced else wire.Link(pipe)
+        link = _traced(pipe) if traced else wire.Link(pipe, wire.SILENCE_S)
         try:
             Agent(link, Grant(granted)).run()
             status = 0

@@ -48,7 +48,7 @@ class Freeze:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
-            process.undisturbed(self._thaw)
+            signals.undisturbed(self._thaw)
         except SourceError as failure:
             if not isinstance(error, BlockdiffError):
                 raise

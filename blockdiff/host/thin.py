@@ -16,7 +16,7 @@ from xml.parsers import expat
 from blockdiff.host import lvs
 from blockdiff.host.lvs import Volume
 from blockdiff.lvm import KEPT_TAG
-from blockdiff.shared import process
+from blockdiff.shared import process, signals
 from blockdiff.shared.errors import BlockdiffError, ProcessError, printable
 from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 
@@ -113,7 +113,7 @@ def _delta(old: Volume, new: Volume) -> List[Range]:
     try:
         _check_device(new)
         pool, metadata = _pool_of(new)
-        return process.undisturbed(
+        return signals.undisturbed(
             lambda: _with_metadata_snapshot(pool, lambda: _run_thin_delta(metadata, old, new, cancelled.is_set)),
             cancelled.set,
         )

@@ -76,7 +76,7 @@ class Session:
         self._connection = self._begun or transport.connect(self.address, self._transport_name, self._options)
         try:
             self._link = connection.push_agent(self._connection, self._prefix)
-            self._heartbeat = wire.Heartbeat(self._link)
+            self._heartbeat = wire.Heartbeat(self._link, wire.HEARTBEAT_S)
             self._link.deadline = time.monotonic() + connection.START_TIMEOUT_S
             self.host = self._hello()
             self._link.deadline = None

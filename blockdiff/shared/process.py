@@ -3,7 +3,6 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
-import _thread
 import math
 import os
 import selectors
@@ -11,13 +10,12 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 from blockdiff.shared import signals, trace
 from blockdiff.shared.errors import ProcessError, printable
 
 Argument = Union[str, bytes]
-T = TypeVar("T")
 
 #: How long a child that was asked to end may take before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
@@ -190,7 +188,7 @@ def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Com
             raise DeadlineError(arguments, timeout_s)
         return output.completed()
 
-    return checked(arguments, undisturbed(work, lambda: cancelled.append(True)))
+    return checked(arguments, signals.undisturbed(work, lambda: cancelled.append(True)))
 
 
 def checked(arguments: Sequence[Argument], completed: Completed) -> Completed:
@@ -210,9 +208,9 @@ def run_gently(
     It has its own session: no signal to our process group or terminal reaches it. After `timeout_s` seconds it
     gets SIGINT (LVM then gives up waiting for a lock, and finishes what it began), `GENTLE_TIMEOUT_S` later SIGTERM,
     and after as long again it is left alone; `DeadlineError` says so. A signal that ends the caller does not end the
-    command: see `undisturbed`.
+    command: see `signals.undisturbed`.
     """
-    completed = undisturbed(lambda: _run_gently(arguments, timeout_s, env))
+    completed = signals.undisturbed(lambda: _run_gently(arguments, timeout_s, env))
     return checked(arguments, completed) if check else completed
 
 
@@ -238,48 +236,6 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
     LEFT_ALONE.append(child)
     trace.child_ended(child)
     raise DeadlineError(arguments, timeout_s, ", and process {} is still running".format(child.pid))
-
-
-def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = None) -> T:
-    """Do `work` in a thread, where no signal handler can cut it short, and return or raise what it does.
-
-    If a signal's exception arises in the caller in that time, `cancel` (if any) is called, `work` is waited for, and
-    only then does the exception continue. `work` must have its own deadline.
-    """
-    results: List[T] = []
-    errors: List[BaseException] = []
-    allowed: List[bool] = []
-    # nothing of `threading`: an exception in its Python code can leave a lock taken, or get lost in a callback
-    gate, finished = _thread.allocate_lock(), _thread.allocate_lock()
-    gate.acquire()
-    finished.acquire()
-
-    def run_it() -> None:
-        gate.acquire()
-        if not allowed:
-            return
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001  # raised again below, in the thread that asked for it
-            errors.append(error)
-        finished.release()
-
-    try:
-        _thread.start_new_thread(run_it, ())
-        allowed.append(True)
-        gate.release()
-        finished.acquire()
-    except BaseException:
-        if gate.locked():
-            gate.release()  # the thread may still stand at it
-        if cancel is not None:
-            cancel()
-        while allowed and not results and not errors:
-            finished.acquire(timeout=0.1)
-        raise
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def feed(
@@ -341,20 +297,20 @@ def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) ->
             pass
 
 
-def stop_session(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> bool:
+def stop_session(child: "subprocess.Popen[bytes]") -> bool:
     """End a child that has its own session, with all that it started, unless that has left the session.
 
-    SIGTERM, then SIGKILL for what is still there after `timeout_s` seconds. Returns False if some of it is another
+    SIGTERM, then SIGKILL for what is still there after `STOP_TIMEOUT_S`. Returns False if some of it is another
     user's by now, as through sudo, and so still there.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     number: int = signal.SIGTERM
     patience_s, permitted = _KILL_TIMEOUT_S, True
     while True:
         try:
             os.killpg(child.pid, number)
         except PermissionError:
-            patience_s, permitted = timeout_s, False
+            patience_s, permitted = STOP_TIMEOUT_S, False
             break
         except OSError:  # nothing is there any more
             break

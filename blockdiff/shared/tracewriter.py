@@ -125,7 +125,7 @@ class _TracedLink(wire.Link):
         self,
         report: "Callable[[str], None]",
         carrier: wire.Carrier,
-        silence_s: float = wire.SILENCE_S,
+        silence_s: float,
         stall_s: "Optional[float]" = None,
         crc32: "Callable[[wire.Buffer, int], int]" = zlib.crc32,
     ) -> None:
@@ -196,11 +196,11 @@ class AgentLink(_TracedLink):
     So the thread that receives never sends, and never waits for a server that takes nothing.
     """
 
-    def __init__(self, carrier: wire.Carrier) -> None:
+    def __init__(self, carrier: wire.Carrier, silence_s: float) -> None:
         self._lines: "deque[str]" = deque()
         self._begun = time.monotonic()
         self._reporting = threading.Lock()
-        super().__init__(self.report, carrier)
+        super().__init__(self.report, carrier, silence_s)
         self.report("python {} on {}, process {}".format(sys.version.split()[0], sys.platform, os.getpid()))
 
     def report(self, text: str) -> None:

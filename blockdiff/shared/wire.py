@@ -317,9 +317,9 @@ class Link:
 
 
 class Heartbeat:
-    """A thread that keeps saying ALIVE over a link, from `start` to `stop` or to the end of the link."""
+    """A thread that says ALIVE over a link every `interval_s` seconds, from `start` to `stop` or to the link's end."""
 
-    def __init__(self, link: Link, interval_s: float = HEARTBEAT_S) -> None:
+    def __init__(self, link: Link, interval_s: float) -> None:
         self._link = link
         self._interval_s = interval_s
         self._stopped = threading.Event()

@@ -15,7 +15,7 @@ from typing import cast
 import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
-from blockdiff.shared import pipeline, process, wire
+from blockdiff.shared import pipeline, process, signals, wire
 from blockdiff.shared.errors import BlockdiffError, ConnectionLost
 from blockdiff.transport import advice, bundle, sshconfig
 from blockdiff.transport.address import Address
@@ -145,7 +145,7 @@ class ParamikoConnection(Connection):
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
         """See `connection.Connection`."""
-        process.undisturbed(lambda: self._send(parts), self._client.close)
+        signals.undisturbed(lambda: self._send(parts), self._client.close)
 
     def _send(self, parts: Sequence[wire.Buffer]) -> None:
         try:
