@@ -50,6 +50,15 @@ def read_delta(generation: Generation, file: codec.Readable) -> Iterator[DeltaRe
         yield reader
 
 
+def check_table(generation: Generation, reader: DeltaReader, table: TableReader) -> None:
+    """Raise `DamagedError` unless a delta that was read to its end was written with this digest table."""
+    if reader.table_sha256 not in (None, table.sha256()):
+        raise DamagedError(
+            f"{generation.path(generation.table_suffix)} is not the table that the delta was written with",
+            "restore it from a copy",
+        )
+
+
 def digested(runs: Iterable[Run], hasher: Hasher) -> Iterator[tuple[Run, bytes]]:
     """Yield the runs of a delta with the joined digests of their blocks, computed by several threads."""
 
@@ -104,11 +113,8 @@ class _Merger:
             missing = self._missing(reader, generation is self._generation)
             for length in pipeline.in_order(check_and_write, deltafile.together(missing)):
                 advance(length)
-            if generation is self._generation and reader.table_sha256 not in (None, self._table.sha256()):
-                raise DamagedError(
-                    f"{generation.path(generation.table_suffix)} is not the table that the delta was written with",
-                    "restore it from a copy",
-                )
+            if generation is self._generation:
+                check_table(generation, reader, self._table)
 
     def _check_size(self) -> None:
         if self.image_size is not None and block_count(self.image_size, self._table.block_size) != self._table.count:

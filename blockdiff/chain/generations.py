@@ -3,11 +3,13 @@
 Nothing here writes; `commit` does.
 """
 
+import copy
 import os
 import shlex
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
+from typing import BinaryIO
 
 from blockdiff.chain.durable import Directory
 from blockdiff.chain.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Inventory
@@ -32,13 +34,32 @@ _TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
 
 
 class Generation:
-    """The files of one generation, as far as they are there. Its manifest is read when it is asked for, once."""
+    """The files of one generation, as far as they are there. Its manifest is read when it is asked for, once.
 
-    def __init__(self, directory: Directory, base: str, number: int, suffixes: set[str]) -> None:
+    `table` is what is read in place of its digest table.
+    """
+
+    def __init__(
+        self, directory: Directory, base: str, number: int, suffixes: set[str], table: BinaryIO | None = None
+    ) -> None:
         self.directory = directory
         self.base = base
         self.number = number
         self.suffixes = suffixes
+        self._table = table
+
+    def with_table(self, table: BinaryIO) -> "Generation":
+        """Return it as it will be when the digest table that its manifest knows is there again, with this content."""
+        assert self.manifest is not None, "only a manifest knows which table was lost"
+        suffixes = self.suffixes | {self.manifest.table.suffix}
+        return Generation(self.directory, self.base, self.number, suffixes, table)
+
+    def bare(self) -> "Generation":
+        """Return it as it would be without a manifest; which of two files is its own the manifest has still said."""
+        suffixes = self.suffixes - {MANIFEST_SUFFIX}
+        if self.manifest is not None:
+            suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - {self.manifest.delta.suffix, self.manifest.table.suffix}
+        return Generation(self.directory, self.base, self.number, suffixes, self._table)
 
     @cached_property
     def _read(self) -> tuple[Manifest | None, str | None, DamagedError | None]:
@@ -73,10 +94,6 @@ class Generation:
     def manifest_error(self) -> DamagedError | None:
         """What is wrong with the manifest, if it is damaged."""
         return self._read[2]
-
-    def forget_manifest(self) -> None:
-        """Be a generation without a manifest from now on."""
-        self._read = None, None, None
 
     def name(self, suffix: str) -> str:
         """Return the name of the file with this suffix."""
@@ -138,7 +155,7 @@ class Generation:
         if self.manifest_error is not None:
             raise self.manifest_error
         for suffix in (self.delta_suffix, self.table_suffix):
-            size = self.directory.size_of(self.name(suffix))
+            size = self.stored_size(suffix)
             stored = self.manifest and (self.manifest.delta if suffix == self.delta_suffix else self.manifest.table)
             if stored and size != stored.size:
                 raise DamagedError(f"{self.path(suffix)} has {size} bytes instead of {stored.size}")
@@ -149,16 +166,23 @@ class Generation:
         A manifest knows its checksum, which covers every byte; without one only its form can be checked.
         """
         suffix = self.table_suffix
-        table = TableReader(self.directory.open(self.name(suffix)), self.path(suffix), DIGEST_SIZES[self.digest])
+        fd = self.directory.open(self.name(suffix)) if self._table is None else os.dup(self._table.fileno())
+        table = TableReader(fd, self.path(suffix), DIGEST_SIZES[self.digest])
         if self.manifest is not None and checksum.of_sha256(table.sha256()) != self.manifest.table.checksum:
             table.__exit__()
             raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
         return table
 
+    def stored_size(self, suffix: str) -> int | None:
+        """Return the size of the file with this suffix in bytes, None if there is none; raises like `open`."""
+        if self._table is not None and suffix in TABLE_SUFFIXES:
+            return os.fstat(self._table.fileno()).st_size
+        return self.directory.size_of(self.name(suffix))
+
     def size_of(self, suffix: str) -> int:
         """Return the size of the file with this suffix in bytes, 0 if it is not a file that can be looked at."""
         try:
-            return self.directory.size_of(self.name(suffix)) or 0
+            return self.stored_size(suffix) or 0
         except (DamagedError, StorageError):
             return 0
 
@@ -223,6 +247,12 @@ class Chain:
             number: Generation(self.directory, self.base, number, suffixes)
             for number, suffixes in inventory.generations(self.base).items()
         }
+
+    def seen_with(self, generations: dict[int, Generation]) -> "Chain":
+        """Return the chain as if it had these generations; it is read through this one, which stays open."""
+        seen = copy.copy(self)
+        seen.generations = generations
+        return seen
 
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.

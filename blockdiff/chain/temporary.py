@@ -17,6 +17,16 @@ def unnamed_file() -> BinaryIO:
         raise failed(error) from error
 
 
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of `data` to a file without a name. Raises `BlockdiffError` if there is no room."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:
+        raise failed(error) from error
+
+
 @contextmanager
 def directory() -> Iterator[str]:
     """Yield the path of a new directory of ours alone. Raises `BlockdiffError` if there is no place for it."""

@@ -92,13 +92,8 @@ def _check_delta(generation: Generation, table: TableReader, advance: Callable[[
                     )
                 carried[first : first + count] = b"\1" * count
                 advance(run.length)
-        known = generation.manifest
-        if known is not None and file.checksum() != known.delta.checksum:
-            raise DamagedError(f"{where} is damaged: its checksum is not the manifest's", "restore it from a copy")
-        if reader.table_sha256 not in (None, table.sha256()):
-            raise DamagedError(
-                f"{generation.path(generation.table_suffix)} is not the table that {where} was made with"
-            )
+        file.check(generation)
+        merge.check_table(generation, reader, table)
     return carried
 
 

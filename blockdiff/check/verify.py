@@ -16,7 +16,7 @@ from blockdiff.chain.generations import Chain, Generation, missing
 from blockdiff.chain.inventory import MANIFEST_SUFFIX
 from blockdiff.format import checksum
 from blockdiff.format.checksum import Checksum
-from blockdiff.format.deltafile import DeltaReader, Sink
+from blockdiff.format.deltafile import DeltaReader
 from blockdiff.format.digesttable import PART_BLOCKS, TableReader, TableWriter, first_difference, sparse_count
 from blockdiff.format.manifest import Manifest
 from blockdiff.shared import trace
@@ -27,10 +27,15 @@ from blockdiff.shared.runs import Run
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found of one generation; `error` is None for a sound one."""
+    """What `verify` found of one generation; `error` is None for a sound one.
+
+    `table` is the digest table that the generation has lost, if the deltas still make exactly the one that its manifest
+    knows: a file without a name, which is open as long as the `Verifier`.
+    """
 
     number: int
     error: BlockdiffError | None
+    table: BinaryIO | None = None
 
 
 class CheckedFile:
@@ -38,6 +43,7 @@ class CheckedFile:
 
     def __init__(self, file: BinaryIO, known: Manifest | None = None) -> None:
         self._file = file
+        self._known = known
         algorithm = checksum.algorithm(known.delta.checksum) if known is not None else None
         self._checksum = Checksum(algorithm or checksum.OF_DELTAS)
 
@@ -50,6 +56,23 @@ class CheckedFile:
     def checksum(self) -> str:
         """Return the checksum of what was read."""
         return self._checksum.text()
+
+    def check(self, generation: Generation) -> None:
+        """Raise `DamagedError` unless what was read, all of the delta, is what the manifest knows, if there is one."""
+        if self._known is not None and self.checksum() != self._known.delta.checksum:
+            where = generation.path(self._known.delta.suffix)
+            raise DamagedError(f"{where} is damaged: its checksum is not the manifest's", "restore it from a copy")
+
+
+class _Whole:
+    """Writes to a file without a name, all or nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`; raises `BlockdiffError` if there is no room."""
+        temporary.write_all(self._file, data)
 
 
 class _Newest:
@@ -65,13 +88,8 @@ class _Newest:
         self._file.close()
 
     def put(self, first: int, digests: bytes) -> None:
-        view = memoryview(digests)
         self._file.seek(first * self.digest_size)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            raise temporary.failed(error) from error
+        temporary.write_all(self._file, digests)
 
     def get(self, first: int, count: int) -> bytes:
         """Return the digests of `count` blocks, zero bytes for blocks that no delta had."""
@@ -108,17 +126,20 @@ class Verifier:
         self._is_as_written = False
         #: What could not be read last, for a sentence: younger generations may need it.
         self._lost: str | None = None
+        self._tables = ExitStack()
 
     def __enter__(self) -> "Verifier":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._forget()
+        self._tables.close()
 
     def all(self, limit: int | None = None) -> Iterator[Verdict]:
         """Yield the verdict on every generation from the first that is there to `limit` or the last complete one."""
         for first, last in self._chain.spans(self._chain.last() if limit is None else limit):
             yield self._verify(first) if first in self._chain.generations else self._missing(first, last)
+        self._forget()
 
     def one(self, number: int) -> Verdict:
         """Return the verdict on one generation; the older ones are read as far as a restore would read them."""
@@ -126,22 +147,6 @@ class Verifier:
         for older in range(oldest, number):
             self._verify(older)
         return self._verify(number)
-
-    def write_table(self, known: Manifest, sink: Sink) -> bool:
-        """Write the digest table that the deltas make for the generation of the last verdict (manifest: `known`).
-
-        Return whether it is the one that the manifest knows, and so is the generation's delta.
-        """
-        if not self._is_as_written:
-            return False
-        newest = self._newest
-        assert newest is not None, "a delta was read"
-        hasher = Hasher(newest.digest, newest.block_size)
-        writer = TableWriter(sink, hasher, sparse_count(hasher, known.delta_format, known.image_size))
-        for first in range(0, known.blocks, PART_BLOCKS):
-            writer.append(newest.get(first, min(PART_BLOCKS, known.blocks - first)))
-        writer.finish()
-        return checksum.of_sha256(writer.sha256()) == known.table.checksum
 
     def _forget(self) -> None:
         if self._newest is not None:
@@ -161,7 +166,22 @@ class Verifier:
         ]
         if not any(errors):
             errors.append(self._try(lambda: self._compare(generation)))
-        return Verdict(number, next((error for error in errors if error is not None), None))
+        error = next((error for error in errors if error is not None), None)
+        return Verdict(number, error, None if error is None else self._lost_table(generation))
+
+    def _lost_table(self, generation: Generation) -> BinaryIO | None:
+        """Return the table that a generation lacks, if its delta is as it was written and the deltas make the table."""
+        known, newest = generation.manifest, self._newest
+        if known is None or newest is None or not self._is_as_written or _has_table(generation):
+            return None
+        hasher = Hasher(newest.digest, newest.block_size)
+        file = self._tables.enter_context(temporary.unnamed_file())
+        count = sparse_count(hasher, known.delta_format, known.image_size)
+        writer = TableWriter(_Whole(file), hasher, count)
+        for first in range(0, known.blocks, PART_BLOCKS):
+            writer.append(newest.get(first, min(PART_BLOCKS, known.blocks - first)))
+        writer.finish()
+        return file if checksum.of_sha256(writer.sha256()) == known.table.checksum else None
 
     def _missing(self, first: int, last: int) -> Verdict:
         self._forget()
@@ -204,11 +224,11 @@ class Verifier:
         known = generation.manifest
         if known is not None and known.full:
             self._lost = None
-        self._is_as_written = known is not None and file.checksum() == known.delta.checksum
-        if known is not None and not self._is_as_written:
-            raise DamagedError(f"{generation.path(known.delta.suffix)} is damaged: its checksum is not the manifest's")
+        file.check(generation)
+        self._is_as_written = known is not None
         if reader.table_sha256 is not None:
-            self._check_table(generation, reader.table_sha256)
+            with generation.open_table() as table:
+                merge.check_table(generation, reader, table)
 
     def _prepare(self, generation: Generation, reader: DeltaReader) -> None:
         newest = self._newest
@@ -253,14 +273,6 @@ class Verifier:
         if failures:
             raise failures[0]
 
-    @staticmethod
-    def _check_table(generation: Generation, sha256: str) -> None:
-        with generation.open_table() as table:
-            if table.sha256() != sha256:
-                raise DamagedError(
-                    f"{generation.path(generation.table_suffix)} is not the table that the delta was written with"
-                )
-
     def _compare(self, generation: Generation) -> None:
         """Raise `DamagedError` unless the newest digests are those of the generation's table."""
         assert self._newest is not None
@@ -295,6 +307,14 @@ class Verifier:
         if self._lost is None:
             return DamagedError(f"the block at offset {offset} of {generation.path()} is in none of the deltas", hint)
         return DamagedError(f"it needs {self._lost}", hint)
+
+
+def _has_table(generation: Generation) -> bool:
+    try:
+        with generation.open_table():
+            return True
+    except DamagedError:
+        return False
 
 
 def _most_blocks(generation: Generation) -> int:

@@ -36,7 +36,7 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
       blockdiff repair /var/backup/web1 --source root@web2:/srv/web1.img
     """
     if source is not None:
-        _report(name, _rename(name, address.parse(source), dry_run), repair.Findings(), dry_run, as_json)
+        _report(name, _rename(name, address.parse(source), dry_run), repair.Plan(), dry_run, as_json)
         return
     told: list[str] = []
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
             chain.generation(None)  # says what is not there
         progress.begin(None)
         if dry_run:
-            findings = repair.examine(chain, progress.advance)
+            plan = stack.enter_context(repair.planned(chain, progress.advance))
         else:
 
             def tell(text: str) -> None:
@@ -55,14 +55,14 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
                     with progress.aside():
                         click.echo(text)
 
-            findings = repair.repair(name, progress.advance, tell)
+            plan = repair.repair(name, progress.advance, tell)
     if as_json or dry_run:
-        _report(name, told or [deed.text for deed in findings.deeds], findings, dry_run, as_json)
-    for number, why in findings.lost.items():
+        _report(name, told or [deed.text for deed in plan.deeds], plan, dry_run, as_json)
+    for number, why in plan.lost.items():
         say(f"generation {number} is lost: {printable(why)}")
-    if findings.advice is not None:
-        click.echo(f"  {printable(findings.advice)}", err=True)
-    if findings.lost:
+    if plan.advice is not None:
+        click.echo(f"  {printable(plan.advice)}", err=True)
+    if plan.lost:
         sys.exit(EXIT_DAMAGED)
 
 
@@ -75,11 +75,11 @@ def _rename(name: str, where: Address, dry_run: bool) -> list[str]:
         return [] if found is None else [found]
 
 
-def _report(name: str, deeds: list[str], findings: repair.Findings, dry_run: bool, as_json: bool) -> None:
+def _report(name: str, deeds: list[str], plan: repair.Plan, dry_run: bool, as_json: bool) -> None:
     if not as_json:
         for text in deeds:
             click.echo(f"would be done: {text}" if dry_run else text)
         return
-    lost = [{"generation": number, "problem": why} for number, why in findings.lost.items()]
-    found = {"name": name, "dry_run": dry_run, "deeds": deeds, "lost": lost, "advice": findings.advice}
+    lost = [{"generation": number, "problem": why} for number, why in plan.lost.items()]
+    found = {"name": name, "dry_run": dry_run, "deeds": deeds, "lost": lost, "advice": plan.advice}
     click.echo(json.dumps(found, indent=1))

@@ -452,7 +452,7 @@ for _ in range(2):
         if state == extents.SAME and before != after:
             faults.append(["not the same", start, end])
         if state == extents.ZEROS and after.strip(bytes(1)):
-            faults.append(["no hole", start, end])
+            faults.append(["not zeros", start, end])
         data += (end - start) * (state == extents.DATA)
     if position != size:
         faults.append(["short", position])
@@ -495,7 +495,7 @@ json.dump([nothing, wrong, position, data, new.data_percent], sys.stdout)
         "7",
     )
     assert isinstance(found, list)
-    assert found[:3] == [[[0, 100 * MIB, "hole"]], [], 100 * MIB]
+    assert found[:3] == [[[0, 100 * MIB, "zeros"]], [], 100 * MIB]
     assert found[3] == pytest.approx(found[4] * MIB, abs=0.01 * MIB)  # of 100 MiB, as LVM counts it
     assert held(volume_group) == "-"
 
@@ -523,7 +523,7 @@ json.dump(sizes, sys.stdout)
         uuid,
     )
     assert isinstance(found, dict)
-    assert found["hole"] >= 18 * MIB
+    assert found["zeros"] >= 18 * MIB
     assert sum(found.values()) == 128 * MIB
 
 
@@ -670,7 +670,7 @@ json.dump(refusal(lvm.Snapshot(find(path), "50%").__enter__), sys.stdout)
     finally:
         package.run("pkill -CONT -x systemd-udevd || pkill -CONT -f systemd-udevd")
     start = f"SourceError: cannot make a snapshot of {name}/lv: lvcreate did not end within 20 s, and process "
-    assert said.startswith(start) and said.endswith(" is still there: it waits for udev, which does not answer")
+    assert said.startswith(start) and said.endswith(" is still running: it waits for udev, which does not answer")
     package.run("while pgrep -x lvcreate; do sleep 0.1; done")
     notes = done(package, path, "json.dump(lvm.sweep(lvm.abandoned(find(path))), sys.stdout)")
     assert isinstance(notes, list) and len(notes) == 1

@@ -1,0 +1,87 @@
+"""Find out what every generation of a chain is worth: what can be restored, and what follows from what is left.
+
+Only reads. A generation is sound if the digests of its blocks are those of its table. A table that is lost is made of
+the deltas, and what it proves counts as if it were there. If a manifest is missing or does not fit, its generation is
+looked at once more without any manifest: the files prove what they hold.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from blockdiff.chain.generations import Chain, Generation
+from blockdiff.check.verify import Verdict, Verifier
+from blockdiff.shared.errors import StorageError
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of one generation.
+
+    `generation` is what its files are, with the digest table that was made of the deltas, if there is such a `table`;
+    None where no file is there. `error` says why it cannot be restored, None if it can. `has_manifest` is whether it
+    has the manifest of a sound generation.
+    """
+
+    number: int
+    generation: Generation | None
+    error: str | None
+    has_manifest: bool = False
+    table: BinaryIO | None = None
+
+
+def diagnose(chain: Chain, last: int, files: ExitStack, advance: Advance) -> dict[int, Diagnosis]:
+    """Return what is known of each generation up to `last`, complete or not, by number.
+
+    A gap has one entry, for its first generation. `files` keeps the tables open. `advance` gets the bytes that were
+    read. Raises `StorageError` if something cannot be read now, which need not be broken.
+    """
+    if not last:
+        return {}
+    tables: dict[int, BinaryIO] = {}
+    while True:
+        seen = chain.seen_with(
+            {n: each.with_table(tables[n]) if n in tables else each for n, each in chain.generations.items()}
+        )
+        verdicts = _verdicts(seen, last, files, advance, with_manifests=True)
+        made = {n: verdict.table for n, verdict in verdicts.items() if verdict.table is not None}
+        if not made:
+            break
+        tables.update(made)  # they may prove other generations
+    sound = {n for n, verdict in verdicts.items() if verdict.error is None}
+    by_files = _sound_by_files(seen, sound, last, files, advance) if len(sound) < len(verdicts) else set()
+    found = {}
+    for n, verdict in verdicts.items():
+        generation = seen.generations.get(n)
+        error = None if n in by_files or verdict.error is None else verdict.error.message
+        has_manifest = n in sound and generation is not None and generation.manifest is not None
+        found[n] = Diagnosis(n, generation, error, has_manifest, tables.get(n))
+    return found
+
+
+def _sound_by_files(chain: Chain, sound: set[int], last: int, files: ExitStack, advance: Advance) -> set[int]:
+    """Return the generations that can be restored if no manifest is believed.
+
+    A generation of another chain may be sound in itself, and is not ours.
+    """
+    bare = chain.seen_with({n: each.bare() for n, each in chain.generations.items()})
+    ours = {chain.generations[n].chain_id for n in sound} - {None}
+    return {
+        n
+        for n, verdict in _verdicts(bare, last, files, advance, with_manifests=False).items()
+        if verdict.error is None and (not ours or chain.generations[n].chain_id in {None, *ours})
+    }
+
+
+def _verdicts(chain: Chain, last: int, files: ExitStack, advance: Advance, with_manifests: bool) -> dict[int, Verdict]:
+    verifier = files.enter_context(Verifier(chain, advance, with_manifests))
+    found = {}
+    for verdict in verifier.all(last):
+        for error in (verdict.error, verdict.error and verdict.error.__cause__):
+            if isinstance(error, StorageError):  # what cannot be read now need not be broken
+                raise error
+        found[verdict.number] = verdict
+    return found
