@@ -251,7 +251,7 @@ def test_what_is_zero_already_is_left_alone(large_tmp_path: Path, device: Path, 
 
 
 @pytest.mark.parametrize("salvages", [False, True])
-def test_a_restore_that_is_stopped_says_that_the_device_is_a_mixture(
+def test_a_restore_that_is_stopped_says_that_the_device_is_incomplete(
     large_tmp_path: Path, device: Path, salvages: bool
 ) -> None:
     chain = chains.new_chain(large_tmp_path)

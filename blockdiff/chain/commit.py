@@ -297,7 +297,7 @@ class NewGeneration:
         What cannot be removed is left to the next run: the error that brought us here is the one to report.
         """
         for file in self._files:
-            file.__exit__(None, None, None)
+            file.close()
         if not self._committed:
             for suffix in reversed(self._suffixes):
                 self._undo_link(suffix)

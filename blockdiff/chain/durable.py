@@ -59,6 +59,10 @@ class OutputFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, if it is open."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
             os.close(fd)
@@ -151,6 +155,10 @@ class Directory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it."""
         try:
             os.close(self._fd)
         except OSError:

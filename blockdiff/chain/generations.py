@@ -169,7 +169,7 @@ class Generation:
         fd = self.directory.open(self.name(suffix)) if self._table is None else os.dup(self._table.fileno())
         table = TableReader(fd, self.path(suffix), DIGEST_SIZES[self.digest])
         if self.manifest is not None and checksum.of_sha256(table.sha256()) != self.manifest.table.checksum:
-            table.__exit__()
+            table.close()
             raise DamagedError(f"{self.path(suffix)} is damaged: its checksum is not that in the manifest", _TABLE_HINT)
         return table
 
@@ -228,7 +228,7 @@ class Chain:
 
     def close(self) -> None:
         """Close the directory."""
-        self.directory.__exit__(None, None, None)
+        self.directory.close()
 
     def path_of(self, suffix: str) -> str:
         """Return the path of a file of the chain, fit for a message."""

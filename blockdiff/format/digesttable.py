@@ -108,6 +108,10 @@ class TableReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its descriptor."""
         os.close(self._fd)
 
     def _plain(self, first: bytes) -> _Layout:

@@ -40,13 +40,17 @@ class Freeze:
                 _run("--before", self._before, self._held_open())
         except BaseException as error:
             if begun:
-                self.__exit__(None, error, None)
+                self._end(error)
             elif self._guard is not None:
                 _dismiss(self._guard)
             raise
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._end(error)
+
+    def _end(self, error: object) -> None:
+        """Let the host continue; what fails then is added to the error that there is already."""
         try:
             signals.undisturbed(self._thaw)
         except SourceError as failure:

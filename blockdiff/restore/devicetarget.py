@@ -78,7 +78,7 @@ class DeviceTarget(OffsetWriter):
             if not self._force:
                 self._refuse_data(size)
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
         return self
 

@@ -4,7 +4,6 @@ import errno
 import os
 import secrets
 import shlex
-from types import TracebackType
 
 from blockdiff.restore import inuse
 from blockdiff.restore.offsetwriter import OffsetWriter
@@ -37,13 +36,14 @@ class FileTarget(OffsetWriter):
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self._failed("create", error) from error
-        except BaseException:  # a signal that came just now: nobody calls __exit__ for us
-            self.__exit__(None, None, None)
+        except BaseException:  # a signal that came just now: nobody else closes it
+            self.close()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        super().__exit__(kind, error, tb)
+    def close(self) -> None:
+        """Close it, and remove what has no name of the user's yet."""
+        super().close()
         try:
             os.unlink(self._temporary)
         except OSError:

@@ -52,6 +52,10 @@ class OffsetWriter:
         self._fd = -1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, if it is open."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -225,7 +225,7 @@ def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[D
         (GENTLE_TIMEOUT_S, None),
     ):
         if output.wait(patience_s):
-            child.__exit__(None, None, None)
+            _close_pipes(child)
             trace.child_ended(child)
             if late and child.returncode != 0:
                 raise DeadlineError(arguments, timeout_s)
@@ -348,5 +348,12 @@ def started(
             if child.poll() is None:
                 LEFT_ALONE.append(child)
             else:
-                child.__exit__(None, None, None)
+                _close_pipes(child)
             trace.child_ended(child)
+
+
+def _close_pipes(child: "subprocess.Popen[bytes]") -> None:
+    """Close our ends of the pipes of a child that has ended."""
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
