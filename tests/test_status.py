@@ -9,11 +9,11 @@ import pytest
 
 from blockdiff import backup
 from blockdiff.backup import Options
-from blockdiff.chain import clock, listing, status
+from blockdiff.chain import clock, listing, monitoring
 from blockdiff.chain.commit import LockedChain
 from blockdiff.chain.durable import Directory
 from blockdiff.chain.generations import Chain
-from blockdiff.chain.status import State
+from blockdiff.chain.monitoring import State
 from blockdiff.cli import status as status_command
 from blockdiff.format import manifest
 from blockdiff.transport.address import Address
@@ -35,8 +35,8 @@ def finished(chain: SmallChain) -> float:
     return found
 
 
-def look(chain: SmallChain, age_s: float = HOUR_S, max_age_s: float = 26 * HOUR_S) -> status.Status:
-    return status.look(chain.name, max_age_s, finished(chain) + age_s)
+def look(chain: SmallChain, age_s: float = HOUR_S, max_age_s: float = 26 * HOUR_S) -> monitoring.Status:
+    return monitoring.look(chain.name, max_age_s, finished(chain) + age_s)
 
 
 def told(*arguments: str | Path, state: State) -> str:
@@ -73,14 +73,14 @@ def test_a_generation_from_the_future_is_a_warning(chain: SmallChain) -> None:
 def test_a_missing_file_is_critical(chain: SmallChain, suffix: str) -> None:
     when = finished(chain)
     chain.file(suffix).unlink()
-    found = status.look(chain.name, HOUR_S, when)
+    found = monitoring.look(chain.name, HOUR_S, when)
     assert found.state == State.CRITICAL
     assert found.text == f"generation {suffix[1]} damaged: {chain.file(suffix)} is missing"
 
 
 def test_a_last_generation_without_its_manifest_is_a_warning(chain: SmallChain) -> None:
     chain.file(".3.json").unlink()
-    found = status.look(chain.name, HOUR_S, chain.file(".3.gz").stat().st_mtime)
+    found = monitoring.look(chain.name, HOUR_S, chain.file(".3.gz").stat().st_mtime)
     assert (found.state, found.text) == (
         State.WARNING,
         "generation 3 is 0min old, and has no manifest, unlike others before it",
@@ -94,15 +94,15 @@ def test_damage_in_many_generations_is_told_in_short(tmp_path: Path) -> None:
     when = finished(chain)
     for path in chain.directory.glob("disk.*.gz"):
         path.write_bytes(b"short")
-    assert status.look(chain.name, HOUR_S, when).text.startswith("generation 1, 2, 3, 4, 5, … damaged: ")
+    assert monitoring.look(chain.name, HOUR_S, when).text.startswith("generation 1, 2, 3, 4, 5, … damaged: ")
 
 
 def test_a_chain_without_version_file_and_manifests_is_critical(tmp_path: Path) -> None:
     chain = chains.three_days(tmp_path, Options(block_size=BLOCK, delta_format=1, digest="md5"))
     chains.without_manifests(chain)
-    assert status.look(chain.name, HOUR_S, os.stat(chain.file(".3.gz")).st_mtime).state == State.OK
+    assert monitoring.look(chain.name, HOUR_S, os.stat(chain.file(".3.gz")).st_mtime).state == State.OK
     chain.file(".ver").unlink()
-    found = status.look(chain.name, HOUR_S, 0)
+    found = monitoring.look(chain.name, HOUR_S, 0)
     assert found.state == State.CRITICAL and "says which" not in found.text
     assert found.text.startswith(f"{chain.file('.ver')} is missing")
 
@@ -111,13 +111,13 @@ def test_a_run_that_was_cut_off_is_a_warning(chain: SmallChain, monkeypatch: pyt
     when = finished(chain)
     with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])
-    found = status.look(chain.name, HOUR_S, when + 60)
+    found = monitoring.look(chain.name, HOUR_S, when + 60)
     assert (found.state, found.text) == (State.WARNING, "generation 3 is 1min old, and a run after it was cut off")
 
 
 def test_no_chain_is_critical_and_no_directory_unknown(tmp_path: Path) -> None:
-    assert status.look(f"{tmp_path}/none", HOUR_S, 0).state == State.CRITICAL
-    found = status.look(f"{tmp_path}/none/none", HOUR_S, 0)
+    assert monitoring.look(f"{tmp_path}/none", HOUR_S, 0).state == State.CRITICAL
+    found = monitoring.look(f"{tmp_path}/none/none", HOUR_S, 0)
     assert found.state == State.UNKNOWN and found.text.startswith("cannot open the backup directory")
 
 
@@ -127,17 +127,17 @@ def test_the_newest_of_the_chains_of_a_period_counts(tmp_path: Path) -> None:
     for period in ("-202610", "-202611"):
         backup.backup(chain.name + period, Address(None, str(chain.source)), Options(block_size=BLOCK))
     (chain.directory / "disk-other.ver").write_bytes(b"7\n")
-    found = status.look(chain.name, HOUR_S, 0)
+    found = monitoring.look(chain.name, HOUR_S, 0)
     assert found.name == chain.name and found.generation == 1
     assert found.chain is not None and re.fullmatch(r".*/disk-20261[01]", found.chain)
     for path in chain.directory.glob("disk-202611.*"):
         path.unlink()
-    assert status.look(chain.name, HOUR_S, 0).chain == f"{chain.name}-202610"
+    assert monitoring.look(chain.name, HOUR_S, 0).chain == f"{chain.name}-202610"
 
 
 def test_the_worst_state_is_that_of_all() -> None:
     def of(*states: State) -> State:
-        return status.worst(status.Status("x", state, "") for state in states)
+        return monitoring.worst(monitoring.Status("x", state, "") for state in states)
 
     assert of(State.OK, State.WARNING) == State.WARNING
     assert of(State.OK, State.UNKNOWN, State.WARNING) == State.UNKNOWN
@@ -287,7 +287,7 @@ def test_a_period_that_has_lost_its_version_file_is_not_passed_over(tmp_path: Pa
             path.unlink()
         else:
             os.utime(path, (finished(old) + 60, finished(old) + 60))
-    found = status.look(chain.name, HOUR_S, finished(old) + 60)
+    found = monitoring.look(chain.name, HOUR_S, finished(old) + 60)
     assert (found.state, found.chain) == (State.CRITICAL, new.name)
 
 
@@ -349,8 +349,8 @@ def test_a_chain_of_the_future_is_not_the_newest_for_ever(tmp_path: Path) -> Non
         known = opened.generations[1].manifest
         assert known is not None
     future.file(".1.json").write_bytes(replace(known, finished="2099-01-01T00:00:00+00:00").to_bytes())
-    assert status.look(chain.name, HOUR_S, finished(present)).chain == present.name
-    assert status.look(chain.name, HOUR_S, 0.0).chain == future.name
+    assert monitoring.look(chain.name, HOUR_S, finished(present)).chain == present.name
+    assert monitoring.look(chain.name, HOUR_S, 0.0).chain == future.name
 
 
 def test_a_first_run_that_is_at_work_is_a_warning(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_directory_is_listed_once_for_all_its_chains(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Directory, "names", noted_names)
     monkeypatch.setattr(manifest, "from_bytes", noted_parse)
-    found = status.look_at_all(names, HOUR_S, when)
+    found = monitoring.look_at_all(names, HOUR_S, when)
     assert {each.state for each in found} == {State.OK}
     assert len(listings) <= 3
     assert len(parsed) <= 30 * (2 + 2)  # the last of each chain, all of the newest

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import click
 
-from blockdiff.chain import clock, status
+from blockdiff.chain import clock, monitoring
 from blockdiff.cli import completion
 from blockdiff.cli.output import say_error
 from blockdiff.shared.errors import StorageError, printable
@@ -37,7 +37,7 @@ class Age(click.ParamType[float]):
 class _UsageError(click.UsageError):
     """A usage error with the exit status of a plug-in."""
 
-    exit_code = status.State.UNKNOWN
+    exit_code = monitoring.State.UNKNOWN
 
 
 class _Plugin(click.Command):
@@ -74,21 +74,21 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, me
     Example:
       blockdiff status /var/backup/web1 /var/backup/vm7 --max-age 26h
     """
-    found = status.look_at_all(dict.fromkeys(names), max_age, time.time())
+    found = monitoring.look_at_all(dict.fromkeys(names), max_age, time.time())
     if metrics is not None:
         try:
-            _write(metrics, status.prometheus(found))
+            _write(metrics, monitoring.prometheus(found))
         except StorageError as error:
             say_error(error)
-            found.append(status.Status(metrics, status.State.UNKNOWN, error.message))
+            found.append(monitoring.Status(metrics, monitoring.State.UNKNOWN, error.message))
     if as_json:
         click.echo(json.dumps([_summary(each) for each in found], indent=1))
     else:
-        click.echo(status.tap(found) if tap else status.nagios(found, max_age))
-    sys.exit(status.worst(found))
+        click.echo(monitoring.tap(found) if tap else monitoring.nagios(found, max_age))
+    sys.exit(monitoring.worst(found))
 
 
-def _summary(found: status.Status) -> dict[str, object]:
+def _summary(found: monitoring.Status) -> dict[str, object]:
     """Return how a chain is doing, in the words of `list --json`."""
     return {
         "name": found.name,
