@@ -24,7 +24,7 @@ from blockdiff.transport.address import Address
 @click.option("--remove", multiple=True, metavar="GROUP/NAME", help="Remove this snapshot. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option(
-    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
+    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, if it is installed."
 )
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 def command(
