@@ -70,9 +70,7 @@ class SnapshotSize(click.ParamType[str]):
     type=click.Choice(["monthly", "weekly", "daily"]),
     help="Begin a new chain NAME-DATE each period.",
 )
-@click.option(
-    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, if it is installed."
-)
+@click.option("--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, if it is installed.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 @click.option("--bwlimit", type=ByteSize(), help="The most that the host may send in a second.")
 @click.option(
