@@ -144,7 +144,7 @@ def test_what_the_command_leaves_behind_with_its_output_open_is_not_waited_for(t
     (tmp_path / "go").touch()
     wait_for((tmp_path / "done").exists, "what was left running")
     assert (status, said) == (2, "")
-    left = "what the command left running still has its output open; it is logged no more"
+    left = "what the command left running still has its output open; it is no longer logged"
     assert shown.splitlines()[1:] == ["told", left, EXITED % 2]
     assert log.read_text() == RULE + shown
 

@@ -1,1 +1,1 @@
-"""Prove that a chain restores, compare it with its source, and put it in order."""
+"""Prove that a chain restores, compare it with its source, and repair it."""

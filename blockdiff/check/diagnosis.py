@@ -1,8 +1,8 @@
-"""Find out what every generation of a chain is worth: what can be restored, and what follows from what is left.
+"""Find out which generations of a chain can be restored, and what can be rebuilt from the files that are left.
 
-Only reads. A generation is sound if the digests of its blocks are those of its table. A table that is lost is made of
-the deltas, and what it proves counts as if it were there. If a manifest is missing or does not fit, its generation is
-looked at once more without any manifest: the files prove what they hold.
+Only reads. A generation is sound if the digests of its blocks are those of its table. A table that is lost is
+rebuilt from the deltas; what it proves counts as well. If a manifest is missing or does not fit, its generation is
+examined again without any manifest: the files prove what they hold.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Diagnosis:
     """What is known of one generation.
 
     `generation` is what its files are, with the digest table that was made of the deltas, if there is such a `table`;
-    None where no file is there. `error` says why it cannot be restored, None if it can. `has_manifest` is whether it
+    None if it has no file. `error` says why it cannot be restored, None if it can. `has_manifest` is whether it
     has the manifest of a sound generation.
     """
 
@@ -65,7 +65,7 @@ def diagnose(chain: Chain, last: int, files: ExitStack, advance: Advance) -> dic
 def _sound_by_files(chain: Chain, sound: set[int], last: int, files: ExitStack, advance: Advance) -> set[int]:
     """Return the generations that can be restored if no manifest is believed.
 
-    A generation of another chain may be sound in itself, and is not ours.
+    A generation of another chain may be sound, but it is not ours.
     """
     bare = chain.seen_with({n: each.bare() for n, each in chain.generations.items()})
     ours = {chain.generations[n].chain_id for n in sound} - {None}

@@ -1,6 +1,6 @@
 """Two other proofs beside `verify`: of one generation alone, and by merging an image.
 
-By itself a generation is proven like the step of an induction: what its delta carries has the digests of its table, and
+One generation alone is proven like the step of an induction: what its delta carries has the digests of its table, and
 the table agrees with the one before about everything else. If each generation passes, each restores exactly; and
 each can be looked at on another day.
 """
@@ -71,7 +71,7 @@ def _checked(chain: Chain, number: int) -> Generation:
 
 
 def _check_delta(generation: Generation, table: TableReader, advance: Callable[[int], object]) -> bytearray:
-    """Hold all that the delta carries against the table; return a byte for each block, 1 for those that it carries."""
+    """Check all that the delta carries against the table; return a byte for each block, 1 for those that it carries."""
     where = generation.path(generation.delta_suffix)
     hasher = Hasher(digest_named(generation.digest), table.block_size)
     carried = bytearray(table.count)

@@ -1,7 +1,7 @@
-"""Go on with a source that has another name now: its host was renamed, or its address is written otherwise.
+"""Continue with a source that has another name now: its host was renamed, or its address is written differently.
 
-A run compares its source with that of the last manifest. So that one alone gets the new name, and remembers the old
-one; the manifest that was there is set aside, and older generations keep saying what was so when they were made.
+A run compares its source with that of the last manifest. So only that manifest gets the new name, and keeps
+the old one as well. The former manifest is set aside, and older generations keep the name that they were made with.
 """
 
 from dataclasses import replace

@@ -1,12 +1,12 @@
-"""Put a chain in order: rebuild what can be derived, set aside what is broken.
+"""Repair a chain: rebuild what can be derived, set aside what is broken.
 
 A generation whose blocks are proven by its digest table stays, and gets a manifest if it has none that fits, or its
 digest table if only that is lost. After the last of these, what cannot be restored is set aside: renamed, not removed;
 the chain then continues there. Before it, what is broken stays, because younger generations may need its delta. If
 nothing can be restored, nothing is touched.
 
-First `diagnosis` finds out what is there, then a `Plan` says what is to be done: both only read. Then it is done. Run
-again, nothing is left to do.
+First `diagnosis` finds out what can be restored, then a `Plan` says what is to be done: both only read. Then it is
+done. A second run finds nothing to do.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ class SetAside:
 
 @dataclass(frozen=True)
 class Write:
-    """Write the file `name` again; one that is there is set aside."""
+    """Write the file `name` again; an existing one is set aside."""
 
     text: str
     name: str
@@ -143,7 +143,7 @@ _NOTHING_LEFT = (
 def _losses(chain: Chain, lost: dict[int, str], oldest: int, is_full: bool) -> tuple[dict[int, str], str | None]:
     """Return what is lost, and what to do about it, mostly about what is before `oldest`, the first sound generation.
 
-    What never was needed is not lost: the generations before one that turns out to be full, and that are not there.
+    A generation that is not needed is not lost: one that does not exist, before one that turns out to be full.
     """
     if is_full and oldest == next(iter(chain.generations)):
         lost = {n: why for n, why in lost.items() if n > oldest}

@@ -29,7 +29,7 @@ from blockdiff.shared.runs import Run
 class Verdict:
     """What `verify` found of one generation; `error` is None for a sound one.
 
-    `table` is the digest table that the generation has lost, if the deltas still make exactly the one that its manifest
+    `table` is the digest table that the generation has lost, if the deltas still give exactly the one that its manifest
     knows: a file without a name, which is open as long as the `Verifier`.
     """
 
@@ -136,7 +136,7 @@ class Verifier:
         self._tables.close()
 
     def all(self, limit: int | None = None) -> Iterator[Verdict]:
-        """Yield the verdict on every generation from the first that is there to `limit` or the last complete one."""
+        """Yield the verdict on every generation from the first that exists to `limit` or the last complete one."""
         for first, last in self._chain.spans(self._chain.last() if limit is None else limit):
             yield self._verify(first) if first in self._chain.generations else self._missing(first, last)
         self._forget()

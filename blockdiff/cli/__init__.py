@@ -1,1 +1,1 @@
-"""The commands: the only place that prints, exits, and knows everybody."""
+"""The commands: the only place that prints, exits, and may import all other modules."""

@@ -29,7 +29,7 @@ class ByteSize(click.ParamType[int]):
 
 
 def agent_prefix() -> list[str] | None:
-    """Return the command to run the agent under, from ``SSH_BLOCKDIFF_PREFIX``; None if it is not set.
+    """Return the command that runs the agent, from ``SSH_BLOCKDIFF_PREFIX``; None if it is not set.
 
     Raises `UsageError` for open quotes.
     """

@@ -61,7 +61,7 @@ def _check(word: str) -> None:
 
 
 def _tell_of_links(paths: list[str]) -> None:
-    """Say of the paths that others than root may turn into links what that means; what is in /dev is root's alone."""
+    """Say what it means if users other than root can turn the paths into links; in /dev only root can."""
     if paths:
         say(
             "note: a path that is a symbolic link on the host is followed there, wherever it leads; "

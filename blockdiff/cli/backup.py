@@ -70,9 +70,7 @@ class SnapshotSize(click.ParamType[str]):
     type=click.Choice(["monthly", "weekly", "daily"]),
     help="Begin a new chain NAME-DATE each period.",
 )
-@click.option(
-    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
-)
+@click.option("--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, if it is installed.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 @click.option("--bwlimit", type=ByteSize(), help="The most that the host may send in a second.")
 @click.option(
@@ -167,7 +165,7 @@ def _refuse_together(given: "CommandLine") -> None:
 
 @contextmanager
 def _begun(where: Address, prefix: list[str] | None, given: "CommandLine") -> Iterator[list[Connection]]:
-    """Yield the connections of a run that are begun at once; of several, those that the host took."""
+    """Yield the connections of a run that are begun at once; of several, those that the host accepted."""
     # those of more streams would have to wait for a snapshot, for as long as a database takes: they come later then
     count = 1 if given["lvm"] or given["dry_run"] else given["streams"]
     with ExitStack() as stack:

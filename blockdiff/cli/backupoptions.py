@@ -1,4 +1,4 @@
-"""The options of ``blockdiff backup``: what they mean together, and what means nothing."""
+"""The options of ``blockdiff backup``: what they mean together, and which combinations mean nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypedDict

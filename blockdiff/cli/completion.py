@@ -47,7 +47,7 @@ def _chains_in(path: str) -> list[str]:
         with Directory(os.path.expanduser(path) or ".") as directory:
             return Inventory(directory).bases()
     except StorageError:
-        return []  # somebody is at the keyboard: what cannot be read has nothing to offer
+        return []  # a user is typing: what cannot be read offers no completion
 
 
 def _directories_in(path: str) -> list[str]:

@@ -47,7 +47,7 @@ def command(name: str, as_json: bool, replica_statement: bool) -> None:
             return
         found = listing.entries(chain)
         if not found or number is not None:
-            chain.generation(number)  # says what is not there
+            chain.generation(number)  # raises the error that names what is missing
             found = [entry for entry in found if entry.generation == number]
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in found], indent=1))

@@ -10,7 +10,7 @@ from blockdiff.shared.errors import printable
 
 @dataclass(frozen=True)
 class Meant:
-    """The chain that is meant, and what is to be said of the choice; `passes_over` a newer one of the same NAME."""
+    """The chain that is meant, and the note about the choice; `passes_over` a newer one of the same NAME."""
 
     chain: str
     note: str | None = None

@@ -66,7 +66,7 @@ def _outcome(command: click.Command, name: str) -> int:
             with command.make_context(name, sys.argv[1:]) as context:
                 command.invoke(context)
         finally:
-            signals.ignore()  # only to report how it went is left
+            signals.ignore()  # only the report is left to do
     except SystemExit as ending:
         return int(ending.code or EXIT_DONE)
     except click.exceptions.Exit as ending:
@@ -87,7 +87,7 @@ def _outcome(command: click.Command, name: str) -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Say what nobody had foreseen, with its traceback if that was asked for, and return the exit status."""
+    """Report an unforeseen error, with its traceback if that was asked for, and return the exit status."""
     _trace(error)
     if os.environ.get(TRACE) == _ON_STDERR or sys.flags.dev_mode:
         traceback.print_exception(error)

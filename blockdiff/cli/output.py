@@ -39,7 +39,7 @@ def print_ranges(ranges: list[tuple[int, int]]) -> int:
 
 
 def print_rows(rows: Sequence[tuple[str, ...]], right: Collection[int]) -> None:
-    """Print a table; the columns in `right` are aligned to the right, and the last one is as long as it is."""
+    """Print a table; the columns in `right` are aligned to the right, and the last one is not padded."""
     widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
     for row in rows:
         cells = [

@@ -42,7 +42,7 @@ class Bar(Progress):
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
-            redirect_stdout=False,  # that would lead what is printed to a file to the terminal
+            redirect_stdout=False,  # that would send to the terminal what is printed to a file
             redirect_stderr=False,
         )
         self._what = what

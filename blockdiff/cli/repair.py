@@ -1,4 +1,4 @@
-"""``blockdiff repair``: put a chain in order."""
+"""``blockdiff repair``: repair a chain."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def command(name: str, source: str | None, dry_run: bool, as_json: bool) -> None
         progress = stack.enter_context(watched("repair"))
         chain = stack.enter_context(Chain(name))
         if not chain.generations:
-            chain.generation(None)  # says what is not there
+            chain.generation(None)  # raises the error that names what is missing
         progress.begin(None)
         if dry_run:
             plan = stack.enter_context(repair.planned(chain, progress.advance))

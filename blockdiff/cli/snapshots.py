@@ -23,9 +23,7 @@ from blockdiff.transport.address import Address
 @click.argument("host", required=False, metavar="[[USER@]HOST]")
 @click.option("--remove", multiple=True, metavar="GROUP/NAME", help="Remove this snapshot. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, where it is installed."
-)
+@click.option("--transport", "via", type=click.Choice(list(transport.NAMES)), help="Default ssh, if it is installed.")
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="KEY=VALUE", help="As for ssh -o.")
 def command(
     host: str | None, remove: tuple[str, ...], as_json: bool, via: str | None, ssh_options: tuple[str, ...]

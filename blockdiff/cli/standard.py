@@ -1,4 +1,4 @@
-"""Standard output and standard error: how a command ends does not depend on whether somebody takes what it prints."""
+"""Standard output and standard error: how a command ends does not depend on whether somebody reads what it prints."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ class _Descriptor(io.RawIOBase):
         while self.failure is None:
             try:
                 return os.write(self._fd, view)
-            except BlockingIOError:  # who shares the descriptor with us has made it so
+            except BlockingIOError:  # a process that shares the descriptor with us has made it so
                 select.select([], [self._fd], [])
             except OSError as error:
                 self.failure = error
@@ -50,7 +50,7 @@ def attach() -> None:
 def lost() -> str | None:
     """Return why something that was printed on standard output got lost, the first time; None if all is well.
 
-    It is also None if the stream is closed, or nobody reads any more: then nobody misses anything.
+    It is also None if the stream is closed, or nobody reads any more: then nothing is lost for a reader.
     """
     sys.stdout.flush()
     raw = getattr(sys.stdout.buffer, "raw", None)

@@ -41,7 +41,7 @@ class _UsageError(click.UsageError):
 
 
 class _Plugin(click.Command):
-    """A command of which 2, for a usage error elsewhere, means critical: such an error is unknown here."""
+    """A command for which 2 means critical: its usage errors have the status 3, unknown."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; raises `click.UsageError`."""
@@ -89,7 +89,7 @@ def command(names: tuple[str, ...], max_age: float, tap: bool, as_json: bool, me
 
 
 def _summary(found: monitoring.Status) -> dict[str, object]:
-    """Return how a chain is doing, in the words of `list --json`."""
+    """Return the state of a chain, in the words of `list --json`."""
     return {
         "name": found.name,
         "chain": found.chain,
@@ -128,7 +128,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _refuse_special(path: str) -> None:
-    """Raise `StorageError` if another thing than a file has the name: /dev/stdout must not be replaced."""
+    """Raise `StorageError` if something that is not a file has the name: /dev/stdout must not be replaced."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

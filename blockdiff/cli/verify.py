@@ -91,7 +91,7 @@ def command(
     found = []
     with Chain(meant.chain) as chain, watched("verify") as progress:
         if number is not None or not chain.generations:
-            chain.generation(number)  # says what is not there
+            chain.generation(number)  # raises the error that names what is missing
         progress.begin(_total(chain, number, deep, subset))
         for verdict in _verdicts(chain, number, deep, subset, progress):
             found.append(_entry(chain, verdict))

@@ -24,7 +24,7 @@ from blockdiff.shared.blocks import Hasher, block_count, digest_named
 from blockdiff.shared.errors import ChainError, DamagedError, ProcessError, printable
 
 _DIGEST = "md5"
-#: How often it is looked whether what a command left running is done, in seconds.
+#: How often to check whether what a command left running has ended, in seconds.
 _LOOK_S = 0.05
 
 
@@ -44,7 +44,7 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
 
     The command may take as long as it likes. What it wrote is read again before it counts: the delta must be complete,
     its blocks must match the new digest table, and all others the old one. Raises `ProcessError` if the command
-    fails, `DamagedError` if its output does not hold; the chain is then as it was.
+    fails, `DamagedError` if its output is not consistent; the chain is then as it was.
     """
     with ExitStack() as stack:
         chain = stack.enter_context(LockedChain(name))
@@ -52,7 +52,7 @@ def backup_with_command(name: str, command: Sequence[str], compression: str) -> 
         last = chain.last()
         base = chain.generation(last) if last else None
         old = stack.enter_context(_old_table(base)) if base is not None else None
-        with signals.held():  # a signal comes when its files are known to what removes them
+        with signals.held():  # a signal waits until what removes its files knows them
             new = stack.enter_context(chain.begin(codec.SUFFIXES[compression], "." + _DIGEST))
         _run(command, new, base)
         new.delta.read_back()
@@ -137,7 +137,7 @@ def _refuse_writers(command: Sequence[str], new: NewGeneration) -> None:
 
 
 def _check(new: NewGeneration, old: TableReader | None, compression: str) -> _Findings:
-    """Hold delta, new table and old table against each other; raises `DamagedError`."""
+    """Compare delta, new table and old table with each other; raises `DamagedError`."""
     with ExitStack() as stack:
         table = stack.enter_context(new.open_table(digest_named(_DIGEST).size))
         file = stack.enter_context(os.fdopen(os.dup(new.delta.fileno()), "rb", buffering=0))

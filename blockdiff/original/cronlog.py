@@ -24,16 +24,16 @@ from blockdiff.shared.errors import BlockdiffError, ProcessError, StorageError, 
 _RULE = b"-" * 78
 #: How much of what is to be mailed is kept in memory, in bytes, before it needs a temporary file.
 _IN_MEMORY = 1 << 20
-#: How long a log that is a pipe may take no more before it is given up, in seconds.
+#: How long a log that is a pipe may accept nothing before it is given up, in seconds.
 _PATIENCE_S = 10.0
 #: What keeps a log from being opened, and is not a mistake of the user.
 _NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENXIO, errno.EAGAIN)
-#: What is opened as the very stream that it names, whatever that is.
+#: Names that are opened as our own stream, whatever that is.
 _STREAMS = {"/dev/stdout": 1, "/dev/fd/1": 1, "/dev/stderr": 2, "/dev/fd/2": 2}
 
 
 class _LogFile:
-    """The log that is kept for later. From its first failure on, which `failure` is, nothing is written any more."""
+    """The log that is kept for later. After its first failure, `failure`, nothing more is written."""
 
     def __init__(self, path: str | None) -> None:
         self.failure: BlockdiffError | None = None
@@ -192,7 +192,7 @@ def _run(command: Sequence[str], log: _Log) -> int:
         status = child.returncode
     log.end()
     if said.is_held:
-        log.line(b"what the command left running still has its output open; it is logged no more")
+        log.line(b"what the command left running still has its output open; it is no longer logged")
     if status < 0:
         log.line(b"command died with signal:%d" % -status)
         return 128 - status

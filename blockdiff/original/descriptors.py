@@ -177,7 +177,7 @@ def dump_remote(
 
 @dataclass(frozen=True)
 class SnapshotOptions:
-    """How a snapshot is taken: its size (``""``: 10G, or what there is), and around which command, if any.
+    """How a snapshot is taken: its size (``""``: 10G, or what is free), and around which command, if any.
 
     `say` gets what happens, in the original's words.
     """
@@ -216,7 +216,7 @@ def dump_volume(
 
 
 def _scan(session: Session, ends: _Protocol, opened: Callable[[str], None] = lambda device: None) -> str:
-    """Write what the agent finds to have changed in the one source of the session, and see it end well.
+    """Write what the agent finds to have changed in the one source of the session, and check that it ends well.
 
     Returns the device that was read.
     """

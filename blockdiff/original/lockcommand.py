@@ -1,6 +1,6 @@
 """LVCREATE_PREFIX: run a command of the user's around the making of a snapshot.
 
-The command is given another to execute, which makes the snapshot; it takes its lock, executes that, and lets go. Any
+The command gets another to execute, which makes the snapshot; it takes its lock, executes that, and releases it. Any
 lock script of the original's days will do.
 """
 
@@ -30,7 +30,7 @@ def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
     """Run `command`, a line for the shell, so that it executes `take`; return what that returned, and seconds held.
 
     Raises `ProcessError` if the command fails, does not execute what it is given, or is not done in time, and what
-    `take` raises; whatever was taken is worth nothing then. What the command prints goes to standard error.
+    `take` raises; whatever was taken must not be used then. What the command prints goes to standard error.
     """
     with _listening() as (listener, path), _started(command, path) as child:
         runner = _accept(listener, child)
@@ -40,7 +40,7 @@ def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
                 took_s = take()
                 waited = child.poll() is None and _told(runner)
         finally:
-            status = _ended(child)  # whatever came of it: the command is to let go of its lock
+            status = _ended(child)  # in any case, the command is to release its lock
         if status is None:
             raise ProcessError(f"the command in LVCREATE_PREFIX did not end within {END_TIMEOUT_S:g} s of the snapshot")
         if status != 0 or not waited:
@@ -54,7 +54,7 @@ def around(command: str, take: Callable[[], float]) -> tuple[float, float]:
 
 @contextmanager
 def _listening() -> Iterator[tuple[socket.socket, str]]:
-    """Yield a socket for what the command executes, and its path, which is nobody else's."""
+    """Yield a socket for what the command executes, and its path, which only this user can reach."""
     with temporary.directory() as directory, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(directory, "go")
         try:

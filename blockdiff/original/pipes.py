@@ -19,8 +19,8 @@ def patiently(
 ) -> _Result:
     """Return what `call` returns. If it would block, wait for a descriptor, and call it again.
 
-    Who shares a descriptor with us may have made it so, as ssh does. Raises `BlockingIOError` if it would still
-    block after `patience_s` seconds (None: waits without limit).
+    A process that shares a descriptor with us may have made it so, as ssh does. Raises `BlockingIOError` if it
+    would still block after `patience_s` seconds (None: waits without limit).
     """
     while True:
         try:
