@@ -71,9 +71,9 @@ class ConnectionLost(BlockdiffError):  # noqa: N818
 class Interrupted(BaseException):  # noqa: N818
     """A signal asked the process to stop: raised by its handler, wherever the main thread is just then.
 
-    Like `KeyboardInterrupt` it is not an `Exception`: code that handles those, the standard library's own included, must
-    not mistake it for a failure of what it was doing. `number` is the signal's; the exit status is then that of shells
-    for a command that the signal ended.
+    Like `KeyboardInterrupt` it is not an `Exception`: code that handles those, the standard library's own included,
+    must not mistake it for a failure of what it was doing. `number` is the signal's; the exit status is then that of
+    shells for a command that the signal ended.
     """
 
     def __init__(self, message: str = "", number: int = 0) -> None:

@@ -12,7 +12,7 @@ that it was done:
 | --- | --- | --- |
 | start a child | `process.started`, `process.run` | an exception while `Popen` waits for exec(2) leaves a child alone |
 | make something that must be undone | `held` around the making and the noting | else it is made, and nobody knows |
-| run a command that must end by itself (LVM's) | `process.run_gently` | it has its own session and its own thread |
+| run a command that must not be killed (LVM's) | `process.run_gently` | it has its own session and its own thread |
 | call what must not be cut short (a library's locks) | `undisturbed` | no handler runs in its thread |
 | need threads | `pipeline` | the Python code of `threading` may raise just after it took a lock |
 | write what can be undone twice | nothing | do that: `commit` looks at what is there |
@@ -21,15 +21,15 @@ that it was done:
 **Why not a flag,** which the handler sets, and which is looked at where the program waits, as trio does? Python begins
 a system call again that a signal cut short, unless the handler raises (PEP 475). So each wait has to be known, and to
 end when it is told. There are about 120 in both programs: pipes, sockets, locks and children, but also opening a FIFO,
-writing to a terminal that is stopped, looking up a name, and all that PyMySQL and paramiko do inside. Whoever forgets
-one has a process that does not end, and no test can list what was forgotten. Whoever forgets a protection here leaves
-something behind, if a signal comes within the same microsecond; the tests raise at every bytecode of the places that
+writing to a terminal that is stopped, looking up a name, and all that PyMySQL and paramiko do inside. If one is
+forgotten, the process does not end, and no test can list what was forgotten. If a protection is forgotten here,
+something is left if a signal comes within the same microsecond; the tests raise at every bytecode of the places that
 matter. We prefer the second mistake.
 
 **What can still fail.** Python can lose the exception: in a destructor, in a callback, or if the signal comes just
 before a system call, which then waits. So the signal is sent again until the exception has arrived. A signal just
-before `--before` starts runs `--after` as well, once too often. Whoever catches `BaseException` here must raise it
-again.
+before `--before` starts runs `--after` as well, once too often. Code that catches `BaseException` must
+raise it again.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -56,7 +56,7 @@ INSIST_S = 0.2
 def unwind() -> None:
     """Let the signals in `ENDING` raise `Interrupted`; to be called once, in the main thread.
 
-    nohup(1) and shells have their way: what is ignored already stays so, but for SIGTERM. Once it was raised, all are
+    A signal that is ignored already, as by nohup(1), stays ignored, except SIGTERM. Once it was raised, all are
     ignored.
 
     Python can lose a signal, which must not end in a wait without limit: one that comes just before a system call does
