@@ -1,4 +1,4 @@
-# The only entrances: make demo, make test, make torture, make check, make lab, make bench,
+# The only entrances: make demo, make quick, make test, make torture, make check, make lab, make bench,
 # make explore, make fuzz, make mutants.
 
 VENV = .venv
@@ -8,10 +8,15 @@ EDITABLE = --config-settings editable_mode=compat --editable
 # what the tests are known to pass with; tests/dependencies.py tries the oldest and the newest
 CONSTRAINTS = --constraint tests/constraints.txt
 
-.PHONY: demo test torture check lab bench explore fuzz mutants clean
+.PHONY: demo quick test torture check lab bench explore fuzz mutants clean
 
 demo: $(VENV)/installed
 	$(PYTHON) tests/demo.py
+
+quick: $(VENV)/installed-for-tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m 'not torture and not slow'
 
 test: $(VENV)/installed-for-tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not torture'

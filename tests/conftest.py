@@ -34,6 +34,21 @@ _SHM = Path("/dev/shm")
 #: A plain directory among the devices is none: nothing is restored there.
 LARGE = _SHM if _SHM.is_mount() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
 
+#: Files whose tests take more than about 13 s in all: `make quick` leaves them out.
+_SLOW = {
+    "authorize", "chain_files", "cli", "commit", "damage", "database_backup", "freeze", "history", "live_sources",
+    "lvm", "lvm_dump", "memory", "original", "original_backup", "power_cut", "proofs", "recovery", "rekey", "repair",
+    "restore", "restore_devices", "salvage", "shipped", "smoke", "ssh", "ssh_errors", "ssh_reasons", "ssh_settings",
+    "streams", "volumes_backup",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make quick` leaves out."""
+    for item in items:
+        if item.path.parent.name == "lab" or item.path.stem.removeprefix("test_") in _SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 def require(present: object, what: str) -> None:
     """Skip the test where `what` is missing; fail it where the environment says that nothing may be (CI)."""
