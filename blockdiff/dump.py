@@ -265,7 +265,7 @@ class FileSource(Image):
     def _unreadable(self, offset: int, error: OSError) -> SourceError:
         return SourceError(
             "cannot read {} at offset {}: {}".format(self._shown, offset, error.strerror),
-            "the disk may be failing, or the snapshot have overflowed: see the host's kernel log",
+            "the disk may be failing, or the snapshot may have overflowed: see the host's kernel log",
         )
 
 

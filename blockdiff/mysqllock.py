@@ -194,7 +194,7 @@ class Database:
             return ""
         return (
             f"the login to {self._session.place} went over the network without encryption: the password was not"
-            " sent, but somebody who reads along can try to guess it; ?ssl-ca=FILE or mysql+ssh:// encrypt"
+            " sent, but somebody who records it can try to guess it; ?ssl-ca=FILE or mysql+ssh:// encrypt"
         )
 
     def __enter__(self) -> "Database":

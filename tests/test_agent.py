@@ -210,7 +210,7 @@ def test_a_read_error_of_the_disk_names_the_offset(image: Path) -> None:
     found = re.fullmatch(f"host: cannot read {image} at offset ([0-9]+): Input/output error", error.message)
     assert found is not None, error.message
     assert int(found[1]) % BATCH == 0
-    assert error.hint == "the disk may be failing, or the snapshot have overflowed: see the host's kernel log"
+    assert error.hint == "the disk may be failing, or the snapshot may have overflowed: see the host's kernel log"
 
 
 def test_the_agent_writes_nothing_to_the_host(image: Path, tmp_path: Path) -> None:

@@ -251,7 +251,8 @@ def test_a_read_error_names_the_offset_and_is_no_end(
     with FileSource(os.fsencode(tmp_path / "image")) as source, pytest.raises(SourceError) as caught:
         scanned(source, PAGE, None)
     assert caught.value.message == f"cannot read {tmp_path}/image at offset {bad}: Input/output error"
-    assert caught.value.hint == "the disk may be failing, or the snapshot have overflowed: see the host's kernel log"
+    hint = "the disk may be failing, or the snapshot may have overflowed: see the host's kernel log"
+    assert caught.value.hint == hint
 
 
 def test_what_comes_before_a_read_error_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

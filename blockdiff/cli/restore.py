@@ -75,7 +75,7 @@ def command(name: str, path: str, force: bool, salvages: bool, dry_run: bool, ve
         if _same_directory(os.path.dirname(path), chain.directory.path):
             raise TargetError(
                 f"{printable(path)} is in the directory of the chain itself",
-                "restore to another place: backups stay apart",
+                "restore to another place: a chain directory holds only chains",
             )
         needed = chain.needed(generation.number)
         outcome = _outcome(chain, generation, path, dry_run, needed)

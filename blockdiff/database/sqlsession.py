@@ -41,10 +41,10 @@ _PRIVILEGES = re.compile(r"\bthe (.+?) privilege")
 #: Hints for error numbers of the server and of the client.
 _HINTS = {
     1040: "raise max_connections, or keep one for SUPER",
-    1044: "omit the database name, or grant the account the use of it",
+    1044: "omit the database name, or grant the account a privilege on it",
     1045: "check user and password, which comes from an option file of mode 0600 or MYSQL_PWD",
     1049: "omit the database name: the lock does not need one",
-    1129: "FLUSH HOSTS there lets this machine in again",
+    1129: "run FLUSH HOSTS there: then it accepts this machine again",
     1130: "create the account for this machine: CREATE USER 'name'@'this machine'",
     1698: "the account logs in another way, such as unix_socket: as its own Unix user through the socket",
     2026: "let it have ssl_cert and ssl_key, or go through SSH: mysql+ssh://USER@/",

@@ -188,7 +188,7 @@ def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[
         ) from error
     if ended.returncode != 0:
         said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # its usage follows
-        raise HintError("thin_delta failed: {}".format(printable(" ".join(said) or "without a word", 300)))
+        raise HintError("thin_delta failed: {}".format(printable(" ".join(said) or "it printed nothing", 300)))
     return reader.end()
 
 

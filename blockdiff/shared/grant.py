@@ -32,7 +32,7 @@ class Grant:
                 raise SourceError("this key may not read {}".format(printable(path)), _HINT)
         if commands:
             raise SourceError(
-                "this key may not run commands: {}".format(printable(commands[0])), "leave out --before and --after"
+                "this key may not run commands: {}".format(printable(commands[0])), "omit --before and --after"
             )
 
     def notes(self, paths: "Sequence[str]") -> "List[str]":

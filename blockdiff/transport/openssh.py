@@ -132,7 +132,7 @@ def effective(address: Address, options: Sequence[str]) -> dict[str, str]:
     for option in options:
         name = option.replace("=", " ").split(" ")[0]
         if name.lower() in (needed.lower() for needed in _NEEDED):
-            raise UsageError(f"--ssh-option {name} cannot be used with the agent", "leave it out")
+            raise UsageError(f"--ssh-option {name} cannot be used with the agent", "omit it")
     asked = process.run(["ssh", "-G", *_login(address, options)[1:]], _SETTINGS_TIMEOUT_S, check=False)
     if asked.returncode == 0:
         lines = asked.stdout.decode("utf-8", "surrogateescape").splitlines()
