@@ -34,12 +34,12 @@ _SHM = Path("/dev/shm")
 #: A plain directory among the devices is none: nothing is restored there.
 LARGE = _SHM if _SHM.is_mount() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
 
-#: Files whose tests take more than about 13 s in all: `make quick` leaves them out.
+#: Files whose tests take more than about 10 s in all: `make quick` leaves them out.
 _SLOW = {
-    "authorize", "chain_files", "cli", "commit", "damage", "database_backup", "freeze", "history", "live_sources",
-    "lvm", "lvm_dump", "memory", "original", "original_backup", "power_cut", "proofs", "recovery", "rekey", "repair",
-    "restore", "restore_devices", "salvage", "shipped", "smoke", "ssh", "ssh_errors", "ssh_reasons", "ssh_settings",
-    "streams", "volumes_backup",
+    "agent", "authorize", "backup_command", "chain_files", "cli", "commit", "damage", "database_backup", "freeze",
+    "golden", "history", "live_sources", "lvm", "lvm_dump", "memory", "mysqllock", "original", "original_backup",
+    "power_cut", "proofs", "recovery", "rekey", "repair", "restore", "restore_devices", "salvage", "shipped", "smoke",
+    "ssh", "ssh_errors", "ssh_reasons", "ssh_settings", "streams", "volumes_backup",
 }  # fmt: skip
 
 
