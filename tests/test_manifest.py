@@ -81,6 +81,7 @@ def test_a_manifest_is_read_as_it_was_written(example: manifest.Manifest) -> Non
         ({"bytes_read": 1 << 63}, "it is damaged: bytes_read is missing or not valid"),
         ({"snapshot": dataclasses.replace(THICK, took_s=-1.0)}, "it is damaged: took_s is missing or not valid"),
         ({"notes": ("a",)}, "it would be read differently"),
+        ({"notes": [1]}, "it is damaged: notes is missing or not valid"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(changes: "dict[str, object]", message: str) -> None:

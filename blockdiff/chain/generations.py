@@ -9,10 +9,10 @@ import shlex
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
-from typing import BinaryIO
 
 from blockdiff.chain.durable import Directory
 from blockdiff.chain.inventory import DELTA_SUFFIXES, MANIFEST_SUFFIX, TABLE_SUFFIXES, Inventory
+from blockdiff.chain.temporary import UnnamedFile
 from blockdiff.format import checksum, codec, manifest
 from blockdiff.format.digesttable import TableReader
 from blockdiff.format.manifest import Manifest
@@ -40,7 +40,7 @@ class Generation:
     """
 
     def __init__(
-        self, directory: Directory, base: str, number: int, suffixes: set[str], table: BinaryIO | None = None
+        self, directory: Directory, base: str, number: int, suffixes: set[str], table: UnnamedFile | None = None
     ) -> None:
         self.directory = directory
         self.base = base
@@ -48,14 +48,14 @@ class Generation:
         self.suffixes = suffixes
         self._table = table
 
-    def with_table(self, table: BinaryIO) -> "Generation":
+    def with_table(self, table: UnnamedFile) -> "Generation":
         """Return it as it will be when the digest table that its manifest knows is there again, with this content."""
         assert self.manifest is not None, "only a manifest knows which table was lost"
         suffixes = self.suffixes | {self.manifest.table.suffix}
         return Generation(self.directory, self.base, self.number, suffixes, table)
 
     def bare(self) -> "Generation":
-        """Return it as it would be without a manifest; which of two files is its own the manifest has still said."""
+        """Return it as it would be without a manifest, of two files with that one which the manifest names."""
         suffixes = self.suffixes - {MANIFEST_SUFFIX}
         if self.manifest is not None:
             suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - {self.manifest.delta.suffix, self.manifest.table.suffix}

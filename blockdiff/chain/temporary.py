@@ -9,22 +9,48 @@ from typing import BinaryIO
 from blockdiff.shared.errors import BlockdiffError
 
 
-def unnamed_file() -> BinaryIO:
-    """Return a new file that has no name, without a buffer. Raises `BlockdiffError` if there is no place for it."""
-    try:
-        return tempfile.TemporaryFile(buffering=0)
-    except OSError as error:
-        raise failed(error) from error
+class UnnamedFile:
+    """A new file that has no name, without a buffer. A context manager.
 
+    Raises `BlockdiffError` if it cannot be made, or if the room for it runs out.
+    """
 
-def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all of `data` to a file without a name. Raises `BlockdiffError` if there is no room."""
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[file.write(view) :]
-    except OSError as error:
-        raise failed(error) from error
+    def __init__(self) -> None:
+        try:
+            self._file: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # `close` does
+        except OSError as error:
+            raise _failed(error) from error
+
+    def __enter__(self) -> "UnnamedFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, which ends it."""
+        self._file.close()
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+        return self._file.fileno()
+
+    def seek(self, offset: int) -> None:
+        """Read or write next at `offset` in bytes."""
+        self._file.seek(offset)
+
+    def read(self, count: int = -1) -> bytes:
+        """Return up to `count` bytes, or all that are left; none at the end."""
+        return self._file.read(count)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of `data`."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise _failed(error) from error
 
 
 @contextmanager
@@ -33,12 +59,12 @@ def directory() -> Iterator[str]:
     try:
         made = tempfile.TemporaryDirectory(prefix="blockdiff-")
     except OSError as error:
-        raise failed(error) from error
+        raise _failed(error) from error
     with made as path:
         yield path
 
 
-def failed(error: OSError) -> BlockdiffError:
+def _failed(error: OSError) -> BlockdiffError:
     """Return what to say if a temporary file cannot be made or written."""
     try:
         place = tempfile.gettempdir()

@@ -8,9 +8,9 @@ examined again without any manifest: the files prove what they hold.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from blockdiff.chain.generations import Chain, Generation
+from blockdiff.chain.temporary import UnnamedFile
 from blockdiff.check.verify import Verdict, Verifier
 from blockdiff.shared.errors import StorageError
 
@@ -26,11 +26,10 @@ class Diagnosis:
     has the manifest of a sound generation.
     """
 
-    number: int
     generation: Generation | None
     error: str | None
     has_manifest: bool = False
-    table: BinaryIO | None = None
+    table: UnnamedFile | None = None
 
 
 def diagnose(chain: Chain, last: int, files: ExitStack, advance: Advance) -> dict[int, Diagnosis]:
@@ -41,43 +40,45 @@ def diagnose(chain: Chain, last: int, files: ExitStack, advance: Advance) -> dic
     """
     if not last:
         return {}
-    tables: dict[int, BinaryIO] = {}
+    tables: dict[int, UnnamedFile] = {}
     while True:
         seen = chain.seen_with(
             {n: each.with_table(tables[n]) if n in tables else each for n, each in chain.generations.items()}
         )
-        verdicts = _verdicts(seen, last, files, advance, with_manifests=True)
+        with Verifier(seen, advance, tables=files) as verifier:
+            verdicts = _verdicts(verifier, last)
         made = {n: verdict.table for n, verdict in verdicts.items() if verdict.table is not None}
         if not made:
             break
         tables.update(made)  # they may prove other generations
     sound = {n for n, verdict in verdicts.items() if verdict.error is None}
-    by_files = _sound_by_files(seen, sound, last, files, advance) if len(sound) < len(verdicts) else set()
+    by_files = _sound_by_files(seen, sound, last, advance) if len(sound) < len(verdicts) else set()
     found = {}
     for n, verdict in verdicts.items():
         generation = seen.generations.get(n)
         error = None if n in by_files or verdict.error is None else verdict.error.message
         has_manifest = n in sound and generation is not None and generation.manifest is not None
-        found[n] = Diagnosis(n, generation, error, has_manifest, tables.get(n))
+        found[n] = Diagnosis(generation, error, has_manifest, tables.get(n))
     return found
 
 
-def _sound_by_files(chain: Chain, sound: set[int], last: int, files: ExitStack, advance: Advance) -> set[int]:
+def _sound_by_files(chain: Chain, sound: set[int], last: int, advance: Advance) -> set[int]:
     """Return the generations that can be restored if no manifest is believed.
 
     A generation of another chain may be sound, but it is not ours.
     """
     bare = chain.seen_with({n: each.bare() for n, each in chain.generations.items()})
     ours = {chain.generations[n].chain_id for n in sound} - {None}
+    with Verifier(bare, advance, needs_manifests=False) as verifier:
+        verdicts = _verdicts(verifier, last)
     return {
         n
-        for n, verdict in _verdicts(bare, last, files, advance, with_manifests=False).items()
+        for n, verdict in verdicts.items()
         if verdict.error is None and (not ours or chain.generations[n].chain_id in {None, *ours})
     }
 
 
-def _verdicts(chain: Chain, last: int, files: ExitStack, advance: Advance, with_manifests: bool) -> dict[int, Verdict]:
-    verifier = files.enter_context(Verifier(chain, advance, with_manifests))
+def _verdicts(verifier: Verifier, last: int) -> dict[int, Verdict]:
     found = {}
     for verdict in verifier.all(last):
         for error in (verdict.error, verdict.error and verdict.error.__cause__):

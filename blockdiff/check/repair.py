@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import BinaryIO
 
 from blockdiff.chain.commit import LockedChain
 from blockdiff.chain.durable import OutputFile
 from blockdiff.chain.generations import Chain
+from blockdiff.chain.temporary import UnnamedFile
 from blockdiff.check.diagnosis import Advance, Diagnosis, diagnose
 from blockdiff.check.remanifest import Manifests
 
@@ -38,7 +38,7 @@ class Write:
 
     text: str
     name: str
-    content: bytes | BinaryIO
+    content: bytes | UnnamedFile
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _do(deed: Deed, chain: LockedChain) -> None:
         chain.replace(deed.name, partial(_copy, deed.content))
 
 
-def _copy(table: BinaryIO, file: OutputFile) -> None:
+def _copy(table: UnnamedFile, file: OutputFile) -> None:
     table.seek(0)
     while piece := table.read(_PIECE):
         file.write(piece)

@@ -30,12 +30,12 @@ class Verdict:
     """What `verify` found of one generation; `error` is None for a sound one.
 
     `table` is the digest table that the generation has lost, if the deltas still give exactly the one that its manifest
-    knows: a file without a name, which is open as long as the `Verifier`.
+    knows, and the `Verifier` was asked for it.
     """
 
     number: int
     error: BlockdiffError | None
-    table: BinaryIO | None = None
+    table: temporary.UnnamedFile | None = None
 
 
 class CheckedFile:
@@ -64,17 +64,6 @@ class CheckedFile:
             raise DamagedError(f"{where} is damaged: its checksum is not the manifest's", "restore it from a copy")
 
 
-class _Whole:
-    """Writes to a file without a name, all or nothing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, data: bytes) -> None:
-        """Write all of `data`; raises `BlockdiffError` if there is no room."""
-        temporary.write_all(self._file, data)
-
-
 class _Newest:
     """The digests of the newest bytes of every block, in an unnamed file: they may be more than the memory holds."""
 
@@ -82,14 +71,14 @@ class _Newest:
         self.digest = digest
         self.digest_size = digest.size
         self.block_size = block_size
-        self._file = temporary.unnamed_file()
+        self._file = temporary.UnnamedFile()
 
     def close(self) -> None:
         self._file.close()
 
     def put(self, first: int, digests: bytes) -> None:
         self._file.seek(first * self.digest_size)
-        temporary.write_all(self._file, digests)
+        self._file.write(digests)
 
     def get(self, first: int, count: int) -> bytes:
         """Return the digests of `count` blocks, zero bytes for blocks that no delta had."""
@@ -111,10 +100,15 @@ class Verifier:
     """Verifies the generations of a chain, oldest first. A context manager.
 
     `advance` gets the number of bytes of each stored delta that was read. Without `needs_manifests`, none is missed.
+    `tables` keeps the lost digest tables open that are made of the deltas; without it, none is made.
     """
 
     def __init__(
-        self, chain: Chain, advance: Callable[[int], object] = lambda count: None, needs_manifests: bool = True
+        self,
+        chain: Chain,
+        advance: Callable[[int], object] = lambda count: None,
+        needs_manifests: bool = True,
+        tables: ExitStack | None = None,
     ) -> None:
         self._chain = chain
         self._advance = advance
@@ -126,20 +120,18 @@ class Verifier:
         self._is_as_written = False
         #: What could not be read last, for a sentence: younger generations may need it.
         self._lost: str | None = None
-        self._tables = ExitStack()
+        self._tables = tables
 
     def __enter__(self) -> "Verifier":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._forget()
-        self._tables.close()
 
     def all(self, limit: int | None = None) -> Iterator[Verdict]:
         """Yield the verdict on every generation from the first that exists to `limit` or the last complete one."""
         for first, last in self._chain.spans(self._chain.last() if limit is None else limit):
             yield self._verify(first) if first in self._chain.generations else self._missing(first, last)
-        self._forget()
 
     def one(self, number: int) -> Verdict:
         """Return the verdict on one generation; the older ones are read as far as a restore would read them."""
@@ -169,15 +161,17 @@ class Verifier:
         error = next((error for error in errors if error is not None), None)
         return Verdict(number, error, None if error is None else self._lost_table(generation))
 
-    def _lost_table(self, generation: Generation) -> BinaryIO | None:
+    def _lost_table(self, generation: Generation) -> temporary.UnnamedFile | None:
         """Return the table that a generation lacks, if its delta is as it was written and the deltas make the table."""
         known, newest = generation.manifest, self._newest
-        if known is None or newest is None or not self._is_as_written or _has_table(generation):
+        if self._tables is None or known is None or newest is None:
+            return None
+        if not self._is_as_written or _has_table(generation):
             return None
         hasher = Hasher(newest.digest, newest.block_size)
-        file = self._tables.enter_context(temporary.unnamed_file())
+        file = self._tables.enter_context(temporary.UnnamedFile())
         count = sparse_count(hasher, known.delta_format, known.image_size)
-        writer = TableWriter(_Whole(file), hasher, count)
+        writer = TableWriter(file, hasher, count)
         for first in range(0, known.blocks, PART_BLOCKS):
             writer.append(newest.get(first, min(PART_BLOCKS, known.blocks - first)))
         writer.finish()

@@ -83,7 +83,7 @@ class _Mail:
 
     def __init__(self) -> None:
         self.failure: BlockdiffError | None = None
-        self._file: BinaryIO = io.BytesIO()
+        self._file: io.BytesIO | temporary.UnnamedFile = io.BytesIO()
 
     def write(self, data: bytes) -> None:
         """Append `data`."""
@@ -91,12 +91,10 @@ class _Mail:
             return
         try:
             if isinstance(self._file, io.BytesIO) and self._file.tell() + len(data) > _IN_MEMORY:
-                file = temporary.unnamed_file()
-                _write_all(file, self._file.getvalue())
+                file = temporary.UnnamedFile()
+                file.write(self._file.getvalue())
                 self._file = file
-            _write_all(self._file, data)
-        except OSError as error:
-            self.failure = temporary.failed(error)
+            self._file.write(data)
         except BlockdiffError as error:
             self.failure = error
 
@@ -198,9 +196,3 @@ def _run(command: Sequence[str], log: _Log) -> int:
         return 128 - status
     log.line(b"command exited with code:%d" % status)
     return status
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

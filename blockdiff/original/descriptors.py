@@ -255,12 +255,9 @@ def _access(fd: int) -> int | None:
 def _old_table() -> TableReader:
     """Return the old digest table as a file of our own: the descriptor may be a pipe."""
     given = FdInput(OLD_TABLE_FD, f"descriptor {OLD_TABLE_FD}")
-    with temporary.unnamed_file() as copy:
+    with temporary.UnnamedFile() as copy:
         while data := given.read(_COPY_SIZE):
-            try:
-                copy.write(data)
-            except OSError as error:
-                raise temporary.failed(error) from error
+            copy.write(data)
         return TableReader(os.dup(copy.fileno()), f"the digest table on descriptor {OLD_TABLE_FD}", _MD5.size)
 
 

@@ -19,9 +19,9 @@ that it was done:
 | write a clean-up, or code of another thread | nothing | nothing is raised there |
 
 **Why not a flag,** which the handler sets, and which is looked at where the program waits, as trio does? Python begins
-a system call again that a signal cut short, unless the handler raises (PEP 475). So each wait has to be known, and to
-end when it is told. There are about 120 in both programs: pipes, sockets, locks and children, but also opening a FIFO,
-writing to a terminal that is stopped, looking up a name, and all that PyMySQL and paramiko do inside. If one is
+a system call again that a signal cut short, unless the handler raises (PEP 475). So each wait has to be known, and has
+to end when it is asked to. Server and agent have about 120: pipes, sockets, locks and children, but also opening a
+FIFO, writing to a terminal that is stopped, looking up a name, and all that PyMySQL and paramiko do inside. If one is
 forgotten, the process does not end, and no test can list what was forgotten. If a protection is forgotten here,
 something is left if a signal comes within the same microsecond; the tests raise at every bytecode of the places that
 matter. We prefer the second mistake.
