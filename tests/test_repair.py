@@ -267,6 +267,15 @@ def test_a_full_generation_of_another_chain_is_not_taken_in(chain: SmallChain, t
     assert_exact(chain)
 
 
+def test_a_generation_of_which_only_the_manifest_is_left_is_set_aside(chain: SmallChain) -> None:
+    for suffix in (".3.gz", ".3.sha256"):
+        chain.file(suffix).unlink()
+    found = repaired(chain)
+    assert set(found.lost) == {3}
+    assert present(chain) == [1, 2]
+    assert chain.file(".3.json.aside-1").exists()
+
+
 def test_what_a_crash_left_is_set_aside(chain: SmallChain, monkeypatch: pytest.MonkeyPatch) -> None:
     with faults.at_step(monkeypatch, 4, None, ("link",)), pytest.raises(faults.Crash):
         chain.add(DAYS[0])

@@ -315,13 +315,13 @@ def _most_blocks(generation: Generation) -> int:
     """Return a number of blocks that the generation's image cannot exceed."""
     if generation.manifest is not None:
         return generation.manifest.blocks
-    sizes = map(generation.size_of, generation.suffixes)
+    size = max(map(generation.size_of, generation.suffixes), default=0)
     try:
         with generation.open_table() as table:
             count = table.count  # one in the sparse form is smaller than its digests
     except (DamagedError, StorageError):
         count = 0
-    return max(count, max(sizes) // min(DIGEST_SIZES.values()))
+    return max(count, size // min(DIGEST_SIZES.values()))
 
 
 def short_runs(reader: DeltaReader) -> Iterator[Run]:
