@@ -10,7 +10,7 @@ CUT, SILENCE = "cut", "silence"
 
 
 class Relay:
-    """Passes connections to `port` of 127.0.0.1 on, from a `port` of its own. A context manager.
+    """Passes connections to `port` of `host` on, from a `port` of its own. A context manager.
 
     `limit_up` and `limit_down` are bytes from the client and to it; when one has passed, `act` happens, to every
     connection. `on_bytes` is told the totals (up, down) whenever something has passed; the relay's thread calls it.
@@ -23,8 +23,9 @@ class Relay:
         limit_down: int | None = None,
         act: str = CUT,
         on_bytes: Callable[[int, int], object] = lambda up, down: None,
+        host: str = "127.0.0.1",
     ) -> None:
-        self._target = port
+        self._target = (host, port)
         self._limits = [limit_up, limit_down]
         self._act = act
         self._on_bytes = on_bytes
@@ -69,7 +70,7 @@ class Relay:
 
     def _pass_on(self, client: socket.socket) -> None:
         try:
-            server = socket.create_connection(("127.0.0.1", self._target))
+            server = socket.create_connection(self._target)
         except OSError:
             client.close()
             return

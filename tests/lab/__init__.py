@@ -1,1 +1,1 @@
-"""A Debian guest under qemu with real LVM, sshd, databases and cron."""
+"""A Debian guest on User Mode Linux with real LVM, sshd, databases and cron."""

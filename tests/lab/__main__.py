@@ -9,7 +9,7 @@ from tests.lab.guest import Guest, GuestError
 
 
 def main() -> None:
-    print("booting; this takes about 20 seconds", file=sys.stderr)
+    print("booting; this takes about 10 seconds", file=sys.stderr)
     with Guest(image.image(), DISKS) as guest:
         print(f"to get in:         {shlex.join(guest.ssh_command)}")
         print(f"a source:          {guest.url('/dev/VG/LV')} {shlex.join(guest.arguments)}")

@@ -1,6 +1,5 @@
 """A booted guest: run commands in it, cut its power, reach its ports."""
 
-import os
 import secrets
 import shlex
 import shutil
@@ -14,19 +13,10 @@ from pathlib import Path
 
 from tests.conftest import LARGE
 from tests.lab.image import Image
-from tests.lab.monitor import Monitor
+from tests.lab.machine import Machine
+from tests.relay import Relay
 
 BOOT_TIMEOUT_S = 240.0
-#: After this long a boot is begun anew, once, in seconds: it takes 20 on a machine that has nothing else to do.
-STANDSTILL_S = 120.0
-_APPEND = (
-    "root=/dev/vda rw console=ttyS0 net.ifnames=0 fsck.mode=skip mitigations=off random.trust_cpu=on"
-    # What an emulated processor does slowly. Translated code is found again by its address, so every program must be
-    # where it was the last time (a process starts three times as fast); each look at the other clocks leaves the guest.
-    " norandmaps tsc=reliable init_on_alloc=0 transparent_hugepage=always"
-)
-#: Without `erms` the kernel copies and clears by words, not by bytes: reading a disk takes half the time.
-_CPU = "max,erms=off"
 
 
 class GuestError(AssertionError):
@@ -34,7 +24,7 @@ class GuestError(AssertionError):
 
 
 class Guest:
-    """A Debian machine under qemu, as a context manager; nothing of it is left afterwards.
+    """A Debian machine, as a context manager; nothing of it is left afterwards.
 
     Its root file system is the image's, as new; `disks` are the sizes in bytes of its empty data disks, of which
     `devices` are the names. `options` make either transport of blockdiff find and trust it, `login` is
@@ -48,18 +38,15 @@ class Guest:
         self._host_key = image.host_key
         self._sizes = disks
         self._ports: dict[int, int] = {}
-        self.devices = [f"/dev/vd{chr(ord('b') + number)}" for number in range(len(disks))]
+        self.devices = [f"/dev/ubd{chr(ord('b') + number)}" for number in range(len(disks))]
 
     def __enter__(self) -> "Guest":
         with ExitStack() as stack:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="blockdiff-lab-", dir=LARGE))
             self.directory = Path(place)
-            self._prepare()
-            self._process = self._start()
-            stack.callback(self._stop)
-            self._monitor = stack.enter_context(Monitor(self.directory / "monitor"))
-            for path in self.directory.glob("data-*"):
-                path.unlink()  # qemu has them open, and nothing large must outlive it
+            shutil.copy(self._image.user_key, self.user_key)
+            self._machine = stack.enter_context(Machine(self._image, self.directory, self._sizes))
+            self._relays = stack.enter_context(ExitStack())
             self.port = self.forward(22)
             self._master: subprocess.Popen[bytes] | None = None
             stack.callback(self._disconnect)
@@ -72,12 +59,12 @@ class Guest:
 
     @property
     def pid(self) -> int:
-        """The process id of qemu."""
-        return self._process.pid
+        """The process that ends with the machine."""
+        return self._machine.pid
 
     @property
     def console(self) -> str:
-        """What the guest has written to its serial console so far."""
+        """What the guest has written to its console so far."""
         return (self.directory / "console").read_text(errors="replace")
 
     @property
@@ -115,7 +102,8 @@ class Guest:
     def forward(self, guest_port: int) -> int:
         """Return the port of 127.0.0.1 on the test's machine that leads to a TCP port of the guest."""
         if guest_port not in self._ports:
-            self._ports[guest_port] = self._monitor.forward(guest_port)
+            relay = self._relays.enter_context(Relay(guest_port, host=self._machine.address))
+            self._ports[guest_port] = relay.port
         return self._ports[guest_port]
 
     def run(
@@ -163,62 +151,25 @@ class Guest:
     def reboot(self) -> None:
         """Cut the power and turn it on again; returns when the guest answers. What its disks accepted is kept."""
         self._disconnect()
-        self._monitor.reset()
+        self._machine.reset()
         self._wait_until_up()
 
     def wait(self) -> None:
-        """Wait until qemu ends, which by itself it never does."""
-        self._process.wait()
-
-    def _prepare(self) -> None:
-        shutil.copy(self._image.user_key, self.user_key)
-        for number, size in enumerate(self._sizes):
-            with (self.directory / f"data-{number}").open("wb") as file:
-                file.truncate(size)
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        """Start qemu, which dies with us even if we are killed."""
-        drives = [f"file={self._image.disk},snapshot=on"]
-        drives += [f"file={self.directory}/data-{number},discard=unmap" for number in range(len(self._sizes))]
-        command = [
-            *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"),
-            *("-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2", "-m", "2048"),
-            *("-nodefaults", "-no-user-config", "-display", "none"),
-            *("-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd), "-append", _APPEND),
-            *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"),
-            *("-serial", f"file:{self.directory}/console"),
-            *("-qmp", f"unix:{self.directory}/monitor,server=on,wait=off"),
-            *(word for drive in drives for word in ("-drive", f"format=raw,if=virtio,cache=unsafe,{drive}")),
-        ]
-        with (self.directory / "qemu.log").open("wb") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "TMPDIR": str(self.directory)},
-            )
-
-    def _stop(self) -> None:
-        self._process.kill()
-        self._process.wait(30)
+        """Wait until the machine is off, which it never is by itself."""
+        self._machine.wait()
 
     def _wait_until_up(self) -> None:
         """Wait until sshd answers and the boot is over."""
-        begun = time.monotonic()
-        deadline, reset = begun + BOOT_TIMEOUT_S, False
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
         while not self._answers():
-            if time.monotonic() > begun + STANDSTILL_S and not reset:
-                self._monitor.reset()  # once in some hundred boots qemu's processors stand still
-                reset = True
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                said = (self.directory / "qemu.log").read_text(errors="replace") + self.console
-                raise GuestError(f"the guest does not come up: {said[-4000:]}")
+            if not self._machine.is_on() or time.monotonic() > deadline:
+                raise GuestError(f"the guest does not come up: {self.console[-4000:]}")
+            time.sleep(0.05)
         self._connect(deadline)
         self.run("systemctl is-system-running --wait; udevadm settle", timeout_s=BOOT_TIMEOUT_S)
 
     def _answers(self) -> bool:
-        """Return whether sshd greets; qemu itself takes the connection long before."""
+        """Return whether sshd greets; the relay takes the connection long before."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
                 return sock.recv(4) == b"SSH-"
@@ -226,7 +177,7 @@ class Guest:
             return False
 
     def _connect(self, deadline: float) -> None:
-        """Open the connection that every command goes through: logging in costs an emulated processor half a second."""
+        """Open the connection that every command goes through: logging in takes longer than most of them."""
         self.known_hosts.write_text("")
         self.trust(self.port)
         command = [*self.ssh_command[:-1], "-o", "BatchMode=yes", "-M", "-S", str(self._control), "-N", self.login]

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.lab.initrd import initrd
-
 SUITE = "bookworm"
 PACKAGES = (
-    "linux-image-cloud-amd64 systemd-sysv udev kmod iproute2 procps psmisc busybox-static rsync"
+    "user-mode-linux systemd-sysv udev kmod iproute2 procps psmisc busybox-static rsync"
     " openssh-server openssh-client lvm2 thin-provisioning-tools e2fsprogs cron daemontools python3 perl-base"
     " mariadb-server postgresql"
 )
@@ -26,14 +24,15 @@ PACKAGES = (
 PYTHON_PACKAGES = "/opt/blockdiff-packages"
 #: A database directory as mariadb-install-db leaves it, in the guest: making one there takes long.
 MARIADB_TEMPLATE = "/var/lib/mysql-template"
-PROGRAMS = ("mmdebstrap", "unshare", "mkfs.ext4", "qemu-system-x86_64", "setpriv", "ssh", "ssh-keygen")
+PROGRAMS = ("mmdebstrap", "unshare", "mkfs.ext4", "cc", "ip", "setpriv", "ssh", "ssh-keygen")
 
 _HERE = Path(__file__).resolve().parent
 _ROOTFS = _HERE / "rootfs"
+_XSTATE = _HERE / "xstate.c"
 _DISK_SIZE = 4 << 30
 _BUILD_TIMEOUT_S = 1800
 _KEPT_S = 24 * 3600  # an image that was used lately may be that of another checkout
-# every unit costs an emulated processor its share of a second
+# every unit costs its share of a second
 _NOT_NEEDED = (
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer"
     " mariadb.service postgresql.service rsync.service svscan.service systemd-timesyncd.service remote-fs.target"
@@ -58,11 +57,13 @@ class Image(NamedTuple):
 
     @property
     def kernel(self) -> Path:
-        return self.directory / "vmlinuz"
+        """The kernel, which is a program."""
+        return self.directory / "linux"
 
     @property
-    def initrd(self) -> Path:
-        return self.directory / "initrd"
+    def xstate(self) -> Path:
+        """What is preloaded into it (``xstate.c``)."""
+        return self.directory / "xstate.so"
 
     @property
     def user_key(self) -> Path:
@@ -119,7 +120,7 @@ def _requirements() -> list[str]:
 def _key() -> str:
     """Return the name of the image that would be built now: all that it is built from, hashed."""
     digest = hashlib.sha256("\n".join(_requirements()).encode())
-    for path in [Path(__file__), _HERE / "initrd.py", *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
+    for path in [Path(__file__), _XSTATE, *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
         digest.update(f"\0{path.relative_to(_HERE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -240,9 +241,9 @@ def _configure(root: Path, made: Path, log: int) -> None:
 
 
 def _make_disk(root: Path, made: Path, log: int) -> None:
-    (kernel,) = (root / "boot").glob("vmlinuz-*")
-    shutil.copy(kernel, made / "vmlinuz")
-    (made / "initrd").write_bytes(initrd(root))
+    shutil.move(root / "usr/bin/linux.uml", made / "linux")
+    shutil.move(root / "usr/lib/uml/modules", root / "usr/lib/modules")
+    _run("cc", "-O2", "-shared", "-fPIC", "-o", made / "xstate.so", _XSTATE, log=log)
     disk = made / "disk"
     with disk.open("wb") as file:
         file.truncate(_DISK_SIZE)

@@ -14,6 +14,8 @@ _START_TIMEOUT_S = 120
 _SUPERUSER = "tester"
 _OPTIONS = (
     "--no-defaults --user=mysql --bind-address=0.0.0.0 --skip-name-resolve --innodb-log-file-size=16M"
+    # User Mode Linux has less address space than the server would reserve, and io_uring stands still there
+    " --loose-innodb-buffer-pool-size-max=64M --innodb-use-native-aio=0"
     " --innodb-buffer-pool-size=16M --key-buffer-size=1M --aria-pagecache-buffer-size=8M"
 )
 

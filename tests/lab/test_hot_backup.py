@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(1800)  # half a minute for each on a machine th
 
 #: How much longer the lock may be held than the making of the snapshots takes, in seconds.
 ON_TOP_S = 0.3
-#: How much longer anything may take where two emulated processors have much to do, in seconds.
+#: How much longer anything may take where two guests have much to do, in seconds.
 BUSY_S = 20.0
 #: In one of so many runs they have not.
 MOST_RUNS = 8

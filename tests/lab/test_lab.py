@@ -113,12 +113,13 @@ def test_nothing_is_left_of_a_guest_that_does_not_come_up(guest: Guest) -> None:
         os.kill(broken.pid, 0)
 
 
-def test_qemu_and_its_disks_go_with_a_test_run_that_is_killed(guest: Guest) -> None:
+def test_the_machine_and_its_disks_go_with_a_test_run_that_is_killed(guest: Guest) -> None:
     script = (
         "import time\n"
         "from tests.lab import guest, image\n"
         "class Halfway(guest.Guest):\n"
         "    def _wait_until_up(self):\n"
+        "        while not self.console: time.sleep(0.01)\n"
         "        print(self.pid, self.directory, flush=True)\n"
         "        time.sleep(1000)\n"
         "with Halfway(image.image(), [1 << 30]): pass"
@@ -127,11 +128,11 @@ def test_qemu_and_its_disks_go_with_a_test_run_that_is_killed(guest: Guest) -> N
     with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid, directory = process.stdout.readline().split()
-        qemu = os.pidfd_open(int(pid))
+        machine = os.pidfd_open(int(pid))
         process.kill()
     try:
-        assert select.select([qemu], [], [], 30)[0], "qemu still runs"
+        assert select.select([machine], [], [], 30)[0], "it is still on"
         assert sum(path.stat().st_size for path in Path(directory).iterdir()) < 1 << 20
     finally:
-        os.close(qemu)
+        os.close(machine)
         shutil.rmtree(directory)

@@ -266,7 +266,7 @@ def test_what_can_have_no_snapshot_is_refused_in_words(package: Guest, volume_gr
         f"/dev/{name}/pool": f"SourceError: {name}/pool is a thin pool",
         f"/dev/mapper/{name}-pool_tdata": f"SourceError: {name}/pool_tdata is a part of another volume",
         f"/dev/{name}/idle": f"SourceError: {name}/idle is not active",
-        "/dev/vda": "SourceError: /dev/vda is not a logical volume: lvs exited with status 5",
+        "/dev/ubda": "SourceError: /dev/ubda is not a logical volume: lvs exited with status 5",
         f"/dev/{name}/none": f"SourceError: /dev/{name}/none is not a logical volume: lvs exited with status 5",
         path: "none",
     }

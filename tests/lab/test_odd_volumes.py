@@ -137,7 +137,7 @@ def test_what_is_no_volume_that_can_have_a_snapshot(chain: VolumeChain, volume_g
     chain.guest.run(f"lvcreate -q -y -s -n snap -L 8M {group}/data")
     volume_group.pool("pool", "32M")
     for path, words in (
-        ("/dev/vda", "/dev/vda is not a logical volume"),
+        ("/dev/ubda", "/dev/ubda is not a logical volume"),
         (f"/dev/{group}/nothing", f"/dev/{group}/nothing is not a logical volume"),
         (f"/dev/{group}/snap", f"{group}/snap is itself a snapshot"),
         (f"/dev/{group}/pool", f"{group}/pool is a thin pool"),
