@@ -1,4 +1,4 @@
-"""A year of daily runs on a 1 GiB image, with a new chain each month: every day restores."""
+"""A year of daily runs on a 256 MiB image, with a new chain each month: every day restores."""
 
 import os
 import random
@@ -15,8 +15,8 @@ from blockdiff.restore.filetarget import FileTarget
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 
-SIZE = 1 << 30
-PIECE = 1 << 20
+SIZE = 256 << 20
+PIECE = 64 << 10
 BEGIN = datetime(2028, 1, 1, 3, 0)  # a leap year
 DAYS = 366
 
@@ -42,11 +42,11 @@ def days_edits(day: int) -> list[Edit]:
     size = SIZE + (day // 30) * 4096 - (1000 if day % 7 == 0 else 0)
     edits = []
     for _ in range(12):
-        offset = chooser.randrange(0, 24 * PIECE, 4096) * 40 % (SIZE - PIECE)
+        offset = chooser.randrange(0, 24 << 20, 4096) * 40 % (SIZE - PIECE)
         length = chooser.choice([16, 4096, 16384])
         edits.append(Edit(offset, bytes(length) if chooser.random() < 0.2 else chooser.randbytes(length), size))
     if day % 10 == 0:
-        edits.append(Edit(chooser.randrange(SIZE - 2 * PIECE), chooser.randbytes(PIECE), size))
+        edits.append(Edit(chooser.randrange(SIZE - (2 << 20)), chooser.randbytes(1 << 20), size))
     return edits
 
 

@@ -28,7 +28,7 @@ PROGRAMS = ("mmdebstrap", "unshare", "mkfs.ext4", "cc", "ip", "setpriv", "ssh", 
 
 _HERE = Path(__file__).resolve().parent
 _ROOTFS = _HERE / "rootfs"
-_XSTATE = _HERE / "xstate.c"
+_PRELOADED = _HERE / "preloaded.c"
 _DISK_SIZE = 4 << 30
 _BUILD_TIMEOUT_S = 1800
 _KEPT_S = 24 * 3600  # an image that was used lately may be that of another checkout
@@ -61,9 +61,9 @@ class Image(NamedTuple):
         return self.directory / "linux"
 
     @property
-    def xstate(self) -> Path:
-        """What is preloaded into it (``xstate.c``)."""
-        return self.directory / "xstate.so"
+    def preloaded(self) -> Path:
+        """What is preloaded into it (``preloaded.c``)."""
+        return self.directory / "preloaded.so"
 
     @property
     def user_key(self) -> Path:
@@ -120,7 +120,7 @@ def _requirements() -> list[str]:
 def _key() -> str:
     """Return the name of the image that would be built now: all that it is built from, hashed."""
     digest = hashlib.sha256("\n".join(_requirements()).encode())
-    for path in [Path(__file__), _XSTATE, *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
+    for path in [Path(__file__), _PRELOADED, *sorted(path for path in _ROOTFS.rglob("*") if path.is_file())]:
         digest.update(f"\0{path.relative_to(_HERE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -243,7 +243,7 @@ def _configure(root: Path, made: Path, log: int) -> None:
 def _make_disk(root: Path, made: Path, log: int) -> None:
     shutil.move(root / "usr/bin/linux.uml", made / "linux")
     shutil.move(root / "usr/lib/uml/modules", root / "usr/lib/modules")
-    _run("cc", "-O2", "-shared", "-fPIC", "-o", made / "xstate.so", _XSTATE, log=log)
+    _run("cc", "-O2", "-shared", "-fPIC", "-o", made / "preloaded.so", _PRELOADED, log=log)
     disk = made / "disk"
     with disk.open("wb") as file:
         file.truncate(_DISK_SIZE)

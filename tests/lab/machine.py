@@ -88,7 +88,7 @@ class Machine:
             *("root=/dev/ubda", "rw", "fsck.mode=skip", *self._arguments),
             *("con=null", "con0=null,fd:1", "console=tty0", "umid=lab", f"uml_dir={self._directory}"),
         ]
-        environment = {**os.environ, "TMPDIR": str(self._directory), "LD_PRELOAD": str(self._image.xstate)}
+        environment = {**os.environ, "TMPDIR": str(self._directory), "LD_PRELOAD": str(self._image.preloaded)}
         try:
             with (self._directory / "console").open("ab") as console:
                 self._process = subprocess.Popen(

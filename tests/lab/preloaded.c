@@ -1,11 +1,15 @@
-/* Preloaded into the lab's kernel, which runs the guest's programs by ptrace(2).
+/* Preloaded into the lab's kernel (Linux 6.1), a process that runs the guest's programs by ptrace(2).
  *
- * The kernel knows 2696 bytes of a processor's extended state (up to AVX-512). Since Linux 5.16, ptrace takes the whole
+ * Its clock. An alarm that comes while the kernel still handles the one before is dropped (`unblock_signals` in
+ * arch/um/os-Linux/signal.c), and only the handling sets the next: the guest stands still for ever. So each alarm
+ * comes again until the next is set. One too many does nothing.
+ *
+ * Extended state. The kernel knows 2696 bytes of a processor's (up to AVX-512). Since Linux 5.16, ptrace takes the whole
  * state or nothing, and on processors with AMX that is larger: the kernel's first program would die with "ptrace set fp
  * regs failed". So what it does not know stays as it is. (Linux 6.10 sizes its buffer itself.)
  *
- * The kernel reads the state whenever a program stops, and writes it before that goes on. To write back what was just
- * read is left out: it took a third of the time of a system call.
+ * Its speed. The kernel reads the state whenever a program stops, and writes it before that goes on. To write back what
+ * was just read is left out: it took a third of the time of a system call.
  */
 #define _GNU_SOURCE
 #include <elf.h>
@@ -14,6 +18,7 @@
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 /* What programs that have not gone on since had when their state was read. */
@@ -74,4 +79,12 @@ long ptrace(enum __ptrace_request request, ...)
             last->pid = 0;
     }
     return syscall(SYS_ptrace, request, pid, address, data);
+}
+
+int timer_settime(timer_t timer, int flags, const struct itimerspec *given, struct itimerspec *before)
+{
+    struct itimerspec value = *given;
+    if ((value.it_value.tv_sec || value.it_value.tv_nsec) && !value.it_interval.tv_sec && !value.it_interval.tv_nsec)
+        value.it_interval.tv_nsec = 50000000;
+    return syscall(SYS_timer_settime, (long)timer, flags, &value, before);
 }
