@@ -19,10 +19,10 @@ quick: $(VENV)/installed-for-tests
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m 'not torture and not slow'
 
 test: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not torture'
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not torture'
 
 torture: $(VENV)/installed-for-tests
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m torture
+	$(PYTHON) -m pytest -n 3 --dist worksteal -m torture
 
 check: $(VENV)/installed-for-tests
 	$(PYTHON) -m ruff format --check .
