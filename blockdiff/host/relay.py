@@ -23,8 +23,8 @@ SOCKET_TIMEOUT_S = 30.0
 class Relay:
     """One end of a relay: it sends what arrives on `sock`, and writes to `sock` what the other end sends.
 
-    It also closes `sock`. When `sock` has no more data, it sends a last, empty frame of the kind `last`. The agent sends
-    `wire.BYTES`, which means that no more bytes follow; the server sends `wire.CLOSE` and gets a CLOSE in return.
+    It also closes `sock`. When `sock` has no more data, it sends a last, empty frame of the kind `last`. For the agent
+    this is `wire.BYTES`: no more bytes follow. For the server it is `wire.CLOSE`; it gets a CLOSE in return.
     """
 
     def __init__(self, link: wire.Link, sock: socket.socket, last: int) -> None:
