@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the run is to do with the chain `name`, for the source at `path` on the host."""
+    """What the run does with the chain `name`, for the source at `path` on the host."""
 
     name: str
     path: str

@@ -23,7 +23,7 @@ from blockdiff.database.sqlsession import Lacking, SqlSession
 from blockdiff.shared import process, trace
 from blockdiff.shared.errors import DatabaseError, ProcessError, printable
 
-#: The exit status for a command that died of a signal, as with the original.
+#: The exit status for a command that died of a signal, as in the original.
 SIGNALLED = 255
 
 #: How much longer than --lock-wait we wait for the server to report that the wait timed out, in seconds.

@@ -24,7 +24,7 @@ from blockdiff.shared import process
 from blockdiff.shared.errors import BlockdiffError, DatabaseError, printable
 from blockdiff.transport.address import Address
 
-#: How long the guard may take to log in, and to start what was stopped, in seconds.
+#: How long the guard may take to log in, and to start the channels that were stopped, in seconds.
 READY_S = 90.0
 START_S = 60.0
 #: How long a guard lives at most, in seconds: longer than we may wait for a lock and hold it.

@@ -23,7 +23,7 @@ _SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
 _FILES = re.compile(r"#?(ib|undo|aria_log|mysql\.ibd).*|.*\.(ibd|isl|ibu)")
 #: Longest content of an ``.isl`` file, which says where InnoDB keeps a table, in bytes.
 _PATH_LIMIT = 4096
-#: The number of a device, and which source of the run is beneath it: see `sources.locate`.
+#: The number of a device, and the index of the run's source beneath it (None: none): see `sources.locate`.
 Place = Tuple[str, Optional[int]]
 
 

@@ -190,7 +190,7 @@ def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[
             "thin_delta is not installed there: it is in thin-provisioning-tools or device-mapper-persistent-data"
         ) from error
     if ended.returncode != 0:
-        said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # its usage follows
+        said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # the other lines are its usage
         raise HintError("thin_delta failed: {}".format(printable(" ".join(said) or "it printed nothing", 300)))
     return reader.end()
 

@@ -137,7 +137,7 @@ class Rules:
         self._changed_blocks += blocks
 
     def check_progress(self, offset: int) -> None:
-        """Check that progress increases each time, and does not go past the image's end: so it cannot go on forever."""
+        """Check that progress increases each time, at most to the image's end: so the number of frames is limited."""
         if not self._progress < offset <= self._image_size:
             raise ProtocolError(f"reported progress to offset {offset} of {self._image_size}, after {self._progress}")
         self._progress = offset
@@ -145,7 +145,7 @@ class Rules:
     def check_want(self, start: int, offset: int) -> None:
         """Check that the agent asks for more of the digest table each time, and not for much more than it has.
 
-        So this cannot go on forever.
+        So the number of frames is limited.
         """
         if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW or start > offset:
             raise ProtocolError(f"asks for {start} to {offset} of {self._table_size} bytes of digests")

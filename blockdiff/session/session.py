@@ -307,7 +307,7 @@ class Session:
                 frame = self._link.receive()
                 raise ProtocolError(f"sent a frame of kind {wire.kind_name(frame.kind)} after its end")
             except ConnectionLost:
-                pass  # as it should be
+                pass  # expected
         ended = self._connection.wait(patience_s)
         if ended is None and not self._connection.tells_end:
             return

@@ -137,7 +137,7 @@ def loops() -> "List[Tuple[str, os.stat_result]]":
 
 
 def sectors(device: str) -> Optional[Sectors]:
-    """Return what was read from and written to a device so far; None if the kernel does not say.
+    """Return what was read from and written to a device so far; None if the kernel does not report it.
 
     For devices whose sectors it does not count, such as memory disks, or if counting was switched off, the kernel still
     reports counters: they do not change.

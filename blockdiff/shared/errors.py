@@ -2,7 +2,7 @@
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-An error names the thing and the place in one lowercase sentence; ``hint`` says what to do about it. Errors are sent
+The message of an error names the thing and the place, in lower case; ``hint`` says what to do about it. Errors are sent
 over the connection as data (`to_wire`, `from_wire`), so the agent's errors arrive at the server with their type.
 """
 
@@ -32,7 +32,7 @@ def printable(text: str, limit: int = MESSAGE_LIMIT) -> str:
 
 
 class BlockdiffError(Exception):
-    """Something that ends the command: the sentence says what and where, `hint` what to do."""
+    """An error that ends the command: the message says what and where, `hint` says what to do."""
 
     exit_status = EXIT_FAILED
 
@@ -90,7 +90,7 @@ class ChainError(BlockdiffError):
 
 
 class BusyError(BlockdiffError):
-    """Another run holds the chain."""
+    """Another run has locked the chain."""
 
     exit_status = EXIT_BUSY
 

@@ -24,7 +24,7 @@ class Fields:
         self.refuse = refuse
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a field, and it is not ``null``."""
+        """Return whether the field exists and is not ``null``."""
         return self._holder.get(name) is not None
 
     def optional(self, read: Callable[[str], T], name: str) -> "Optional[T]":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 #: Takes one line for the trace; None if no trace is written.
 report: "Optional[Callable[[str], None]]" = None
-#: Makes the server's end of a connection in place of `wire.Link`; None if no trace is written.
+#: Makes the server's end of a connection instead of `wire.Link`; None if no trace is written.
 link: "Optional[Callable[[Carrier, float, Optional[float], Callable[[Buffer, int], int]], Link]]" = None
 
 # PIDs of the children whose end was not reported yet.

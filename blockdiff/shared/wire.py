@@ -37,7 +37,7 @@ TAKEN = 7  # JSON, agent: they are made, and writers may continue
 # For each source in turn:
 SCAN = 8  # JSON, server: send what changed
 SOURCE = 9  # JSON, agent: what the source is
-TABLE = 10  # server: digests of the previous generation, from byte `offset` of its table on, as far as WANT allows
+TABLE = 10  # server: digests of the previous generation, from byte `offset` of the digests on, as far as WANT allows
 DATA = 11  # agent: whole blocks at `offset`; only the image's last may be short
 ZERO = 12  # agent: u64le length: this many zero bytes at `offset`
 PROGRESS = 13  # agent: everything before `offset` was examined
@@ -52,7 +52,7 @@ CLOSE = 19  # server: its socket was closed; agent: the host's socket was closed
 # If both are on one machine and share memory (`blockdiff.host.sharedbuffers`):
 LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` are at that place of the memory
 TAKEN_OUT = 21  # server: the next of the runs that LENT named was copied out
-# In place of a run:
+# Instead of a run:
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and which exist; END follows
 # At any time after a frame of the agent's, if a trace was asked for (`blockdiff.shared.tracewriter`):
 TRACE = 23  # agent: one line of the trace

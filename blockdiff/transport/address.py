@@ -53,7 +53,7 @@ def parse(text: str) -> Address:
     match = _REMOTE.fullmatch(text)
     if match is None and text:
         return Address(None, _absolute(text))
-    if match is None or match["path"].startswith("//"):  # http://host/x names no host called http
+    if match is None or match["path"].startswith("//"):  # http://host/x does not name a host "http"
         raise UsageError(f"cannot understand the source {printable(text, 300)}", _FORMS)
     if not match["path"].startswith("/"):
         raise UsageError(

@@ -141,7 +141,7 @@ def failure(cause: Cause, where: Place, said: str = "", **fields: str) -> Blockd
     return kinds.get(cause, TransportError)(sentence.format_map(known), hint.format_map(known))
 
 
-#: What the exit status of the command that should have become the agent means.
+#: The cause for each exit status of the command that should have become the agent.
 STATUSES = {
     loader.NO_PYTHON: Cause.NO_PYTHON,
     loader.TOO_OLD: Cause.TOO_OLD,

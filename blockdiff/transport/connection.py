@@ -90,7 +90,7 @@ class Connection(wire.Carrier):
 
     @abstractmethod
     def explain(self, error: ConnectionLost) -> BlockdiffError:
-        """Return why the connection was lost, as far as can be known."""
+        """Return the error that says why the connection was lost, as far as that is known."""
 
 
 class Tail:
