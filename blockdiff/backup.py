@@ -1,4 +1,4 @@
-"""One run: lock the chains, take the moment of their sources, ask the agent for what changed, write it, commit it."""
+"""One run: lock the chains, take the moment of their sources, get what changed from the agent, write it, commit it."""
 
 import os
 import secrets
@@ -37,7 +37,8 @@ from blockdiff.transport.connection import Connection
 class VolumeOptions:
     """How logical volumes are taken: through snapshots of `snapshot_size`, under a lock of `database` if there is one.
 
-    `keep`, `audit`: see `sources.Reading`. `pauses`: what applies changes on a replica is stopped under the lock.
+    With `keep`, the snapshots stay on the host for the next run. `audit`: see `sources.Reading`. With `pauses`, the SQL
+    thread of a replica is stopped during the lock.
     """
 
     snapshot_size: str = "20%"
@@ -52,8 +53,9 @@ class VolumeOptions:
 class Options(ChainOptions):
     """What the command line asks for. `volumes` is None if sources are read as they are.
 
-    `before` and `after` are commands for the host: around the making of the snapshots, or else around all the reading.
-    `period` is what each NAME ends with if a new chain begins automatically each month, week or day.
+    `before` and `after` are commands that run on the host, before and after the snapshots are made; without snapshots,
+    before and after everything is read. `period` is the end of each NAME if a new chain begins automatically each
+    month, week or day.
     """
 
     volumes: VolumeOptions | None = None
@@ -71,9 +73,9 @@ class Options(ChainOptions):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run added to one chain. `warnings` make it exit 3; `recovered` is what it had to repair before.
+    """What a run added to one chain. With `warnings`, the exit status is 3; `recovered` says what was repaired first.
 
-    `planned` are the notes of the `plan.Plan`, `notes` are for the user.
+    `planned` are the notes of the `plan.Plan`; `notes` are for the user.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the run is to do with the chain `name`, for the source at `path` on the host."""
+    """What the run does with the chain `name`, for the source at `path` on the host."""
 
     name: str
     path: str
@@ -95,7 +97,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A source whose moment was taken, and its chain: what the agent says of it, and how that went."""
+    """A source whose moment was taken, its chain, what the agent reported about it, and how the moment was taken."""
 
     chain: LockedChain
     path: str
@@ -106,7 +108,7 @@ class _Taken:
 
 @dataclass(frozen=True)
 class _Scanned:
-    """What came of a source: `new` has its delta and digest table, and is not committed."""
+    """The result of scanning a source: `new` has its delta and digest table, and is not committed yet."""
 
     new: NewGeneration
     opened: Opened
@@ -128,11 +130,11 @@ def backup_together(
     progress: Progress | None = None,
     begun: Sequence[Connection] = (),
 ) -> list[Result]:
-    """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return what was made.
+    """Add one generation to each of the chains of `targets`, pairs of NAME and path on the host; return the results.
 
-    All are taken at one moment if they are taken through snapshots, and committed together, after all were read.
-    `begun` are connections of `transport.begin`, as many of the run's as there are already.
-    Raises a `BlockdiffError` when that was not possible; the chains are then as they were.
+    With snapshots, all sources are taken at one moment. The generations are committed together, after all sources were
+    read. `begun` are connections from `transport.begin` that exist already; the run makes any others that it needs.
+    Raises a `BlockdiffError` if that was not possible; the chains are then unchanged.
     """
     compress = codec.compressor(options.compression, options.level)
     watcher = progress or Progress()
@@ -167,7 +169,7 @@ def backup_together(
             warnings = [*_warnings(source, found.totals, manifest), *source.moment.warnings]
             warnings += _clock_warnings(source.chain, manifest, options.period)
             notes = [note for note in manifest.notes if note not in source.moment.warnings]
-            found.new.commit(manifest)  # last: what fails after it would be reported of a run that was done
+            found.new.commit(manifest)  # last: a later error would be reported as if the run had failed
             results.append(Result(source.chain.name, manifest, warnings, source.chain.notes, source.plan.notes, notes))
         return results
 
@@ -175,10 +177,10 @@ def backup_together(
 def rehearse(
     targets: Sequence[tuple[str, str]], address: Address, options: Options, begun: Connection | None = None
 ) -> list[Plan]:
-    """Check all that a run of `backup_together` begins with, and return what it would do with each of its chains.
+    """Make all checks with which `backup_together` begins, and return what it would do with each of its chains.
 
-    The chain, the connection, the source and the database's login are looked at; nothing is locked, made or written.
-    Raises what the run would raise.
+    The chain, the connection, the source and the database's login are checked; nothing is locked, made or written.
+    Raises the errors that the run would raise.
     """
     codec.compressor(options.compression, options.level)
     with ExitStack() as stack:
@@ -215,7 +217,7 @@ def _jobs(
 def _prepared(
     session: Session, jobs: list[_Job], options: Options, rehearsal: bool = False
 ) -> Iterator[tuple[Quiesce, list[Volume]]]:
-    """Yield what stops writers, after the agent has found all sources fit, and what it says of each."""
+    """Let the agent check all sources; then yield what stops writers, and what the agent reported about each source."""
     for job in jobs:
         session.check_digest(digest_named(job.plan.digest))
     trace.phase("prepare")
@@ -229,10 +231,10 @@ def _prepared(
 
 
 def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> list[Moment]:
-    """Return the moment of each source, with a warning if it is not one for all of them.
+    """Return the moment of each source, with a warning if all of them together are not one point in time.
 
-    One of them may be written to: what the others hold then is as it was at the moment of that one. `holds` says of
-    each whether what writes to it was stopped.
+    `holds` says for each source whether its writers were stopped. If they were for all sources but one, the images are
+    one point in time: the other sources did not change, so their images also show the moment of that one.
     """
     if len(holds) > 1:
         moment = replace(moment, apart_s=round(session.apart_s, 3))
@@ -247,7 +249,7 @@ def _moments(moment: Moment, session: Session, holds: Sequence[bool | None]) -> 
 
 
 def _quiesced(moment: Moment, held_s: float | None) -> Quiesced | None:
-    """Return how writers were stopped, for `held_s` seconds if that ended after the reading."""
+    """Return how writers were stopped; `held_s` is for how many seconds, if they were stopped during the whole scan."""
     if moment.quiesced is None or held_s is None:
         return moment.quiesced
     return replace(moment.quiesced, held_s=held_s)
@@ -294,7 +296,7 @@ def _scan(
     watcher: Progress,
     stack: ExitStack,
 ) -> _Scanned:
-    """Let the agent scan the next source, with others if need be, and write its delta and digest table."""
+    """Let the agent scan the next source, with other agents if `streams` > 1; write its delta and digest table."""
     trace.phase("scan a source")
     plan, before = source.plan, session.bytes_received
     hasher = Hasher(digest_named(plan.digest), plan.block_size)
@@ -306,7 +308,7 @@ def _scan(
     scan = ScanRequest(plan.block_size, hasher.digest, plan.old, bandwidth, hinted, audited, streams=options.streams)
     with streams.opened(session, scan, source.path, connect) as found:
         watcher.begin(found.opened.size)
-        with signals.held():  # a signal comes when its files are known to what removes them
+        with signals.held():  # no signal between making the files and noting them for removal
             new = stack.enter_context(source.chain.begin(codec.SUFFIXES[options.compression], "." + plan.digest))
 
         def show(offset: int) -> None:
@@ -376,7 +378,7 @@ def _warnings(source: _Taken, totals: Totals, made: Manifest) -> list[str]:
 
 
 def _clock_warnings(chain: Chain, made: Manifest, period: str) -> list[str]:
-    """Return what shows that the clock went back: during the run, since the one before, or into an earlier period."""
+    """Return warnings if the clock went back: during the run, since the run before, or into an earlier period."""
     warnings = []
     parent = chain.generations.get(made.generation - 1)
     before = parent.manifest.finished if parent is not None and parent.manifest is not None else None

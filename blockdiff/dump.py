@@ -2,9 +2,9 @@
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-A scan goes through the image in batches. A few threads read and examine batches ahead of the consumer, which gets them
-in order. Holes of sparse files are never read, zero blocks never hashed, and what was not in the page cache before the
-scan is not left in it.
+A scan reads the image in batches. Several threads read and examine batches ahead of the consumer, which gets them in
+order. Holes of sparse files are never read, and zero blocks are never hashed. Data that was not in the page cache
+before the scan is not left there.
 """
 
 import errno
@@ -21,15 +21,15 @@ from blockdiff.shared.errors import SourceError
 from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 from blockdiff.shared.runs import Run, batch_size, whole_blocks
 
-#: Bytes of zeros that are handled at once, at most `runs.BATCH_BLOCKS` blocks.
+#: Bytes of zeros in one batch; a batch has at most `runs.BATCH_BLOCKS` blocks.
 ZEROS_BYTES = 256 << 20
 
 
 class Batch(NamedTuple):
-    """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is asked for.
+    """What a scan found in `length` bytes at `offset`. The data of `runs` is valid until the next batch is requested.
 
-    `read` is the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` what
-    holds its bytes, if there are any.
+    `read` is the number of bytes that were read for it, `changed` the number of blocks in `runs`, and `buffer` the
+    buffer that has its bytes, if there are any.
     """
 
     offset: int
@@ -49,13 +49,13 @@ class OldDigests(ABC):
 
     @abstractmethod
     def skip(self, count: int) -> None:
-        """Leave out the digests of the next `count` blocks."""
+        """Skip the digests of the next `count` blocks."""
 
 
 class Piece(NamedTuple):
-    """A stretch of the image that becomes a batch, of a state of `extents`.
+    """A part of the image that becomes a batch, in one of the states of `extents`.
 
-    `buffer` holds its bytes if they were read already.
+    `cached` says that the page cache is to keep it. `buffer` has its bytes if they were read already.
     """
 
     offset: int
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
 
 
 class Image(ABC):
-    """What a scan goes through, from its beginning to its end."""
+    """An image that can be scanned from its beginning to its end."""
 
     @abstractmethod
     def pieces(self, block_size: int) -> Iterator[Piece]:
@@ -74,16 +74,16 @@ class Image(ABC):
 
     @abstractmethod
     def fill(self, piece: Piece, buffer: memoryview) -> None:
-        """Read a piece into `buffer`, unless that is its own; raises `SourceError`."""
+        """Read a piece into `buffer`, unless `buffer` is the piece's own; raises `SourceError`."""
 
 
 class FileSource(Image):
     """A regular file or block device, open for reading.
 
-    `size` in bytes is taken once, at the start: the image ends there even if the file grows; `status` is what the
-    system says of it. `known` are the extents of the image if somebody knows them better than the file system. If
-    `streams` agents scan it together, this one has number `stream`, from 0. Raises `SourceError` when `path` is
-    missing, unreadable, empty, or of another kind. A context manager.
+    `size` in bytes is read once, at the start: the image ends there even if the file grows. `status` is what `os.fstat`
+    returns. `known` are the extents of the image if they are known from elsewhere than the file system. If `streams`
+    agents scan it together, this one has the number `stream`, from 0. Raises `SourceError` if `path` is missing,
+    unreadable, empty, or of another kind. A context manager.
     """
 
     def __init__(self, path: bytes, known: Optional[Iterable[Extent]] = None) -> None:
@@ -104,7 +104,7 @@ class FileSource(Image):
                     "{} is empty: there is nothing to back up".format(self._shown),
                     "is the path right, and is its device attached?",
                 )
-            # kernel read-ahead would reach into the next piece and make it look as if it had been cached before
+            # the kernel's read-ahead would read a part of the next piece, which would then look cached
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
             os.close(self._fd)
@@ -126,7 +126,7 @@ class FileSource(Image):
         raise SourceError("{} is {}".format(self._shown, what), "name a file, a disk or a logical volume")
 
     def flush(self) -> bool:
-        """Let the system write what it has in memory of the source; return whether it did."""
+        """Let the system write its cached changes of the source to the disk; return whether it did."""
         try:
             os.fsync(self._fd)
         except OSError:
@@ -134,11 +134,11 @@ class FileSource(Image):
         return True
 
     def read_past_cache(self) -> None:
-        """Read a little of a device from the disk itself, whatever is in memory; if that cannot be, nothing."""
+        """Read a little of a device from the disk itself, not from the page cache; errors are ignored."""
         try:
             fd = os.open("/proc/self/fd/{}".format(self._fd), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             try:
-                with mmap.mmap(-1, mmap.PAGESIZE) as page:  # it must begin at one
+                with mmap.mmap(-1, mmap.PAGESIZE) as page:  # the buffer must begin at a page
                     os.readv(fd, [page])
             finally:
                 os.close(fd)
@@ -146,17 +146,17 @@ class FileSource(Image):
             pass
 
     def forget(self) -> None:
-        """Drop what is cached of the source and was not changed there: it is read from the disk again."""
+        """Drop the page cache of the source, except unwritten changes, so that it is read from the disk again."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def note_status(self) -> None:
-        """Let `changed` speak of the time from now on."""
+        """Let `changed` report only changes from now on."""
         self.status = os.fstat(self._fd)
 
     def changed(self) -> str:
         """Return in words what happened to a regular file since it was opened, or since `note_status`; "" for nothing.
 
-        Anybody may put its size and mtime back, its ctime nobody can.
+        A user can set the size and mtime back to their old values, but not the ctime.
         """
         before, now = self.status, os.fstat(self._fd)
         if (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size):
@@ -180,7 +180,7 @@ class FileSource(Image):
         )
 
     def pieces(self, block_size: int) -> Iterator[Piece]:
-        """Yield the image as pieces of whole blocks, in order, and ask the kernel to read each ahead."""
+        """Yield the image as pieces of whole blocks, in order, and let the kernel read each piece ahead."""
         steps = {
             DATA: batch_size(block_size),
             ZEROS: whole_blocks(ZEROS_BYTES, block_size),
@@ -215,18 +215,19 @@ class FileSource(Image):
         try:
             return min(os.lseek(self._fd, position, whence), self.size)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end, or the end has come nearer
+            if error.errno == errno.ENXIO:  # only a hole up to the end, or the file shrank
                 self.check_size()
                 return otherwise
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system does not know: all of it is data
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported: treat all of it as data
                 return position if whence == os.SEEK_DATA else self.size
             raise self._unreadable(position, error) from error
 
     def _read_ahead(self, offset: int, length: int) -> bool:
-        """Start reading a piece; return whether it is to stay in the page cache because it was there before.
+        """Start reading a piece; return whether it must stay in the page cache because it was there before.
 
-        Dropping what somebody else had cached would hurt the host as much as filling its cache with our reads. A read
-        of the first byte that must not wait (`RWF_NOWAIT`, Python 3.7) shows it.
+        To drop pages that the host's programs had cached would hurt the host as much as to fill its cache with our
+        reads. A read of the first byte that does not wait for the disk (`RWF_NOWAIT`, Python 3.7) shows whether it was
+        cached.
         """
         try:
             if os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1:
@@ -237,7 +238,7 @@ class FileSource(Image):
         return False
 
     def fill(self, piece: Piece, buffer: memoryview) -> None:
-        """Read a piece into `buffer`; raises `SourceError` that names the offset if it cannot be read."""
+        """Read a piece into `buffer`; if that fails, raises `SourceError`, which names the offset."""
         done = 0
         while done < piece.length:
             try:
@@ -270,7 +271,7 @@ class FileSource(Image):
 
 
 class _Examiner:
-    """What the worker threads do with a piece: read it, hash it if there is an old digest, and find what changed."""
+    """What the worker threads do with a piece: read it, hash it if there are old digests, and find what changed."""
 
     def __init__(self, source: Image, hasher: Hasher, pool: pipeline.BufferPool) -> None:
         self._source = source
@@ -310,7 +311,7 @@ class _Examiner:
 
 
 def _compare(digests: List[bytes], old: bytes, flags: List[bool]) -> List[str]:
-    """Return the state of each block: one comparison for a batch in which nothing changed, single ones otherwise."""
+    """Return the state of each block. If nothing changed in the batch, one comparison is enough."""
     if b"".join(digests) == old:
         return [SAME] * len(digests)
     size = len(digests[0])
@@ -321,7 +322,7 @@ def _compare(digests: List[bytes], old: bytes, flags: List[bool]) -> List[str]:
 
 
 def _runs(states: List[str], piece: Piece, block_size: int, view: Optional[memoryview]) -> Iterator[Run]:
-    """Yield the runs of neighbouring changed blocks of one state."""
+    """Yield the runs of neighbouring changed blocks that have the same state."""
     start = 0
     for i in range(1, len(states) + 1):
         if i < len(states) and states[i] == states[start]:
@@ -342,8 +343,8 @@ def scan(
 ) -> Iterator[Batch]:
     """Yield what changed in `source`, batch by batch, to the end of the image.
 
-    Without `old` every block counts as changed, and nothing is hashed. Raises `SourceError` when the source cannot be
-    read, at its place in the order.
+    Without `old` every block counts as changed, and nothing is hashed. If a part of the source cannot be read, raises
+    `SourceError` when that part's turn comes.
     """
     examiner = _Examiner(source, hasher, pool)
 

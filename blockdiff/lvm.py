@@ -3,10 +3,10 @@
 Shipped to the host: standard library only, Python 3.6 or newer.
 
 A snapshot of ours has a unique name (`bd_` and random hex), the tag `blockdiff`, a tag that names the process that made
-it, and one that names the UUID of its origin, all set by the same `lvcreate`. Nothing is removed unless its UUID, its
-tags, its name and its origin say that it is ours. If LVM knows no origin, because `lvcreate` was cut off before that
-or the origin no longer exists, the tag says which it was. What a killed agent leaves behind is removed by the next run;
-agents in different PID namespaces of one host (in containers) would mistake each other's for such.
+it, and one that names the UUID of its origin, all set by the same `lvcreate`. Nothing is removed unless its UUID, tags,
+name and origin show that it is ours. If LVM has no origin for it, because `lvcreate` was interrupted or the origin no
+longer exists, the tag says which it was. The next run removes snapshots that a killed agent has left. Agents in
+different PID namespaces of one host (in containers) would remove each other's snapshots.
 """
 
 import os
@@ -22,37 +22,38 @@ from blockdiff.shared import process, signals
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError
 
-#: Instead of the process's tag on a snapshot that stays on the host.
+#: Replaces the process's tag on a snapshot that stays on the host.
 KEPT_TAG = TAG + "_kept"
 
-#: How long the making of a snapshot may take, in seconds: a database may be locked for that time.
+#: How long `lvcreate` may take, in seconds: a database may be locked for that time.
 CREATE_TIMEOUT_S = 30.0
-#: How long we look for what a failed lvcreate may have left, in seconds: the database is still standing.
+#: How long each command may take that looks for, or removes, what a failed `lvcreate` left, in seconds: a database may
+#: still be locked.
 QUICK_TIMEOUT_S = 5.0
-#: How long a removal is tried again, and how often, in seconds: udev may hold the device open for a moment.
+#: How long to try a removal, and the time between two tries, in seconds: udev may hold the device open for a moment.
 REMOVE_TIMEOUT_S = 30.0
 REMOVE_INTERVAL_S = 0.5
-#: How long the removal of what an earlier run left is tried, in seconds: this run need not wait for its user.
+#: How long to try to remove what an earlier run left, in seconds: this run need not wait for a process that uses it.
 SWEEP_TIMEOUT_S = 5.0
-#: How often the fill level of a snapshot is looked at, in seconds, and the level in percent at which it is extended.
+#: How often to check the fill level of a snapshot, in seconds, and the level in percent at which it is extended.
 WATCH_INTERVAL_S = 2.0
 EXTEND_AT_PERCENT = 70.0
-#: Begins the tag that names the process that a snapshot is for.
+#: The prefix of the tag that names the process for which a snapshot was made.
 PROCESS_TAG = TAG + "_pid_"
-# States of a `Snapshot`: there may be one from the moment when lvcreate is about to be run to the try to remove it.
+# States of a `Snapshot`. "made" begins just before lvcreate is run, and ends with the attempt to remove the snapshot.
 _UNMADE, _MADE, _KEPT, _CLOSED = "unmade", "made", "kept", "closed"
 _PROCESS = re.compile(PROCESS_TAG + r"([0-9]{1,10})_[0-9]+_[0-9a-f]+")
 
 
 def process_tag(pid: int) -> str:
-    """Return the tag that names a process of this boot: a PID alone may be somebody else's after a while."""
+    """Return the tag that names a process of this boot: its PID alone may later belong to another process."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip().replace("-", "")[:12]
     return "{}{}_{}_{}".format(PROCESS_TAG, pid, _start_time(pid), boot)
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process started, in clock ticks since the boot; "0" for one that is not there or has ended."""
+    """Return when a process started, in clock ticks since the boot; "0" if it does not exist or has ended."""
     try:
         with open("/proc/{}/stat".format(pid)) as file:
             fields = file.read().rpartition(")")[2].split()
@@ -62,7 +63,7 @@ def _start_time(pid: int) -> str:
 
 
 def is_abandoned(snapshot: Volume) -> bool:
-    """Return whether the process that made one of our snapshots has ended; one without its tag is left alone."""
+    """Return whether the process that made one of our snapshots has ended; False if no tag names a process."""
     for tag in snapshot.tags:
         match = _PROCESS.fullmatch(tag)
         if match:
@@ -71,18 +72,18 @@ def is_abandoned(snapshot: Volume) -> bool:
 
 
 def abandoned(volume: Volume) -> List[Volume]:
-    """Return what agents before us left behind of their snapshots of `volume`.
+    """Return the snapshots of `volume` that earlier agents left.
 
-    Those of agents that are at work, and those that are kept, are not among them. Raises `ProcessError`.
+    Snapshots of running agents, and kept snapshots, are not among them. Raises `ProcessError`.
     """
     tagged = lvs.volumes(volume.group, 'lv_tags={{"{}"}}'.format(TAG))
     return [snapshot for snapshot in tagged if snapshot.is_ours_of(volume) and is_abandoned(snapshot)]
 
 
 def sweep(snapshots: Sequence[Volume]) -> List[str]:
-    """Remove what earlier runs left, and return notes for the user; what somebody holds open stays, with a note.
+    """Remove what earlier runs left, and return notes for the user.
 
-    Raises `ProcessError` if another LVM command is in the way.
+    A snapshot that cannot be removed stays, and a note says so. Raises `ProcessError` if LVM does not answer in time.
     """
     notes = []
     for snapshot in snapshots:
@@ -97,11 +98,11 @@ def sweep(snapshots: Sequence[Volume]) -> List[str]:
 
 
 def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
-    """Remove a snapshot of ours, and nothing else; one that no longer exists is fine.
+    """Remove a snapshot of ours, and nothing else; it is not an error if it no longer exists.
 
-    LVM itself checks again what we know of it, under its lock: `lvremove` of an origin would take the origin. Raises
-    `ProcessError` if it is still there after `timeout_s` seconds (`REMOVE_TIMEOUT_S`), with the command to remove it
-    by hand.
+    LVM checks again, under its lock, that the volume is this snapshot; otherwise `lvremove` could remove another one,
+    such as the origin. Raises `ProcessError` if it still exists after `timeout_s` seconds (by default
+    `REMOVE_TIMEOUT_S`), with the command to remove it by hand.
     """
     same = 'lv_uuid="{}"'.format(snapshot.uuid)
     ours = '{} && lv_tags={{"{}"}} && lv_name=~"^{}" && origin="{}"'.format(same, TAG, PREFIX, snapshot.origin)
@@ -131,15 +132,14 @@ def remove(snapshot: Volume, timeout_s: Optional[float] = None) -> None:
 
 
 class Snapshot:
-    """A read-only snapshot of `origin`, with the tags `extra_tags`. A context manager that leaves none behind.
+    """A read-only snapshot of `origin`, with the tags `extra_tags`. A context manager that removes it at the end.
 
-    `size` is for thick volumes (see `lvcheck.check`). To enter it makes the snapshot, and nothing else is done in that
-    time; then come `watch`, `look`, the reading of `path`, and `check`. Raises `SourceError` if it cannot be made or
-    read to the end, and on the way out `ProcessError` if it cannot be removed. `close` may be called in any
-    state.
+    `size` is for thick volumes (see `lvcheck.check`). Entering makes the snapshot, and does nothing else. After that,
+    call `watch` and `look`, read `path`, and call `check`. Raises `SourceError` if the snapshot cannot be made or read
+    to the end, and at exit `ProcessError` if it cannot be removed. `close` may be called in any state.
 
-    `created_s` are the seconds that the making took, `level` is the highest fill level seen, in percent (None for a
-    thin one), `notes` are what the user should know.
+    `created_s` is how many seconds `lvcreate` took, `level` the highest fill level seen, in percent (None for a thin
+    snapshot), and `notes` are for the user.
     """
 
     def __init__(self, origin: Volume, size: str, *extra_tags: str) -> None:
@@ -162,7 +162,7 @@ class Snapshot:
             command += ["--addtag", tag]
         if self.origin.is_thin:
             command += ["-k", "n", "-a", "y"]
-        else:  # never `-l 20%ORIGIN`: with less room than that LVM makes a smaller one
+        else:  # never `-l 20%ORIGIN`: if there is less room, LVM makes a smaller snapshot
             command += ["-L", "{}b".format(size_in_bytes(size, self.origin))]
         return [*command, self.origin.full_name]
 
@@ -182,23 +182,23 @@ class Snapshot:
             self.created_s = time.monotonic() - begun
         except ProcessError as error:
             hints = [error.hint, *self._clean_up_quickly()]
-            self._state = _CLOSED  # what is left nevertheless is for the next run's sweep
+            self._state = _CLOSED  # if something is left nevertheless, the next run removes it
             raise SourceError(
                 "cannot make a snapshot of {}: {}".format(self.origin.full_name, error.message),
                 "; ".join(hint for hint in hints if hint) or None,
             ) from error
-        except BaseException:  # a signal: lvcreate has ended by now
+        except BaseException:  # a signal; lvcreate has ended at this point
             self.close()
             raise
 
     def _clean_up_quickly(self) -> List[str]:
-        """Remove what a failed lvcreate left, and return hints if it left more than that."""
+        """Remove what a failed lvcreate left; return hints if the origin is suspended, or the removal failed."""
         hints: "List[str]" = []
         try:
             left = lvs.volumes(self.origin.group, self._selection, timeout_s=QUICK_TIMEOUT_S)
             origin = lvs.volumes(self.origin.full_name, timeout_s=QUICK_TIMEOUT_S)
         except ProcessError:
-            return hints  # why there is no snapshot matters more
+            return hints  # it is more important to report why there is no snapshot
         hints += [resume_hint(volume) for volume in origin if volume.state == "s"]
         try:
             for found in left:
@@ -210,7 +210,7 @@ class Snapshot:
     def close(self, error: object = None) -> None:
         """Remove the snapshot, once, unless it was kept.
 
-        Raises `ProcessError` if it is still there; if `error` is what ends the run, that has a hint instead.
+        Raises `ProcessError` if it cannot be removed; if another `error` ends the run, that error gets a hint instead.
         """
         if self._state != _MADE:
             self._stop_watching()
@@ -220,7 +220,7 @@ class Snapshot:
         except ProcessError as failure:
             if not isinstance(error, BlockdiffError):
                 raise
-            parts = [error.hint, failure.message, failure.hint]  # what went wrong first is the better headline
+            parts = [error.hint, failure.message, failure.hint]  # the first error is the one to report
             error.hint = "; ".join(part for part in parts if part)
 
     def _end(self) -> None:
@@ -239,12 +239,12 @@ class Snapshot:
             self._watcher.join(lvs.COMMAND_TIMEOUT_S + 3 * process.GENTLE_TIMEOUT_S)
 
     def _find(self) -> Optional[Volume]:
-        """Return the snapshot as it is now; None if there is none."""
+        """Return the current state of the snapshot; None if it does not exist."""
         found = lvs.volumes(self.origin.group, self._selection)
         return found[0] if found and found[0].is_ours_of(self.origin) else None
 
     def watch(self) -> None:
-        """Begin to watch the fill level; writers need not stand still any more, and it may be long until `look`."""
+        """Begin to watch the fill level. To be called when writers continue; `look` may follow much later."""
         if not self.origin.is_thin:
             self._watcher = threading.Thread(target=self._watch, name="snapshot", daemon=True)
             self._watcher.start()
@@ -252,7 +252,7 @@ class Snapshot:
     def look(self) -> Volume:
         """Return the snapshot that was made.
 
-        Raises `SourceError` if there is none, or not as it was asked for, or if it is full already.
+        Raises `SourceError` if it does not exist, is not as requested, or has already overflowed.
         """
         found = self._found_or_error()
         if found is not None and found.invalid:
@@ -278,9 +278,9 @@ class Snapshot:
             ) from error
 
     def check(self) -> None:
-        """Raise `SourceError` unless everything that was read from the snapshot so far was sound.
+        """Raise `SourceError` unless everything that was read from the snapshot so far is valid.
 
-        An overflow makes a snapshot invalid permanently, so one look after the last byte speaks for all reads.
+        An overflow makes a snapshot invalid permanently, so one check after the last read is enough for all reads.
         """
         found = self._found_or_error()
         if found is None:
@@ -307,9 +307,9 @@ class Snapshot:
         )
 
     def keep(self) -> None:
-        """Leave the snapshot on the host: `close` and the sweeps of later runs will not touch it.
+        """Leave the snapshot on the host: `close` does not remove it, and later runs do not treat it as abandoned.
 
-        Raises `ProcessError`; it is removed as always then.
+        Raises `ProcessError`; then `close` removes it as always.
         """
         command = ["lvchange", "--deltag", self._process_tag, "--addtag", KEPT_TAG]
         lvs.change([*command, "{}/{}".format(self.origin.group, self._name)], self.origin.group)
@@ -320,13 +320,13 @@ class Snapshot:
             self.level = max(self.level or 0.0, found.data_percent)
 
     def _watch(self) -> None:
-        """Keep an eye on the fill level of a thick snapshot, and extend it while the group has room."""
+        """Watch the fill level of a thick snapshot, and extend it while the volume group has room."""
         can_grow = True
         while not self._stopped.wait(WATCH_INTERVAL_S):
             try:
                 found = self._find()
             except ProcessError:
-                continue  # another LVM command may be in the way; the check at the end decides
+                continue  # another LVM command may hold the lock; the check at the end decides
             if found is None or found.invalid:
                 return
             self._note_level(found)
@@ -334,7 +334,7 @@ class Snapshot:
                 can_grow = self._extend(found)
 
     def _extend(self, found: Volume) -> bool:
-        """Make the snapshot half as large again, and return whether that went well.
+        """Extend the snapshot by half its size, or by the room that is left; return whether that worked.
 
         If it did not, the run continues, and fails if the snapshot overflows.
         """

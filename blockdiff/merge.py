@@ -1,7 +1,7 @@
-"""Turn the deltas of a chain back into an image: the one reader that restore and verify share.
+"""Merge the deltas of a chain into an image. Restore and verify both use this.
 
-An image is merged newest delta first, so that each block is written once and only the deltas that are needed are
-read. Every block is compared with the digest table of the generation that is restored before it is written.
+The newest delta is merged first: so each block is written once, and only the deltas that are needed are read. Before a
+block is written, it is checked against the digest table of the generation that is restored.
 """
 
 import os
@@ -20,7 +20,7 @@ from blockdiff.shared.runs import Run
 
 
 class Target(Protocol):
-    """What an image is written to. `write` and `zero` may be called by several threads at once."""
+    """What an image is written to. Several threads may call `write` and `zero` at the same time."""
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`."""
@@ -29,17 +29,17 @@ class Target(Protocol):
         """Make `length` bytes at `offset` zero."""
 
     def finish(self, image_size: int) -> None:
-        """Everything was written; the image has this many bytes."""
+        """Complete the target: everything was written, and the image has this many bytes."""
 
 
 def open_delta(generation: Generation) -> BinaryIO:
-    """Return the file of a generation's delta; raises `DamagedError` if it is not there."""
+    """Return the file of a generation's delta; raises `DamagedError` if it is missing."""
     return os.fdopen(generation.directory.open(generation.name(generation.delta_suffix)), "rb", buffering=0)
 
 
 @contextmanager
 def read_delta(generation: Generation, file: codec.Readable) -> Iterator[DeltaReader]:
-    """Yield a reader of the generation's delta, whose header fits the manifest; raises `DamagedError`."""
+    """Yield a reader of the generation's delta; raises `DamagedError` if its header does not match the manifest."""
     where = generation.path(generation.delta_suffix)
     with DeltaReader(codec.decompressed(file, where, generation.compression), where) as reader:
         known = generation.manifest
@@ -70,9 +70,9 @@ def digested(runs: Iterable[Run], hasher: Hasher) -> Iterator[tuple[Run, bytes]]
 
 
 def stretches(flags: bytearray, value: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) for each longest stretch of flags that are `value`, 0 or 1, from `start` up to `stop`.
+    """Yield (first, last) for each longest sequence of flags that are `value`, 0 or 1, from `start` up to `stop`.
 
-    `last` is excluded. Those of a stretch may be changed before the next one is asked for.
+    `last` is excluded. The caller may change the flags of a sequence before it asks for the next one.
     """
     end = len(flags) if stop is None else stop
     first = flags.find(value, start, end) if start < end else -1
@@ -84,7 +84,7 @@ def stretches(flags: bytearray, value: int, start: int = 0, stop: int | None = N
 
 
 class _Merger:
-    """One restore: the digest table that everything is checked against, and which blocks are done."""
+    """One restore: the digest table against which everything is checked, and which blocks are done."""
 
     def __init__(self, generation: Generation, table: TableReader, target: Target) -> None:
         self._generation = generation
@@ -96,7 +96,7 @@ class _Merger:
         self.image_size = generation.manifest.image_size if generation.manifest is not None else None
 
     def apply(self, generation: Generation, advance: Callable[[int], object]) -> None:
-        """Write what is still missing and this delta has."""
+        """Write the blocks that are still missing and are in this delta."""
         with open_delta(generation) as file, read_delta(generation, file) as reader:
             if reader.block_size != self._table.block_size:
                 raise DamagedError(
@@ -124,9 +124,9 @@ class _Merger:
             )
 
     def _missing(self, reader: DeltaReader, to_the_end: bool) -> Iterator[Run]:
-        """Yield the parts of the delta's runs that no newer delta had, and count them as done.
+        """Yield the parts of the delta's runs that no newer delta had, and mark them as done.
 
-        The newest delta is read to its end, because that is checked; an older one only as far as it is needed.
+        The newest delta is read to its end, because its end is checked; an older one only as far as it is needed.
         """
         for run in reader.runs():
             if to_the_end and run.offset + run.length > self._table.count * self._table.block_size:
@@ -152,11 +152,11 @@ class _Merger:
         start, end = first * size, min(last * size, run.length)
         part = Run(run.offset + start, end - start, None if run.data is None else run.data[start:end])
         if part.offset // size + last - first == self._table.count and self.image_size is None:
-            self.image_size = run.offset + end  # without a manifest, the newest record of the last block says so
+            self.image_size = run.offset + end  # without a manifest, the newest record of the last block shows it
         return part
 
     def _check_and_write(self, generation: Generation, run: Run) -> int:
-        """What the worker threads do. Returns the length of the run in bytes."""
+        """Check and write a run, in a worker thread. Returns the length of the run in bytes."""
         size, digest_size = self._table.block_size, self._table.digest_size
         first = run.offset // size
         count = block_count(run.length, size)
@@ -181,7 +181,7 @@ class _Merger:
         return run.length
 
     def _write(self, run: Run, data: memoryview, digests: list[bytes]) -> None:
-        """Write neighbouring blocks at once, zero blocks as zeros: their digest shows them."""
+        """Write neighbouring blocks together, and zero blocks, which their digest shows, as zeros."""
         size, zero = self._table.block_size, self._hasher.zero_digest
         start = 0
         for i in range(1, len(digests) + 1):
@@ -200,11 +200,11 @@ def merge(
 ) -> int:
     """Write the image of ``generations[0]`` to `target`, and return its size in bytes.
 
-    `generations` are newest first (`Chain.needed`). `advance` gets the length of each part that was written. Raises
-    `DamagedError` if what is there does not give the exact image; the target is then not to be trusted.
+    `generations` are newest first (`Chain.needed`). `advance` is called with the length of each part that was written.
+    Raises `DamagedError` if they do not give the exact image; then the target must not be used.
     """
     newest = generations[0]
-    if newest.manifest_error is None:  # a damaged manifest is for verify to report: nothing here depends on it
+    if newest.manifest_error is None:  # verify reports a damaged manifest: nothing here depends on it
         newest.check_files()
     with newest.open_table() as table:
         merger = _Merger(newest, table, target)
@@ -237,7 +237,7 @@ def _apply(merger: _Merger, generation: Generation, newest: Generation, advance:
 
 
 def _incomplete(newest: Generation, oldest: int, count: int) -> DamagedError:
-    """Return the error for an image of which `count` bytes are in no delta from generation `oldest` on."""
+    """Return the error for an image with `count` bytes that are not in any delta from generation `oldest` on."""
     deltas = f"the delta of generation {oldest}" if oldest == newest.number else f"the deltas of generations {oldest}"
     until = "" if oldest == newest.number else f" to {newest.number}"
     why = f", and generation {oldest - 1} is missing" if oldest > 1 else ""

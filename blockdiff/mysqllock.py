@@ -1,7 +1,7 @@
-"""Hold writers of a MySQL or MariaDB server still for a moment, and prove that they were held.
+"""Lock a MySQL or MariaDB server for writers for a short time, and prove that the lock was held.
 
-The lock is a session. It ends with the session, however that ends: by us, by the connection, or by the server itself,
-which is set to end it when it hears nothing from us for a while. Nobody else's session is ever ended.
+The lock belongs to a session and ends with it, whatever ends the session: we, a broken connection, or the server, which
+is set to end it if it receives nothing from us for a while. We never end the sessions of others.
 """
 
 import math
@@ -23,10 +23,10 @@ from blockdiff.database.sqlsession import Lacking, SqlSession
 from blockdiff.shared import process, trace
 from blockdiff.shared.errors import DatabaseError, ProcessError, printable
 
-#: The exit status for a command that died of a signal, as with the original.
+#: The exit status for a command that died of a signal, as in the original.
 SIGNALLED = 255
 
-#: How much longer than the wait for the lock we wait for the server's word that it is over, in seconds.
+#: How much longer than --lock-wait we wait for the server to report that the wait timed out, in seconds.
 _GRACE_S = 5.0
 _POLL_INTERVAL_S = 0.25
 _HOLD_HINT = "raise --max-hold if writers may wait that long"
@@ -39,9 +39,9 @@ _SYSTEM_USERS = ("system user", "event_scheduler", "unauthenticated user")
 class Limits:
     """How long things may take, in seconds, each at least 1.
 
-    `lock_wait_s`: until the lock is there, the wait for long statements included. `long_query_s`: a statement older
-    than this is waited for before the lock is even asked for. `max_hold_s`: how long the lock may be held, and may
-    outlive us.
+    `lock_wait_s`: how long to wait for the lock, including the wait for long statements. `long_query_s`: wait for
+    statements older than this before asking for the lock. `max_hold_s`: how long the lock may be held; if we die, the
+    server ends it after this time.
     """
 
     lock_wait_s: float = 30.0
@@ -51,9 +51,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Statements:
-    """What locks and unlocks. None: chosen by flavour and version of the server.
+    """The statements that lock and unlock. None: chosen by product and version of the server.
 
-    If only one of the two is given, the other is that of ``FLUSH TABLES WITH READ LOCK``, as with the original.
+    If only one of the two is given, the other is the one for ``FLUSH TABLES WITH READ LOCK``, as in the original.
     """
 
     before: Sequence[str] | None = None
@@ -69,7 +69,7 @@ class Statements:
 
 @dataclass(frozen=True)
 class Server:
-    """What a check found: the server's own name for its machine, and where its files are there."""
+    """What a check found: the name of the database server's machine, as it reports it, and where its files are."""
 
     version: Version
     hostname: str
@@ -87,7 +87,7 @@ class Held:
         self, session: SqlSession, before: Sequence[str], after: Sequence[str], say: Callable[[str], None]
     ) -> None:
         self.statements = tuple(before)
-        #: From the first look at the server until the lock was there.
+        #: From the start of the wait for long statements until the database was locked.
         self.waited_s = 0.0
         self._session = session
         self._after = tuple(after)
@@ -100,7 +100,7 @@ class Held:
 
     @property
     def held_s(self) -> float:
-        """From the return of the last lock statement to the issue of the first unlock statement, or until now."""
+        """From the end of the last lock statement to the start of the first unlock statement, or until now."""
         return (time.monotonic() if self._until is None else self._until) - self._since
 
     def coordinates(self) -> Coordinates:
@@ -108,13 +108,13 @@ class Held:
         return coordinates.read(self._session.rows)
 
     def position(self, version: Version) -> tuple[str | None, int | None]:
-        """Return file and position of its binary log, by a single question. Raises `DatabaseError`."""
+        """Return file and position of the server's binary log, with a single query. Raises `DatabaseError`."""
         return coordinates.position(self._session.rows, version)
 
     def prove(self, before: str = "the snapshot was made") -> None:
-        """Raise `DatabaseError` unless the session, and so the lock, has lived from the lock statement until now.
+        """Raise `DatabaseError` unless the session, and so the lock, has existed from the lock statement until now.
 
-        `before` says in the message what the lock was needed for.
+        `before` completes the message "the lock was lost before ...".
         """
         lost = f"the lock was lost before {before}"
         try:
@@ -134,7 +134,7 @@ class Held:
             )
 
     def release(self) -> None:
-        """Issue the unlock statements, once. Raises `DatabaseError`; the lock then ends with the session."""
+        """Execute the unlock statements, once. Raises `DatabaseError`; the lock then ends with the session."""
         if self._until is not None:
             return
         self._until = time.monotonic()
@@ -148,7 +148,10 @@ class Held:
             raise
 
     def acquire(self, limits: Limits, started: float, bound: Callable[[float], None]) -> None:
-        """Issue the lock statements; `bound` limits what comes next to what is left until a moment. For `Database`."""
+        """Execute the lock statements. `bound` limits the next statement to the time left until a deadline.
+
+        Only `Database` calls this.
+        """
         self._max_hold_s = limits.max_hold_s
         self._session.limit(limits.max_hold_s)
         self._id = self._session.number("SELECT CONNECTION_ID()")
@@ -167,12 +170,12 @@ class Held:
         self.waited_s = self._since - started
 
     def abandon(self) -> None:
-        """Undo what was done of the lock, and end the session: whatever is left of the lock ends with it."""
+        """Release what was locked so far, and end the session: if something is still locked, that ends it."""
         try:
             if self._begun:
                 self.release()
         except DatabaseError:
-            pass  # the failure that led here is the one to report
+            pass  # the error that led here is the one to report
         finally:
             self._session.close()
 
@@ -189,7 +192,7 @@ class Database:
 
     @property
     def note(self) -> str:
-        """What the user should know of the way to the database; ``""`` if that is fine."""
+        """A note for the user about an insecure connection to the database; ``""`` if it is secure."""
         if not self._session.is_open:
             return ""
         return (
@@ -206,10 +209,10 @@ class Database:
         self._session.close()
 
     def check(self, with_coordinates: bool = True, with_pause: bool = False) -> Server:
-        """Find out what can be found out without a lock: whether this account may do what is to come.
+        """Check what can be checked without a lock, above all whether the account has the privileges that are needed.
 
-        `with_coordinates`: ask for the position of the database, too; `with_pause`: stop what applies changes on a
-        replica.
+        With `with_coordinates`, these include the privileges to read the position of the database; with `with_pause`,
+        those to stop and start the SQL thread of a replica.
 
         Raises `DatabaseError`, which names all privileges that are missing and the statement that grants them.
         """
@@ -226,10 +229,10 @@ class Database:
         return Server(self.version, str(row["hostname"]), datafiles.read(rows))
 
     def _questions(self, with_coordinates: bool, with_pause: bool) -> Iterator[Callable[[], object]]:
-        """Yield what fails for an account that lacks a privilege for what is to come, and does nothing else."""
+        """Yield functions that fail if the account lacks a privilege that is needed later, and do nothing else."""
         rows = self._session.rows
         if rows("SELECT 1 FROM information_schema.ENGINES WHERE ENGINE = 'InnoDB' AND SUPPORT IN ('YES', 'DEFAULT')"):
-            # needs PROCESS, without which the list of statements shows our own ones only, and says nothing of it
+            # needs PROCESS; without this privilege, SHOW PROCESSLIST lists only our own sessions, without an error
             yield lambda: rows("SELECT 1 FROM information_schema.INNODB_METRICS LIMIT 1")
         if self._statements.before is None:
             yield lambda: rows("FLUSH LOCAL TABLES mysql.blockdiff_no_such_table")  # needs RELOAD, and does nothing
@@ -241,15 +244,15 @@ class Database:
             yield self._start_running
 
     def appliers(self) -> list[Applier]:
-        """Return what applies the changes of other servers. Raises `DatabaseError`."""
+        """Return the SQL threads that apply the changes of other servers. Raises `DatabaseError`."""
         return coordinates.appliers(self._session.rows, self.version)
 
     def _start_running(self) -> None:
-        """Ask for what changes nothing, and needs the right to start and stop."""
+        """Start the SQL threads that are running: that changes nothing, but needs the privilege to start and stop."""
         self.start_appliers([each.channel for each in self.appliers() if each.is_running])
 
     def stop_appliers(self, channels: Sequence[str]) -> None:
-        """Stop what applies the changes of these channels, and check that it is stopped. Raises `DatabaseError`."""
+        """Stop the SQL threads of these channels, and check that they are stopped. Raises `DatabaseError`."""
         for channel in channels:
             self._session.execute(coordinates.applier_statement("STOP", self.version, channel))
         running = [each.channel for each in self.appliers() if each.is_running and each.channel in channels]
@@ -257,12 +260,12 @@ class Database:
             raise DatabaseError(f"{self._session.place}: the SQL thread of the replica does not stop")
 
     def start_appliers(self, channels: Sequence[str]) -> None:
-        """Start what applies the changes of these channels; one that runs continues. Raises `DatabaseError`."""
+        """Start the SQL threads of these channels; a running one continues. Raises `DatabaseError`."""
         for channel in channels:
             self._session.execute(coordinates.applier_statement("START", self.version, channel))
 
     def stay(self, seconds: float) -> None:
-        """Let the server keep the session for so long while nothing is asked. Raises `DatabaseError`."""
+        """Let the server keep the session while it is idle for this many seconds. Raises `DatabaseError`."""
         self._session.limit(seconds)
 
     def unlogged(self) -> bool | None:
@@ -271,10 +274,11 @@ class Database:
 
     @contextmanager
     def locked(self) -> Iterator[Held]:
-        """Hold writers still within the `with` statement; yields the lock, which may be released before its end.
+        """Lock the database for writers within the `with` statement; yields the lock, which may be released earlier.
 
-        Waits first until no long statement runs, then for the lock, `Limits.lock_wait_s` in all. Raises `DatabaseError`
-        if that was not enough; writers then continue at once, as they do if an exception ends the `with` statement.
+        Waits first until no long statement runs, then for the lock, at most `Limits.lock_wait_s` in total. Raises
+        `DatabaseError` if that time was not enough. Then writers continue at once, as they do if an exception ends the
+        `with` statement.
         """
         started = time.monotonic()
         trace.phase("wait for long statements")
@@ -296,7 +300,7 @@ class Database:
         held.release()
 
     def _bound(self, deadline: float) -> None:
-        """Let no statement take longer than until `deadline`. Raises `TimedOut` if that has passed."""
+        """Let each statement time out at `deadline`. Raises `TimedOut` if the deadline has passed."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimedOut(f"{self._session.place}: there was no time left for the lock")
@@ -307,7 +311,7 @@ class Database:
         self._session.execute(f"SET SESSION {settings}")
 
     def _unbound(self) -> None:
-        """Take the bound off what is done under the lock."""
+        """Remove the time limit for statements under the lock."""
         if self._limits_statements:
             self._session.execute("SET SESSION max_statement_time=0")
 
@@ -329,7 +333,7 @@ class Database:
             time.sleep(_POLL_INTERVAL_S)
 
     def _longest_statement(self, own: int) -> Row | None:
-        """Return the oldest statement that is older than allowed, as a row of the list of sessions."""
+        """Return the oldest statement, if it is older than allowed, as a row of the list of sessions."""
         rows = [row for row in self._session.rows("SHOW PROCESSLIST") if row["Id"] != own and _is_statement(row)]
         oldest = max(rows, key=_age_s, default=None)
         return oldest if oldest is not None and _age_s(oldest) > self._limits.long_query_s else None
@@ -342,9 +346,9 @@ def connect(
     sock: socket.socket | None = None,
     say: Callable[[str], None] = _nothing,
 ) -> Database:
-    """Log in, over `sock` if it is given (a connection to the server, ours from now on).
+    """Log in, over `sock` if it is given: a connection to the database server, which will be closed with the session.
 
-    `say` is given a line before each lock and unlock statement. Raises `DatabaseError`.
+    `say` is called with a line before each lock and unlock statement. Raises `DatabaseError`.
     """
     session = SqlSession(account, limits.lock_wait_s + _GRACE_S, sock)
     try:
@@ -357,9 +361,9 @@ def connect(
 def run_locked(database: Database, command: Sequence[str]) -> int:
     """Run a command under the lock, and return its exit status, or `SIGNALLED`.
 
-    It inherits standard input, output and error. For the main thread only: a signal ends command and lock. Raises
-    `ProcessError` if it cannot be started, and `DatabaseError` if there was no lock, or it was lost while
-    the command ran, whatever came of the command.
+    The command inherits standard input, output and error. To be called in the main thread: a signal then ends the
+    command and the lock. Raises `ProcessError` if the command cannot be started, and `DatabaseError` if the database
+    could not be locked, or if the lock was lost while the command ran, whatever its exit status.
     """
     if shutil.which(command[0]) is None:
         raise ProcessError(f"cannot run {printable(command[0])}: no such command", "is it on the PATH?")
@@ -379,7 +383,7 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _is_statement(row: Row) -> bool:
-    """Whether a session executes a statement of a user."""
+    """Return whether a session executes a statement of a user."""
     return bool(row["Info"]) and row["User"] not in _SYSTEM_USERS
 
 
@@ -388,6 +392,6 @@ def _age_s(row: Row) -> int:
 
 
 def _first_word(row: Row) -> str:
-    """Return the first word of a statement: the rest may hold secrets."""
+    """Return only the first word of a statement: the rest may contain secrets."""
     word = (str(row["Info"]).split(None, 1) or [""])[0]
     return word.upper() if word.isascii() and word.isalpha() and len(word) <= 20 else str(row["Command"])

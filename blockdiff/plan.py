@@ -1,4 +1,4 @@
-"""Decide what a run will do with a chain, and refuse a chain that it must not build on."""
+"""Decide what a run will do with a chain, and refuse a chain on which it must not build."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ DEFAULT_BLOCK_SIZE = 64 << 10
 DEFAULT_DIGEST = "sha256"
 DEFAULT_FORMAT = 2
 
-#: Of runs that read only what thin_delta says has changed, every one that follows this many of them reads everything.
+#: After this many runs that read only what thin_delta reported as changed, the next run reads everything.
 HINTED_RUNS = 9
 
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """What the command line asks of a chain; None leaves it to the chain, or to the defaults of a new one."""
+    """What the command line asks for a chain; None means the chain's own value, or the default for a new chain."""
 
     block_size: int | None = None
     digest: str | None = None
@@ -34,9 +34,10 @@ class ChainOptions:
 class Plan:
     """What one run will do. `old` is the digest table that it builds on, None for a full generation.
 
-    `snapshot` is that of the generation before, `volume` the LV UUID that the source must have (None: any). `elsewhere`
-    is why the source is refused if that is another: its path is not that of the generation before. `notes` say what the
-    chain keeps although the command line asks for something else, and which snapshots nobody needs.
+    `snapshot` is the snapshot of the generation before, `volume` the LV UUID that the source must have (None: any).
+    `elsewhere` is set if the source has another path than the generation before: the error to raise unless it has this
+    LV UUID. `notes` say which settings the chain keeps although the command line asks for others, and which snapshots
+    no run needs.
     """
 
     block_size: int
@@ -59,10 +60,10 @@ class Plan:
 def make_plan(
     chain: Chain, address: Address, path: str, options: ChainOptions, stack: ExitStack, by_volume: bool = False
 ) -> Plan:
-    """Return the plan for a run that adds the source at `path` to a chain; `stack` closes what it opens.
+    """Return the plan for a run that adds the source at `path` to a chain; `stack` closes the files that this opens.
 
-    With `by_volume` the host will report the LV UUID of the source, and `check_volume` must follow: the same volume may
-    then have another path. Raises `ChainError` or `DamagedError` if the chain cannot take it.
+    With `by_volume`, the host will report the LV UUID of the source, and `check_volume` must be called with it: so the
+    same volume may have another path. Raises `ChainError` or `DamagedError` if the source cannot be added.
     """
     last = chain.last()
     base = chain.generations.get(last)
@@ -105,7 +106,7 @@ def _has_volume_there(base: Generation, here: Source) -> bool:
 
 
 def _refusal(chain: Chain, here: Source) -> ChainError | None:
-    """Return why a source is refused that is at another place than that of the newest manifest."""
+    """Return the error for a source that is at another place than the source of the newest manifest; else None."""
     known = [generation.manifest.source for generation in chain.generations.values() if generation.manifest]
     if not known or known[-1].kind == "command" or known[-1].same_place(here):
         return None
@@ -117,9 +118,10 @@ def _refusal(chain: Chain, here: Source) -> ChainError | None:
 
 
 def check_volume(plan: Plan, name: str, found: str | None) -> None:
-    """Refuse another volume than the one that the chain is of; raises `ChainError`.
+    """Refuse a volume that is not the volume of the chain; raises `ChainError`.
 
-    The LV UUID `found` decides: one that only has the old path is another, and the same one may have a new path.
+    The LV UUID `found` decides: a volume with the old path but another UUID is refused, and the same volume may have a
+    new path.
     """
     if plan.elsewhere is not None:
         if found != plan.volume:
@@ -134,14 +136,14 @@ def check_volume(plan: Plan, name: str, found: str | None) -> None:
 
 
 def _audit_is_due(chain: Chain) -> bool:
-    """Return whether the last runs all trusted thin_delta, and there were enough of them."""
+    """Return whether the last `HINTED_RUNS` runs all trusted thin_delta."""
     known = [g.manifest for g in list(chain.generations.values())[-HINTED_RUNS:]]
     hinted = [m for m in known if m is not None and m.snapshot is not None and m.snapshot.extents == "changed"]
     return len(hinted) >= HINTED_RUNS
 
 
 def _check_base(chain: Chain, base: Generation) -> None:
-    """Refuse to build on what could not be restored: a cheap look at all that the new generation would need."""
+    """Refuse to build on a generation that could not be restored: a cheap check of all that it needs."""
     needed = chain.needed(base.number)
     for generation in needed:
         generation.check_files()
@@ -160,7 +162,7 @@ def _format_of(base: Generation) -> int:
         return base.manifest.delta_format
     with merge.open_delta(base) as file, merge.read_delta(base, file) as reader:
         found = reader.format
-    if found != 1:  # only the original's chains do without
+    if found != 1:  # only the original's chains have no manifests
         raise DamagedError(
             f"{base.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy, or store everything again with --full"
         )

@@ -1,21 +1,21 @@
-"""How long work reports how far it is. This one reports to nobody."""
+"""How long-running work reports its progress. This class ignores the reports."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Progress:
-    """Told how a run goes, by the thread that runs it."""
+    """Receives the progress of a run, from the thread that runs it."""
 
     def begin(self, total: int | None) -> None:
-        """The work has this many bytes in all, None if nobody knows."""
+        """The work has this many bytes in total; None if that is not known."""
 
     def update(self, offset: int, received: int) -> None:
-        """Everything below `offset` was examined, and `received` bytes have come from the host."""
+        """Everything before `offset` was examined, and `received` bytes were received from the host."""
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Make room for what is printed in between."""
+        """Hide the progress while something else is printed."""
         yield
 
     def advance(self, count: int) -> None:

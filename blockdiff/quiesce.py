@@ -1,4 +1,4 @@
-"""Stop writers while the agent takes the snapshots: by a database lock, by a command, or not."""
+"""Stop writers while the agent takes the snapshots: with a database lock, with a command, or not at all."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,7 +15,7 @@ from blockdiff.session.session import Session
 from blockdiff.shared.errors import SourceError, printable
 from blockdiff.shared.grant import ELSEWHERE
 
-#: How many places an error names.
+#: How many places an error names at most.
 _SHOWN = 20
 #: Why a generation has no coordinates.
 _MOVED = (
@@ -34,17 +34,17 @@ _STOPPED = (
     "the SQL thread of the replica is stopped (channel {}): if you did not stop it, a run that died did: execute"
     " START SLAVE"
 )
-#: Stops the appliers of channels for as long as it lasts.
+#: Returns a context manager that stops the SQL threads of channels.
 Pause = Callable[[mysqllock.Database, Sequence[str]], AbstractContextManager[None]]
-#: In the path of a logical volume: ``/dev/GROUP/NAME``.
+#: Slashes in the path of a logical volume: ``/dev/GROUP/NAME``.
 _SLASHES = 3
 
 
 @dataclass(frozen=True)
 class Moment:
-    """How the moment of the image was taken, `took_s` seconds long; the sources of one run at most `apart_s` apart.
+    """How the moment of the image was taken. That took `took_s` seconds; the sources were taken within `apart_s`.
 
-    `notes` belong into the manifest, and `warnings` as well: these are what the operator must know.
+    `notes` and `warnings` belong in the manifest; the user must also see the `warnings`.
     """
 
     took_s: float
@@ -56,38 +56,38 @@ class Moment:
 
 
 class Quiesce:
-    """Nothing but the commands of --before and --after, which the agent runs, stops writers."""
+    """Writers are stopped only by the commands of --before and --after, which the agent runs, if there are any."""
 
-    #: Places on the host of which must be known on which source of the run they lie.
+    #: Directories on the host. The agent finds out on which source of the run each of them is.
     directories: Sequence[str] = ()
-    #: That of them which is a database's data directory.
+    #: The one of them that is the database's data directory.
     datadir: str | None = None
 
     def __init__(self, freezes: bool = False) -> None:
         self._freezes = freezes
 
     def check(self, ready: Ready, session: Session) -> None:
-        """Raise `SourceError` if the volumes of the run are not those that hold what is quiesced."""
+        """Raise `SourceError` if the volumes of the run are not those with the files of what is quiesced."""
 
     def holds(self, source: int) -> bool | None:
-        """Return whether what writes to a source of the run, by its place from 0, is stopped; None: unknown."""
+        """Return whether writers to a source of the run, numbered from 0, are stopped; None if unknown."""
         return self._freezes
 
     def around(self, session: Session) -> Moment:
-        """Let the agent take the moment, and return how that went."""
+        """Let the agent take the moment, and return how it was taken."""
         took_s = _take(session)
         return Moment(took_s, Quiesced("freeze", took_s) if self._freezes else None)
 
 
 class CommandQuiesce(Quiesce):
-    """A command of the user's around it: LVCREATE_PREFIX."""
+    """The user's command in LVCREATE_PREFIX stops writers."""
 
     def __init__(self, command: str) -> None:
         super().__init__()
         self._command = command
 
     def around(self, session: Session) -> Moment:
-        """See `Quiesce`; raises `ProcessError` if the command does not do its part."""
+        """See `Quiesce`; raises `ProcessError` if the command fails."""
         took_s, held_s = lockcommand.around(self._command, lambda: _take(session))
         return Moment(took_s, Quiesced("command", held_s))
 
@@ -97,7 +97,7 @@ class CommandQuiesce(Quiesce):
 
 
 class DatabaseQuiesce(Quiesce):
-    """A database lock."""
+    """A database lock stops writers."""
 
     def __init__(
         self, database: mysqllock.Database, server: mysqllock.Server, freezes: bool, pause: Pause | None = None
@@ -151,16 +151,16 @@ class DatabaseQuiesce(Quiesce):
         if len({place.device for place in needed}) > 1 and not self._freezes:
             raise SourceError(
                 "the database keeps its files on several volumes, whose snapshots are not made at the same time",
-                # not fsfreeze: device-mapper cannot suspend what is frozen already (Linux before 6.8)
+                # not fsfreeze: device-mapper cannot suspend a device that is already frozen (Linux before 6.8)
                 "stop it then: --before 'systemctl kill -s STOP mariadb' --after 'systemctl kill -s CONT mariadb'",
             )
 
     def holds(self, source: int) -> bool | None:
-        """See `Quiesce`. The lock holds what writes to the database, and nothing else that is beside it."""
+        """See `Quiesce`. The lock stops writes to the database only, so only sources with its files count."""
         return True if self._freezes else None if self._held is None else source in self._held
 
     def _paused(self, stack: ExitStack) -> list[str]:
-        """Stop what applies changes on a replica until the end of the stack; return what is stopped already."""
+        """Stop a replica's SQL threads until `stack` is closed; return a warning if some were stopped already."""
         assert self._pause is not None
         appliers = self._database.appliers()
         running = [each.channel for each in appliers if each.is_running]
@@ -170,7 +170,7 @@ class DatabaseQuiesce(Quiesce):
         return [_STOPPED.format(", ".join(f"'{channel}'" for channel in stopped))] if stopped else []
 
     def _ahead(self) -> list[str]:
-        """Return why the copy may be ahead of its coordinates."""
+        """Return a warning if the copy may have rows that the replica's position does not include."""
         if not any(each.is_running for each in self._database.appliers()):
             return []
         unlogged = self._database.unlogged() if self._unlogged is None else self._unlogged
@@ -180,7 +180,7 @@ class DatabaseQuiesce(Quiesce):
         return any(path == each or path.startswith(each + "/") for each in self._server.files.temporary)
 
     def around(self, session: Session) -> Moment:
-        """See `Quiesce`; raises `DatabaseError` if there is no lock, or it did not last."""
+        """See `Quiesce`; raises `DatabaseError` if the database could not be locked, or the lock was lost."""
         version = self._server.version
         with ExitStack() as stack:
             warnings = self._paused(stack) if self._pause is not None else []
@@ -199,12 +199,12 @@ class DatabaseQuiesce(Quiesce):
 
 
 def _is_unknown(place: Outside) -> bool:
-    """Whether the kernel does not say on which device: of btrfs, ZFS, overlays, and memory."""
+    """Return whether the kernel does not report the device, as for btrfs, ZFS, overlays and file systems in memory."""
     return place.device.startswith("0:")
 
 
 def _refuse_missing(places: Sequence[Outside], devices: Mapping[str, str]) -> None:
-    """Raise `SourceError` for what the database needs and the run does not have, with what would help."""
+    """Raise `SourceError` for places that the database needs and that are not in the run, with a hint to add them."""
     if not places:
         return
     shown = [f"{printable(place.path)} on {_volume(place, devices)}" for place in places[:_SHOWN]]
@@ -233,9 +233,9 @@ def _take(session: Session) -> float:
 def database(
     session: Session, account: Account, limits: mysqllock.Limits, freezes: bool, way: replicapause.Way | None = None
 ) -> Iterator[Quiesce]:
-    """Yield what locks a database; leaving ends its session. Raises `DatabaseError`.
+    """Yield what locks a database; its session ends with the `with` statement. Raises `DatabaseError`.
 
-    With `way`, that to the host once more, what applies changes on a replica is stopped until then.
+    With `way`, which is how to connect to the host again, a replica's SQL threads are stopped during the lock.
     """
     with ExitStack() as stack:
         sock = None

@@ -1,9 +1,9 @@
-"""Stop what applies changes on a replica for the moment of a backup, and start it again even if we die.
+"""Stop the SQL thread of a replica for the moment of a backup, and start it again even if this process dies.
 
-No end of a session starts it again. So a separate process, the guard, logs in before anything is stopped, by a
-connection of its own, and waits at the end of a pipe. It starts what was stopped: when we say so, and when we have
-ended. What it cannot survive is the end of this whole machine; a database that is started again starts its appliers
-itself.
+The database does not start it again when a session ends. So a separate process, the guard, logs in over its own
+connection before anything is stopped, and waits until its standard input is closed: we close it when the SQL thread may
+start again, and the system closes it if we die. Then the guard starts the channels that were stopped. It does not
+survive a crash of this machine; a database server that is restarted starts its SQL threads itself.
 """
 
 import json
@@ -24,10 +24,10 @@ from blockdiff.shared import process
 from blockdiff.shared.errors import BlockdiffError, DatabaseError, printable
 from blockdiff.transport.address import Address
 
-#: How long the guard may take to log in, and to start what was stopped, in seconds.
+#: How long the guard may take to log in, and to start the channels that were stopped, in seconds.
 READY_S = 90.0
 START_S = 60.0
-#: How long a guard lives at most, in seconds: longer than a lock may be waited for and held.
+#: How long a guard lives at most, in seconds: longer than we may wait for a lock and hold it.
 LIFE_S = 3600
 _READY = b"ready\n"
 _STARTED = b"started\n"
@@ -37,7 +37,7 @@ _PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__na
 
 @dataclass(frozen=True)
 class Way:
-    """How the host is reached, for another session with it: see `session.Session`."""
+    """How to connect to the host for another session: see `session.Session`."""
 
     address: Address
     transport: str | None = None
@@ -47,10 +47,9 @@ class Way:
 
 @contextmanager
 def paused(account: Account, way: Way, database: mysqllock.Database, channels: Sequence[str]) -> Iterator[None]:
-    """Let nothing apply the changes that come by `channels` within the `with` statement.
+    """Stop the SQL threads of `channels` within the `with` statement.
 
-    Raises `DatabaseError` if that cannot be, or if they cannot be started again; nothing is stopped if there
-    is not a guard.
+    Raises `DatabaseError` if they cannot be stopped, or cannot be started again; nothing is stopped without a guard.
     """
     with _guard(account, way, channels) as child:
         try:
@@ -62,7 +61,7 @@ def paused(account: Account, way: Way, database: mysqllock.Database, channels: S
 
 @contextmanager
 def _guard(account: Account, way: Way, channels: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """Yield a guard that has logged in. It is never ended from here: it ends with its work."""
+    """Yield a guard that has logged in. It is never killed: it ends when it has done its work."""
     order = {"account": asdict(account), "way": asdict(way), "channels": list(channels)}
 
     def start() -> "subprocess.Popen[bytes]":
@@ -76,7 +75,7 @@ def _guard(account: Account, way: Way, channels: Sequence[str]) -> Iterator["sub
             child.stdin.write(json.dumps(order).encode("ascii") + b"\n")
             child.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended: what it says instead comes below
+            pass  # it has ended; its message is read below
         said = _answer(child, READY_S)
         if said != _READY:
             raise DatabaseError(
@@ -92,16 +91,16 @@ def _let_go(child: "subprocess.Popen[bytes]") -> None:
     try:
         child.wait(START_S)
     except subprocess.TimeoutExpired:
-        pass  # it continues trying, and ends alone
+        pass  # it continues to try, and ends later without us
 
 
 def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, channels: Sequence[str]) -> None:
-    """Let the guard start what was stopped, or do so if it cannot."""
+    """Let the guard start the channels that were stopped; if it cannot, start them here."""
     assert child.stdin is not None
     try:
         child.stdin.close()
     except OSError:
-        pass  # it has ended before its time
+        pass  # it has ended too early
     said = _answer(child, START_S)
     if said == _STARTED:
         return
@@ -115,7 +114,7 @@ def _start(child: "subprocess.Popen[bytes]", database: mysqllock.Database, chann
 
 
 def _answer(child: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
-    """Return the next line of the guard, what there is of it after so long."""
+    """Return the next line of the guard; empty if it has written nothing after `timeout_s` seconds."""
     assert child.stdout is not None
     ready, _, _ = select.select([child.stdout], [], [], timeout_s)
     return child.stdout.readline() if ready else b""
@@ -126,7 +125,7 @@ def _words(said: bytes) -> str:
 
 
 def guard() -> None:
-    """Be the guard: log in as standard input says, and at its end start what was stopped. Ends the process."""
+    """Run as the guard: log in as standard input says; when it is closed, start the channels that were stopped."""
     signal.alarm(LIFE_S)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -149,6 +148,6 @@ def guard() -> None:
             database.start_appliers(order["channels"])
             os.write(1, _STARTED)
     except BrokenPipeError:
-        pass  # nobody reads it any more
+        pass  # the parent has ended
     except BlockdiffError as error:
         os.write(1, error.message.encode("utf-8", "backslashreplace") + b"\n")

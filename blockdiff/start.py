@@ -1,18 +1,18 @@
-"""The entrances of all commands: what is done before anything of ours is imported or opened."""
+"""The entry points of all commands, and what must be done before they import our modules or open files."""
 
 import os
 import signal
 from importlib import import_module
 
-#: Descriptors below this number are the caller's: the original's commands speak on 0, 1, 5 and 6.
+#: Descriptors below this number belong to the caller: the original's commands use 0, 1, 5 and 6.
 FIRST_OF_OURS = 10
 
 
 def keep_apart() -> None:
-    """Take up every descriptor below `FIRST_OF_OURS` that the caller left closed, so that nothing of ours gets it.
+    """Open every descriptor below `FIRST_OF_OURS` that the caller left closed, so that no file of ours gets its number.
 
-    Standard streams get what cannot be used in their direction: reading or writing fails as it does on a closed one,
-    and children find them as we did. The others are not for children.
+    Standard streams are opened in the wrong direction, so reading or writing fails as on a closed one; children inherit
+    them. Children do not inherit the others.
     """
     for number in range(FIRST_OF_OURS):
         try:
@@ -21,14 +21,14 @@ def keep_apart() -> None:
             try:
                 fd = os.open(os.devnull, os.O_WRONLY if number == 0 else os.O_RDONLY)
             except OSError:
-                return  # a machine without it: whatever needs the descriptor will say so
+                return  # a machine without /dev/null: what needs the descriptor reports that
             os.set_inheritable(fd, number <= 2)
 
 
 def _run(module: str, function: str) -> None:
     keep_apart()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        # until the command listens to it, an interrupt ends us at once: within an import it would be a traceback
+        # until the command handles it, SIGINT ends the process at once: no traceback from the middle of an import
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     getattr(import_module(f"blockdiff.cli.{module}"), function)()
 

@@ -1,1 +1,1 @@
-"""What runs on the host: the agent, and all that it does there. Shipped to it."""
+"""What runs on the host: the agent and the modules that only it needs. Shipped to the host."""

@@ -1,9 +1,9 @@
-"""The agent: what runs on the host. Answers the server over the connection that it was pushed through.
+"""The agent: the program that runs on the host. It answers the server over the connection through which it was sent.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-Three threads matter: the main thread scans and sends; the reader receives what the server sends, and stops the main
-thread by a signal when the server has ended, whatever it is waiting for; the heartbeat says that we are alive.
+It has three threads that matter. The main thread scans and sends. The reader receives the server's frames; when the
+server has ended, it stops the main thread with a signal, whatever that is waiting for. The heartbeat sends ALIVE.
 The agent writes nothing to the host's disk.
 """
 
@@ -43,18 +43,18 @@ from blockdiff.shared.extents import Audit, aligned
 from blockdiff.shared.grant import Grant
 from blockdiff.shared.runs import Run, batch_size
 
-#: How long the server may take to its next order, in seconds: it may be waiting for a lock.
+#: How long to wait for the server's next order, in seconds: the server may be waiting for a lock.
 ORDER_TIMEOUT_S = 600.0
 
-#: How long the agent may try to report why it failed, in seconds; then SIGALRM ends it.
+#: How long the agent tries to report why it failed, in seconds; then SIGALRM ends it.
 LAST_WORD_S = 60
 
-#: The server hears this often how far a scan has come, in seconds: a frame for each batch would keep it busy.
+#: How often to report the progress of a scan, in seconds: a frame for each batch would keep the server busy.
 PROGRESS_S = 0.1
 
 
 class Agent:
-    """One session with the server, which gets what is granted and no more."""
+    """One session with the server, which gets only what is granted."""
 
     def __init__(self, link: wire.Link, grant: Grant) -> None:
         self._link = link
@@ -67,7 +67,7 @@ class Agent:
         self._failure: "Optional[BlockdiffError]" = None
 
     def run(self) -> None:
-        """Say hello, do what the server asks, and put everything away; raises whatever ends it early."""
+        """Send HELLO, do what the server asks, and clean up; raises the exception that ends it early."""
         signals.unwind()
         try:
             threading.Thread(target=self._read, name="reader", daemon=True).start()
@@ -85,7 +85,7 @@ class Agent:
         self._finished = True
 
     def _next_order(self, *kinds: int) -> Tuple[int, Dict[str, object]]:
-        """Wait for the server's next order, which must be of one of these kinds; return its kind and what it says."""
+        """Wait for the server's next order, which must be of one of these kinds; return its kind and its fields."""
         try:
             found, fields = self._orders.get(timeout=ORDER_TIMEOUT_S)
         except queue.Empty as error:
@@ -96,7 +96,7 @@ class Agent:
         return found, fields
 
     def _order(self, kind: int) -> Dict[str, object]:
-        """Wait for the server's next order, which must be of this kind, and return what it says."""
+        """Wait for the server's next order, which must be of this kind, and return its fields."""
         return self._next_order(kind)[1]
 
     def _read(self) -> None:
@@ -106,7 +106,7 @@ class Agent:
                 self._handle(self._link.receive())
         except BlockdiffError as error:
             self._failure = error
-        except Exception as error:  # noqa: BLE001  # the boundary: without this thread nobody notices the server's end
+        except Exception as error:  # noqa: BLE001  # nothing else would notice that the server has ended
             self._failure = ProtocolError("an order cannot be followed: {}: {}".format(type(error).__name__, error))
         if self._relay is not None:
             self._relay.close()
@@ -135,14 +135,14 @@ class Agent:
             raise ProtocolError("the server sent an unexpected frame of kind {}".format(wire.kind_name(frame.kind)))
 
     def _expect_table(self, order: Dict[str, object]) -> None:
-        """Get ready for the digest table, which may follow its order as soon as it is wanted."""
+        """Prepare for the digest table, which the server sends as soon as WANT asks for it."""
         self._feed = None
         if order.get("table_blocks") is not None:
             (count,) = wire.integers(order, "table_blocks")
             self._feed = TableFeed(self._link, blocks.digest_named(wire.text(order, "digest")).size, count)
 
     def _open_relay(self, order: Dict[str, object]) -> None:
-        """Connect to a socket of this machine for the server; one that cannot be reached does not end the agent."""
+        """Connect to a socket of this machine for the server; if that fails, the agent reports it and continues."""
         (port,) = wire.integers(order, "port")
         try:
             sockets, port = self._grant.check_sockets(wire.texts(order, "sockets"), port)
@@ -156,7 +156,8 @@ class Agent:
     def _serve(self, request: Dict[str, object]) -> None:
         """Take all sources at one moment, and scan one after the other.
 
-        The user's commands are run around the moment; if there is none, as of what is read as it is, around it all.
+        The user's commands run before and after the moment. Sources that are read as they are have no such moment: then
+        the commands run before and after the whole scan.
         """
         commands = [command for command in _commands(request) if command is not None]
         paths = [os.fsdecode(path) for path in _paths(request)]
@@ -182,7 +183,7 @@ class Agent:
             for source in sources:
                 source.watch()
             if request.get("low_priority") and not held:
-                lower_priority()  # not before: writers that are stopped wait for us
+                lower_priority()  # not earlier, because stopped writers were waiting for us
             for source in sources:
                 self._scan(source, self._order(wire.SCAN))
             if held:
@@ -191,7 +192,7 @@ class Agent:
         self._link.send_json(wire.END, end)
 
     def _show_snapshots(self, order: Dict[str, object]) -> None:
-        """Remove the snapshots of ours that the server names, and report which exist then."""
+        """Remove those of our snapshots that the server names, and report which exist afterwards."""
         self._grant.check_snapshots()
         removed, failures = leftovers.remove(wire.texts(order, "remove"))
         found = leftovers.found()
@@ -199,7 +200,7 @@ class Agent:
         self._link.send_json(wire.END, {})
 
     def _scan(self, source: Source, order: Dict[str, object]) -> None:
-        """Scan one source, send what changed, and the totals."""
+        """Scan one source; send the blocks that changed, and the totals."""
         (block_size,) = wire.integers(order, "block_size")
         if not blocks.MIN_BLOCK_SIZE <= block_size <= blocks.MAX_BLOCK_SIZE:
             raise ProtocolError("block size {} is out of range".format(block_size))
@@ -230,7 +231,7 @@ class Agent:
     def _send_changes(
         self, source: dump.FileSource, hasher: blocks.Hasher, throttle: Throttle, audit: "Optional[Audit]"
     ) -> "Tuple[int, int]":
-        """Send every changed run; neighbouring runs of zeros go as one. Returns bytes read and blocks sent."""
+        """Send every changed run; neighbouring runs of zeros are sent as one. Returns bytes read and blocks changed."""
         read = changed = position = 0
         zeros_start = zeros_end = 0  # not sent yet
         reported_s = time.monotonic()
@@ -273,7 +274,7 @@ class Agent:
 
 
 def _shared(order: Dict[str, object], size: int) -> "Optional[SharedBuffers]":
-    """Return buffers in the memory that the server offers, None if it offers none that we can reach."""
+    """Return buffers in the memory that the server offers; None if it offers none, or if we cannot use it."""
     if order.get("memory") is None:
         return None
     try:
@@ -288,7 +289,7 @@ def _paths(request: Dict[str, object]) -> List[bytes]:
 
 
 def _commands(request: Dict[str, object]) -> List[Optional[str]]:
-    """Return the user's commands around the moment, before and after it; None for none."""
+    """Return the user's commands to run before and after the moment; None for a command that is not given."""
     return [wire.text(request, name) if request.get(name) is not None else None for name in ("before", "after")]
 
 
@@ -309,7 +310,7 @@ def _sources(request: Dict[str, object]) -> List[Source]:
 
 
 def _ready(sources: List[Source], request: Dict[str, object], grant: Grant) -> Dict[str, object]:
-    """Check the sources, and find out on which of them the directories lie that the server asks for."""
+    """Check the sources, and find out on which of them the directories are that the server asks about."""
     prepared = [source.prepare() for source in sources]
     paths = [os.fsdecode(path) for path in _paths(request)]
     located = [grant.place(*locate(directory, paths)) for directory in wire.texts(request, "directories")]
@@ -341,7 +342,7 @@ def _check_claim(audit: Audit, run: Run) -> None:
 
 
 def hello() -> Dict[str, object]:
-    """Return what the server should know of this machine."""
+    """Return what the server should know about this machine."""
     return {
         "protocol": wire.PROTOCOL,
         "python": sys.version.split()[0],
@@ -352,7 +353,7 @@ def hello() -> Dict[str, object]:
 
 
 def _user() -> str:
-    """Return the name of the user that we are."""
+    """Return the name of the user that runs this process."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -360,8 +361,8 @@ def _user() -> str:
 
 
 def _traced(pipe: wire.Pipe) -> wire.Link:
-    """Return our end of the connection, on which the server hears what happens here as well."""
-    from blockdiff.shared import tracewriter  # here, because nearly nobody asks for it
+    """Return our end of the connection, which also sends a trace to the server."""
+    from blockdiff.shared import tracewriter  # imported here, because few runs need it
 
     link = tracewriter.AgentLink(pipe, wire.SILENCE_S)
     trace.report = link.report
@@ -369,10 +370,10 @@ def _traced(pipe: wire.Pipe) -> wire.Link:
 
 
 def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = False) -> None:
-    """Run the agent on standard input and output, and end the process. `nonce` shows the server where we begin.
+    """Run the agent on standard input and output, and end the process. `nonce` shows the server where it begins.
 
-    `granted` are the words of a `Grant`. One that is `traced` reports to the server what it does.
-    The descriptors are moved away first: nothing that prints by accident can get between the frames.
+    `granted` are the words of a `Grant`. With `traced`, the agent sends a trace to the server.
+    The descriptors are moved to other numbers first: so nothing that is printed by accident gets between the frames.
     """
     pipe = wire.Pipe(os.dup(0), os.dup(1))
     null = os.open(os.devnull, os.O_RDWR)
@@ -391,7 +392,7 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = Fal
         except BlockdiffError as error:
             signal.alarm(LAST_WORD_S)
             link.send_json(wire.ERROR, to_wire(error))
-        except Exception as error:  # noqa: BLE001  # the boundary: the server gets a sentence in any case
+        except Exception as error:  # noqa: BLE001  # the server gets a message in any case
             signal.alarm(LAST_WORD_S)
             known = of_system(error)
             if known is None:
@@ -401,4 +402,4 @@ def main(nonce: bytes, granted: "Optional[List[str]]" = None, traced: bool = Fal
     except (BlockdiffError, Interrupted) as error:
         os.write(2, "blockdiff agent: {}\n".format(printable(str(error))).encode("utf-8", "backslashreplace"))
     finally:
-        os._exit(status)  # not sys.exit: a thread that is stuck in a read must not keep the process
+        os._exit(status)  # not sys.exit: a thread that is stuck in a read must not keep the process alive

@@ -1,9 +1,9 @@
-"""What belongs to a database by what is in its data directory, and may lie elsewhere: links and mount points.
+"""Places that belong to a database because its data directory leads to them: links, mount points, ``.isl`` files.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-The server's own word is not enough: a login does not learn what it may not see, and of tables that nobody has opened
-since the start MariaDB says nothing.
+It is not enough to ask the database: it hides what the login has no privilege to see, and MariaDB does not report
+tables that were not opened since it was started.
 """
 
 import os
@@ -15,23 +15,23 @@ from blockdiff.shared import wire
 from blockdiff.shared.devices import mount_points, volume_beneath
 from blockdiff.shared.errors import SourceError, printable
 
-#: Tables of engines that do not undo what was not committed: MyISAM, Aria, CSV, Archive.
+#: Suffixes of tables whose engines cannot roll back: MyISAM, Aria, CSV, Archive.
 _UNLOGGED = (".MYI", ".MAI", ".CSV", ".ARZ")
-#: Databases whose such tables belong to the server itself.
+#: Databases in which such tables belong to the database server itself.
 _SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
-#: Files that are in the data directory itself, and are a part of the data: of InnoDB, Aria, and all engines.
+#: Files directly in the data directory that are part of the data: of InnoDB, of Aria, and MySQL's data dictionary.
 _FILES = re.compile(r"#?(ib|undo|aria_log|mysql\.ibd).*|.*\.(ibd|isl|ibu)")
-#: Longest content of a file that says where InnoDB keeps a table.
+#: Longest content of an ``.isl`` file, which says where InnoDB keeps a table, in bytes.
 _PATH_LIMIT = 4096
-#: The number of a device, and which source of the run is beneath it: see `sources.locate`.
+#: The number of a device, and the index of the run's source beneath it (None: none): see `sources.locate`.
 Place = Tuple[str, Optional[int]]
 
 
 class Look(NamedTuple):
     """What was found below a data directory.
 
-    `places` are paths as they are seen there, and what they lead to; `unlogged` says whether there are tables, besides
-    the server's own, of engines that do not undo what was not committed.
+    `places` are paths in it, each with the path that it leads to. `unlogged` says whether there are tables, besides the
+    database server's own, whose engines cannot roll back.
     """
 
     places: List[Tuple[str, str]]
@@ -39,15 +39,15 @@ class Look(NamedTuple):
 
 
 def volumes(places: List[Place]) -> Dict[str, str]:
-    """Return the volumes, by the numbers of their devices, of the places that are on no source of the run."""
+    """Return the volumes, by device number, of the places that are not on a source of the run."""
     return {device: volume_beneath(device) for device, source in places if source is None and device}
 
 
 def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int]], Place]) -> Dict[str, object]:
-    """Return what the server should know of a data directory, where that is on one of the devices `paths`.
+    """Return what the server should know about a data directory that is on one of the devices `paths`.
 
-    The server cannot read what is not there, and does not learn of it; `shown` is what it may know of where a
-    place is. Raises `SourceError` as `look`.
+    If it is on none of them, the result is empty: the run does not read it, and the server learns nothing about it.
+    `shown` returns what the server may know about a place (`Grant.place`). Raises `SourceError` like `look`.
     """
     device, index = locate(directory, paths)
     if index is None:
@@ -62,7 +62,7 @@ def outside(directory: str, paths: List[str], shown: Callable[[str, Optional[int
 
 
 def look(directory: str) -> Look:
-    """Look at a data directory and the directories of its databases; raises `SourceError` if that is not allowed."""
+    """Look into a data directory and the directories of its databases; raises `SourceError` if that fails."""
     places = [(path, path) for path in mount_points() if path.startswith(os.path.realpath(directory) + "/")]
     unlogged = False
     try:
@@ -84,7 +84,7 @@ def look(directory: str) -> Look:
 
 
 def _entries(directory: str) -> "Iterator[os.DirEntry[str]]":
-    """Yield what is in a directory; nothing if it no longer exists."""
+    """Yield the entries of a directory; none if it no longer exists."""
     try:
         with os.scandir(directory) as entries:
             yield from entries
@@ -93,7 +93,7 @@ def _entries(directory: str) -> "Iterator[os.DirEntry[str]]":
 
 
 def _leads_to(entry: "os.DirEntry[str]", directory: str) -> "List[Tuple[str, str]]":
-    """Return an entry that leads elsewhere, with the place: a link, or a file of InnoDB that names one."""
+    """Return the path of an entry and the path that it leads to; empty unless it is a link or an ``.isl`` file."""
     if entry.is_symlink():
         return [(entry.path, os.path.realpath(entry.path))]
     if not entry.name.endswith(".isl"):

@@ -1,4 +1,4 @@
-"""Run the user's commands around the moment of a run: one that stops writers, one that lets them continue.
+"""Run the user's commands before and after the moment of a run: one stops writers, the other lets them continue.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -12,16 +12,17 @@ from blockdiff.shared.errors import BlockdiffError, ProcessError, SourceError, p
 #: How long each of the two commands may take, in seconds.
 COMMAND_TIMEOUT_S = 60.0
 
-#: A shell that waits on its standard input and runs the second command itself if the agent dies before it says so.
+#: A shell that reads its standard input. If the agent dies before it has written "done", the shell runs the second
+#: command.
 _GUARD = 'read -r word; [ "$word" = done ] || exec /bin/sh -c "$1"'
 
 
 class Freeze:
-    """Runs `before` on entry and `after` on exit, through the shell; None for either means nothing to run.
+    """Runs `before` on entry and `after` on exit, through the shell; None for either means that nothing is run.
 
-    `after` runs once `before` was started, whatever happens: no signal cuts it short, and if the agent is killed, a
-    small process that waits beside it does so. Raises `SourceError` if a command fails or is not done in time; if
-    something else has failed before, that continues, and its hint mentions this.
+    If `before` was started, `after` runs in any case: no signal interrupts it, and if the agent is killed, a small
+    process that waits for this (the guard) runs it. Raises `SourceError` if a command fails or is not done in time. If
+    another error is already being raised, that error continues, and its hint mentions the failed command.
     """
 
     def __init__(self, before: Optional[str], after: Optional[str]) -> None:
@@ -50,7 +51,7 @@ class Freeze:
         self._end(error)
 
     def _end(self, error: object) -> None:
-        """Let the host continue; what fails then is added to the error that there is already."""
+        """Run `after`; if it fails, add that to the hint of `error`, if there is one."""
         try:
             signals.undisturbed(self._thaw)
         except SourceError as failure:
@@ -59,7 +60,11 @@ class Freeze:
             error.hint = "; ".join(part for part in (error.hint, failure.message) if part)
 
     def _held_open(self) -> Optional[int]:
-        """Return what `before` keeps open, so that the guard waits for its end: to let go before is to let go never."""
+        """Return the descriptor that `before` keeps open, or None: the guard's standard input.
+
+        So if the agent dies, the guard waits until `before` has ended, and runs `after` only then. Otherwise `before`
+        could stop the writers after `after` had run, and they would never continue.
+        """
         return None if self._guard is None or self._guard.stdin is None else self._guard.stdin.fileno()
 
     def _thaw(self) -> None:
@@ -69,7 +74,7 @@ class Freeze:
         try:
             _run("--after", self._after)
         finally:
-            # tried once, as it would be by the guard: what fails twice within a second helps nobody
+            # tried once, as the guard would: a second try within a second would fail, too
             _dismiss(guard)
 
 
@@ -83,7 +88,7 @@ def _run(option: str, command: str, held_open: Optional[int] = None) -> None:
 
 
 def _start_guard(after: str) -> "subprocess.Popen[bytes]":
-    """Start the guard in its own session: what is sent to the agent's process group must not end it."""
+    """Start the guard in its own session: a signal to the agent's process group must not end it."""
     arguments: List[str] = ["/bin/sh", "-c", _GUARD, "blockdiff-guard", after]
     try:
         guard = subprocess.Popen(

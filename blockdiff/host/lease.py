@@ -1,4 +1,4 @@
-"""Open files that another process has a lease on, such as a file server for its client.
+"""Open files on which another process has a lease, such as a file server for its client.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -9,7 +9,7 @@ import time
 from blockdiff.shared import locks
 from blockdiff.shared.errors import SourceError, printable
 
-#: How long the other process may take to let go of the file, in seconds: the system itself makes it do so after 45.
+#: How long the other process may take to release the lease, in seconds: by default, the kernel ends it after 45.
 TIMEOUT_S = 60.0
 _POLL_S = 0.05
 
@@ -17,8 +17,9 @@ _POLL_S = 0.05
 def open_for_reading(path: bytes) -> int:
     """Return a descriptor of what is at `path`, without waiting for the other end of a pipe.
 
-    A lease is waited for: that we open the file asks its holder to release it. Raises `SourceError` that
-    names the holder if it does not within `TIMEOUT_S` seconds, and `OSError` if the file cannot be opened.
+    If there is a lease on the file, our attempt to open it makes the kernel ask the holder to release the lease, and we
+    wait for that. Raises `SourceError`, which names the holder, if this takes more than `TIMEOUT_S` seconds, and
+    `OSError` if the file cannot be opened.
     """
     deadline = time.monotonic() + TIMEOUT_S
     while True:

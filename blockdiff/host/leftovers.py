@@ -1,4 +1,4 @@
-"""What runs have left on this machine: all snapshots that are ours, why each is there, and their removal by name.
+"""Snapshots that runs have left on this machine: which are ours, why each exists, and how to remove them by name.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -12,7 +12,8 @@ from blockdiff.host.lvs import Volume
 from blockdiff.shared.errors import ProcessError, SourceError, printable
 from blockdiff.shared.wire import DEAD, KEPT, RUNNING
 
-#: Begins the tag that says for whom a snapshot was made: the server, a colon, and the path of the chain.
+#: The prefix of the tag that says for what a snapshot was made. It is followed by the server, a colon, and the path of
+#: the chain.
 CHAIN_TAG = lvs.TAG + "_chain_"
 
 _TAG_LIMIT = 120
@@ -20,12 +21,15 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_+.\-/=!:#&]")
 
 
 def chain_tag(chain: str) -> str:
-    """Return the tag for the snapshots of a chain, in what LVM takes in a tag: for people, others may have the same."""
+    """Return the tag for the snapshots of a chain, in characters that LVM allows in a tag.
+
+    It is only information for people: the snapshots of another chain may have the same tag.
+    """
     return CHAIN_TAG + _UNFIT.sub("_", chain)[-(_TAG_LIMIT - len(CHAIN_TAG)) :]
 
 
 def found(group: str = "") -> List[Dict[str, object]]:
-    """Return what is ours in a volume group (``""``: all), as fields for the server. Raises `ProcessError`."""
+    """Return our snapshots in a volume group (``""``: in all), as fields for the server. Raises `ProcessError`."""
     there = lvs.volumes(group)
     return [_fields(volume, there) for volume in there if state(volume)]
 
@@ -45,7 +49,7 @@ def _fields(snapshot: Volume, there: Sequence[Volume]) -> Dict[str, object]:
 
 
 def state(snapshot: Volume) -> str:
-    """Return why a snapshot of ours is there: `RUNNING`, `KEPT` or `DEAD`; ``""`` for what is not ours."""
+    """Return why a snapshot of ours exists: `RUNNING`, `KEPT` or `DEAD`; ``""`` if it is not ours."""
     if not snapshot.is_ours:
         return ""
     if lvm.KEPT_TAG in snapshot.tags:
@@ -58,7 +62,7 @@ def state(snapshot: Volume) -> str:
 def remove(names: Sequence[str]) -> Tuple[List[str], List[str]]:
     """Remove snapshots of ours by their full names; return which were removed, and why others were not.
 
-    Raises `SourceError` if one is not ours, or a run is at work on it: nothing is removed then. Raises
+    Raises `SourceError` if one of them is not ours, or if a run is using it: then nothing is removed. Raises
     `ProcessError` if LVM does not answer.
     """
     if not names:

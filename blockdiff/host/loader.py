@@ -1,8 +1,9 @@
-"""The first module that runs on the host: take the agent from standard input, check it, and start it.
+"""The first module that runs on the host: it reads the agent from standard input, checks it, and starts it.
 
-Shipped to the host ahead of everything else; it must run on any Python 3. Standard input continues with a line of JSON
-(`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, the `prefix`, a command to run the agent under,
-and `trace` if one is asked for), and the archive: zlib'd JSON with the source of each module by its full name.
+Shipped to the host before everything else; it must run on any Python 3. Standard input continues with a line of JSON
+(`size` of the archive in bytes, its `sha256`, a hexadecimal `nonce`, the `prefix`, which is a command that runs the
+agent, and `trace` if a trace is asked for), and the archive: JSON with the source of each module by its full name,
+compressed with zlib.
 """
 
 import os
@@ -17,26 +18,27 @@ OTHER_AGENT = 94
 NO_MODULE = 95
 OTHER_SHELL = 96
 
-#: Comes first on standard input: a shell that reads its commands there, instead of the agent, ends at once.
+#: Comes first on standard input: if a shell was started instead of the agent, it reads this as a command, and ends.
 FOR_SHELLS = "exit {}\n".format(OTHER_SHELL).encode("ascii")
 #: What the remote command prints as soon as the login shell runs it.
 BEGUN = b"blockdiff begins\n"
-#: The first argument if one agent only is accepted: the loader's own source, its SHA-256 and what is granted follow.
+#: The first argument if only one agent is accepted. The others are the loader's source, the SHA-256 of the agent's
+#: modules, and what is granted.
 PINNED = "blockdiff-pinned"
 
-# most that is taken, in bytes: the owner of a pinned key may send anything
+# most bytes that are accepted: the owner of a pinned key may send anything
 _MAX_AGENT = 16 << 20
 _MAX_LOADER = 1 << 20
 _MAX_HEADER = 256 << 10
 
-#: The module that the loader gives over to.
+#: The module that the loader starts.
 AGENT = "blockdiff.host.agent"
 
 START = "import sys;exec(bytes.fromhex(sys.argv[2]))"
 
 
 def lacking(error: ImportError) -> "NoReturn":
-    """End: this Python is not the whole one, as that of Debian's python3-minimal."""
+    """End the process: this Python lacks standard modules, like Debian's python3-minimal."""
     sys.stderr.write("{}\n".format(error))
     sys.exit(NO_MODULE)
 
@@ -55,7 +57,7 @@ except ImportError as error:
 
 
 def read_exactly(count: int) -> bytes:
-    """Return `count` bytes of standard input and take not one more: what follows is for the agent."""
+    """Return `count` bytes of standard input, and read no more than these: what follows is for the agent."""
     data = bytearray()
     while len(data) < count:
         more = os.read(0, count - len(data))
@@ -66,7 +68,7 @@ def read_exactly(count: int) -> bytes:
 
 
 def read_header() -> dict:  # type: ignore[type-arg]  # dict[str, object] needs Python 3.9
-    """Return what the header line says; ends the process if it is too long or is not a header."""
+    """Return the fields of the header line; ends the process if it is too long or is not a header."""
     line = bytearray()
     while line[-1:] != b"\n" and len(line) < _MAX_HEADER:
         line += read_exactly(1)
@@ -80,24 +82,24 @@ def read_header() -> dict:  # type: ignore[type-arg]  # dict[str, object] needs 
 
 
 class Importer:
-    """Imports the modules that were sent, each when it is asked for; their sources stay at hand for tracebacks."""
+    """Imports the modules that were sent, each when it is needed, and keeps their sources for tracebacks."""
 
     def __init__(self, sources: dict) -> None:  # type: ignore[type-arg]  # dict[str, str] needs Python 3.9
         """`sources` has the source of each module by its full name; a package has its own entry."""
         self._sources = sources
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> "Optional[ModuleSpec]":
-        """Return what Python needs to import a module of ours, None for others: part of the import protocol."""
+        """Return what Python needs to import a module of ours; None for others. Part of the import protocol."""
         if name not in self._sources:
             return None
         package = any(other.startswith(name + ".") for other in self._sources)
         return ModuleSpec(name, self, origin="<{}>".format(name), is_package=package)  # type: ignore[arg-type]
 
     def create_module(self, spec: object) -> None:
-        """Leave that to Python: part of the import protocol."""
+        """Let Python create the module. Part of the import protocol."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Run a module's source: part of the import protocol."""
+        """Run a module's source. Part of the import protocol."""
         name, source = module.__name__, self._sources[module.__name__]
         module.__file__ = "<{}>".format(name)
         linecache.cache[module.__file__] = (len(source), None, source.splitlines(True), module.__file__)
@@ -105,7 +107,7 @@ class Importer:
 
 
 def agent(modules: bytes) -> types.ModuleType:
-    """Return the agent's module of the archive `modules`, all of which can be imported then."""
+    """Return the agent's module of the archive `modules`; from then on, all modules in it can be imported."""
     sys.meta_path.insert(0, Importer(json.loads(modules.decode("utf-8"))))
     try:
         return import_module(AGENT)
@@ -114,7 +116,7 @@ def agent(modules: bytes) -> types.ModuleType:
 
 
 def run_under(prefix: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
-    """Replace this process by `prefix` running the same start again; the server sends everything a second time."""
+    """Replace this process by `prefix`, which runs the same start again; the server sends everything a second time."""
     try:
         os.execvp(prefix[0], prefix + [sys.executable, "-I", "-c", START] + sys.argv[1:])
     except OSError as error:
@@ -123,7 +125,7 @@ def run_under(prefix: list) -> None:  # type: ignore[type-arg]  # list[str] need
 
 
 def start() -> None:
-    """Do all of it; returns only through the agent's end."""
+    """Read, check and run the agent; never returns, because the agent ends the process."""
     if sys.version_info < (3, 6):
         sys.exit(TOO_OLD)
     header = read_header()
@@ -136,9 +138,9 @@ def start() -> None:
 
 
 def start_pinned(pinned: str, granted: list) -> None:  # type: ignore[type-arg]  # list[str] needs Python 3.9
-    """Do the same for the one agent whose list of modules has the SHA-256 `pinned`, and let it do what is granted.
+    """Do the same, but only for the agent whose modules have the SHA-256 `pinned`, and let it do only what is granted.
 
-    The loader that comes ahead of it is passed over: nothing runs that was not checked.
+    The loader that the server sends before it is skipped: nothing runs that was not checked.
     """
     os.write(1, BEGUN)
     read_exactly(len(FOR_SHELLS))

@@ -1,4 +1,4 @@
-"""What can be known of a volume before writers are stopped: what it is, and whether a snapshot of it can be made.
+"""Checks of a volume before writers are stopped: what it is, and whether a snapshot of it can be made.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -13,16 +13,16 @@ from blockdiff.host.lvs import LateError, MissingError, Volume
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import ProcessError, SourceError, printable
 
-#: Data and metadata of a thin pool must not be fuller than this before a snapshot is made, in percent.
+#: No snapshot is made in a thin pool whose data or metadata are full to this level, in percent.
 POOL_LIMIT_PERCENT = 95.0
-#: The snapshot size in bytes if none is asked for, or what the volume group has: as in the original.
+#: The snapshot size in bytes if none is asked for; less if the volume group has less. As in the original.
 DEFAULT_SIZE = 10 << 30
 
-#: The setting above which LVM extends a pool, in percent, and makes no new volume in it.
+#: The setting of LVM for a level, in percent, above which LVM extends a pool and makes no new volume in it.
 _THRESHOLD = "activation/thin_pool_autoextend_threshold"
 _SIZE = re.compile(r"([0-9]{1,15})([KMGTkmgt%]?)")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-#: What cannot have a snapshot, by the first character of `lv_attr`.
+#: Volumes that cannot have a snapshot, by the first character of `lv_attr`.
 _UNFIT = {
     "s": ("is itself a snapshot", "name its origin"),
     "S": ("is itself a snapshot", "name its origin"),
@@ -61,7 +61,7 @@ def find(path: str) -> Volume:
 
 
 def _mapper_path(path: str) -> str:
-    """Return a path that LVM understands for a device that is active, whatever path leads to it."""
+    """Return a path that LVM understands for an active device, whatever path leads to it."""
     try:
         status = os.stat(path)
         if not stat.S_ISBLK(status.st_mode):
@@ -76,9 +76,9 @@ def _mapper_path(path: str) -> str:
 def check(volume: Volume, size: str, keep: bool = False) -> List[str]:
     """Check what can be checked before writers are stopped, and return notes for the user.
 
-    `size` is that of a thick snapshot: ``20%`` of the origin, a number of bytes with K, M, G or T, or ``""`` for
-    `DEFAULT_SIZE` or what the volume group has. Raises `SourceError` if a snapshot (one that is to be kept, with
-    `keep`) cannot be made.
+    `size` is the size of a thick snapshot: ``20%`` of the origin, a number of bytes with K, M, G or T, or ``""`` for
+    `DEFAULT_SIZE` (less if the volume group has less). With `keep`, the snapshot is to be kept. Raises `SourceError` if
+    such a snapshot cannot be made.
     """
     _check_fit(volume)
     if volume.is_thin:
@@ -119,7 +119,7 @@ def _check_fit(volume: Volume) -> None:
 
 
 def resume_hint(volume: Volume) -> str:
-    """Return what to do about a volume that is suspended: what writes to it waits without limit."""
+    """Return what to do about a suspended volume: every process that writes to it waits without limit."""
     return (
         "nothing can write to {}: an LVM command was killed half-way, or is still running; if none is, "
         "`dmsetup resume {}` on the host lets writers continue".format(
@@ -157,14 +157,14 @@ def _check_pool(volume: Volume) -> None:
 
 
 def _metadata_limit(pool: Volume) -> float:
-    """Return how full the metadata of a pool may be, in percent: LVM needs 4 MiB free, or a quarter of a small one."""
+    """Return how full the metadata of a pool may be, in percent: LVM needs 4 MiB free, or 25% if that is less."""
     for metadata in _looked_up(pool.group, 'lv_name="{}"'.format(pool.metadata)):
         return 100.0 - min(25.0, 100.0 * (4 << 20) / metadata.size)
     return 100.0
 
 
 def _looked_up(group: str, selection: str) -> List[Volume]:
-    """Return what `lvs` selects in a group; raises `SourceError` if it does not know."""
+    """Return the volumes that `lvs` selects in a group; raises `SourceError` if `lvs` fails."""
     try:
         return lvs.volumes(group, selection)
     except ProcessError as error:
@@ -172,9 +172,9 @@ def _looked_up(group: str, selection: str) -> List[Volume]:
 
 
 def size_in_bytes(text: str, origin: Volume) -> int:
-    """Return the bytes of a snapshot of the size `text` (see `check`), in whole extents.
+    """Return how many bytes a snapshot of the size `text` (see `check`) has, in whole extents.
 
-    Raises `SourceError` for any other text.
+    Raises `SourceError` if `text` is not a size.
     """
     if not text:
         return _in_extents(min(DEFAULT_SIZE, origin.group_free, full_size(origin)), origin)
@@ -191,5 +191,5 @@ def _in_extents(size: int, origin: Volume) -> int:
 
 
 def full_size(origin: Volume) -> int:
-    """Return the bytes of a snapshot of `origin` that cannot overflow: LVM adds half a percent."""
+    """Return how many bytes a snapshot of `origin` needs so that it cannot overflow: LVM's own data need 0.5%."""
     return origin.size + origin.size // 100 + (1 << 20)

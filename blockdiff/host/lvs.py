@@ -1,8 +1,8 @@
-"""What LVM says of its logical volumes, and how its commands are run.
+"""What LVM reports about its logical volumes, and how its commands are run.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-Decisions are made from the state that `lvs` reports, never from messages.
+Decisions depend on the state that `lvs` reports, never on messages.
 """
 
 import json
@@ -16,16 +16,16 @@ from blockdiff.shared.errors import ProcessError, printable
 
 TAG = "blockdiff"
 PREFIX = "bd_"
-#: Begins the tag that names the volume that a snapshot of ours is of, by its LV UUID.
+#: The prefix of the tag that names the origin of a snapshot of ours, by its LV UUID.
 ORIGIN_TAG = TAG + "_origin_"
 
-#: Longest text that is shown of what a command said, in characters.
+#: How many characters of a command's messages are shown at most.
 _WORDS_LIMIT = 1000
-#: The semaphores of this machine, and what the keys of those begin with through which device-mapper waits for udev.
+#: The semaphores of this machine, and the upper 16 bits of the keys of those with which device-mapper waits for udev.
 _SEMAPHORES = "/proc/sysvipc/sem"
 _COOKIE_MAGIC = 0x0D4D
 
-#: How long one LVM command may take, in seconds: it may have to wait for another that holds the volume group's lock.
+#: How long one LVM command may take, in seconds: another command may hold the volume group's lock.
 COMMAND_TIMEOUT_S = 60.0
 
 _TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ([+-][0-9]{2})([0-9]{2})")
@@ -36,19 +36,19 @@ _FIELDS = (
 
 
 class LateError(ProcessError):
-    """An LVM command was not done in time: as a rule another one holds the lock of the volume group."""
+    """An LVM command did not end in time: usually another one holds the lock of the volume group."""
 
 
 class MissingError(ProcessError):
-    """LVM's commands are not there."""
+    """LVM's commands are not installed."""
 
 
 class Volume(NamedTuple):
-    """What `lvs` reports of a logical volume; sizes in bytes, levels in percent (None if there is none).
+    """What `lvs` reports about a logical volume; sizes in bytes, levels in percent (None if there is none).
 
-    `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` the name of a pool's metadata
-    volume. Of volumes without a pool or an origin, these names, UUIDs and ids are ``""``. `made` is the time of its
-    making in ISO 8601, ``""`` if LVM's settings have another form.
+    `path` is ``""`` for a hidden volume, `attributes` is ``lv_attr``, and `metadata` is the name of a pool's metadata
+    volume. If a volume has no pool or no origin, the names, UUIDs and ids of these are ``""``. `made` is the time when
+    it was made, in ISO 8601; ``""`` if LVM's settings choose another format of times.
     """
 
     uuid: str
@@ -74,7 +74,7 @@ class Volume(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        """``group/name``, as LVM's commands take it."""
+        """``group/name``, as LVM's commands accept it."""
         return self.group + "/" + self.name
 
     @property
@@ -84,27 +84,28 @@ class Volume(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a snapshot that an agent made, or the beginning of one that LVM did not complete.
+        """Whether it is a snapshot that an agent made, or the unfinished snapshot of an interrupted LVM command.
 
-        LVM fills in the origin last and empties it first: if there is none, the tag says of which volume it is.
+        When LVM makes a snapshot, it sets the origin last; when it removes one, it clears the origin first. If there is
+        no origin, the tag names it.
         """
         return self.name.startswith(PREFIX) and TAG in self.tags and bool(self.origin or self.tagged_origin)
 
     @property
     def tagged_origin(self) -> str:
-        """The LV UUID of the volume that it was made of, as the tag of an agent says; ``""`` without that tag."""
+        """The LV UUID of its origin, from the tag that an agent set; ``""`` without that tag."""
         found = [tag[len(ORIGIN_TAG) :] for tag in self.tags if tag.startswith(ORIGIN_TAG)]
         return found[0] if len(found) == 1 else ""
 
     def is_ours_of(self, origin: "Volume") -> bool:
-        """Return whether it is ours, and of the volume `origin`."""
+        """Return whether it is ours, and a snapshot of the volume `origin`."""
         if not self.is_ours or self.group != origin.group:
             return False
         return self.origin == origin.name if self.origin else self.tagged_origin == origin.uuid
 
     @property
     def is_open(self) -> bool:
-        """Whether something has its device open, a mounted file system for one."""
+        """Whether its device is open, for example because it is mounted."""
         return self.attributes[5:6] == "o"
 
     @property
@@ -119,12 +120,12 @@ class Volume(NamedTuple):
 
     @property
     def health(self) -> str:
-        """The ninth character of ``lv_attr``: ``-`` well, ``p`` a disk is missing, ``F`` the thin pool failed, …"""
+        """The ninth character of ``lv_attr``: ``-`` healthy, ``p`` disk missing, ``F`` thin pool failed, …"""
         return self.attributes[8:9]
 
 
 def environment() -> Dict[str, str]:
-    """Return the environment for LVM's commands: English, no warnings of our pipes, and sbin on the path."""
+    """Return the environment for LVM's commands: English, no warnings about our pipes, and sbin in the PATH."""
     path = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
     return dict(os.environ, LC_ALL="C", LVM_SUPPRESS_FD_WARNINGS="1", PATH=path)
 
@@ -132,8 +133,8 @@ def environment() -> Dict[str, str]:
 def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> List[Volume]:
     """Return the volumes of `place` (a volume group, a volume, its path, or ``""``: all), hidden ones included.
 
-    `selection` are terms of LVM's selection language, all of which must hold. Raises `ProcessError`, and `LateError`
-    if LVM has not answered after `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    `selection` are conditions in LVM's selection language; a volume must meet all of them. Raises `ProcessError`, and
+    `LateError` if LVM has not answered after `timeout_s` seconds (by default `COMMAND_TIMEOUT_S`).
     """
     timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     command = ["lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-a", "-o", _FIELDS]
@@ -148,7 +149,7 @@ def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> L
     if completed.returncode == 0:
         return parse_report(completed.stdout)
     try:
-        # trouble with another volume, such as a missing disk, does not make the report on this one wrong
+        # a problem of another volume, such as a missing disk, does not make the report on this one wrong
         found = parse_report(completed.stdout)
     except ProcessError:
         found = []
@@ -158,7 +159,7 @@ def volumes(place: str, *selection: str, timeout_s: Optional[float] = None) -> L
 
 
 def setting(name: str) -> Optional[int]:
-    """Return a number in LVM's settings, such as ``activation/thin_pool_autoextend_threshold``; None: LVM is silent."""
+    """Return a number in LVM's settings, such as ``activation/thin_pool_autoextend_threshold``; None if unknown."""
     try:
         completed = process.run(["lvmconfig", "--type", "full", name], COMMAND_TIMEOUT_S, env=environment())
         return int(completed.stdout.decode("ascii", "replace").partition("=")[2])
@@ -167,9 +168,10 @@ def setting(name: str) -> Optional[int]:
 
 
 def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = None) -> None:
-    """Run an LVM command that changes the volume group `group`, which is never killed (`process.run_gently`).
+    """Run an LVM command that changes the volume group `group`. The command is never killed (`process.run_gently`).
 
-    Raises `ProcessError`, and `LateError` if it did not end within `timeout_s` seconds (`COMMAND_TIMEOUT_S`).
+    Raises `ProcessError`, and `LateError` if it has not ended after `timeout_s` seconds (by default
+    `COMMAND_TIMEOUT_S`).
     """
     timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     begun = int(time.time())
@@ -190,14 +192,14 @@ def change(arguments: Sequence[str], group: str, timeout_s: Optional[float] = No
 
 
 def _not_started(error: ProcessError) -> ProcessError:
-    """Return what to say of a command that could not be started."""
+    """Return the error to raise for a command that could not be started."""
     if isinstance(error.__cause__, FileNotFoundError):
         return MissingError("LVM is not installed there", "install the package lvm2 on the host")
     return error
 
 
 def _check(command: str, completed: process.Completed) -> None:
-    """Raise `ProcessError` with all that a command of LVM's said, unless its status is 0: its last line says little."""
+    """Raise `ProcessError` with all messages of an LVM command, unless its status is 0: one line may be too little."""
     if completed.returncode != 0:
         lines = [line.strip() for line in completed.stderr.decode("utf-8", "replace").splitlines()]
         words = printable("; ".join(line for line in lines if line), _WORDS_LIMIT)
@@ -215,9 +217,9 @@ def _locked(command: str, place: str, timeout_s: float, more: str = "") -> LateE
 
 
 def is_waiting_for_udev(begun: int) -> bool:
-    """Return whether a command of device-mapper's that began at `begun`, in seconds of the clock, waits for udev.
+    """Return whether a device-mapper command that began at `begun` (seconds since 1970) is waiting for udev.
 
-    It does so by a semaphore; those of commands that were killed stay, and are older.
+    It waits with a semaphore. Semaphores of commands that were killed stay, but they are older.
     """
     try:
         with open(_SEMAPHORES) as file:
@@ -228,9 +230,9 @@ def is_waiting_for_udev(begun: int) -> bool:
 
 
 def parse_report(output: bytes) -> List[Volume]:
-    """Return the volumes in the JSON that `lvs` printed; raises `ProcessError` if it is not JSON.
+    """Return the volumes in the JSON report that `lvs` printed; raises `ProcessError` if that is not valid.
 
-    A volume of several segments has a row for each of them.
+    A volume with several segments has a row for each of them, but is returned once.
     """
     try:
         report = json.loads(output.decode("utf-8", "replace"))["report"][0]

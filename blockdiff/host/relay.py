@@ -1,9 +1,9 @@
-"""Carry a socket of the host over the connection: the server logs in to a database that listens to nobody else.
+"""Relay a socket of the host over the connection: so the server can log in to a database that listens only locally.
 
 Shipped to the host: standard library only, Python 3.6 or newer. The server uses the same code for its end.
 
-To the database the peer is the agent's user, so that a login by `unix_socket` works. The socket dies with the
-connection, and with it the database session and its locks.
+The database sees the agent's user as its peer, so a login by `unix_socket` works. When the connection ends, the socket
+is closed, and the database ends the session and releases its locks.
 """
 
 import os
@@ -14,17 +14,17 @@ from typing import Sequence
 from blockdiff.shared import wire
 from blockdiff.shared.errors import ConnectionLost, SourceError, printable
 
-#: Bytes that are carried in one frame at most.
+#: Most bytes that one frame carries.
 _CHUNK = 64 << 10
 #: How long a socket may take to connect, or to accept bytes, in seconds.
 SOCKET_TIMEOUT_S = 30.0
 
 
 class Relay:
-    """One end: what arrives on `sock` is sent, what the other end sends is written to `sock`, which it takes over.
+    """One end of a relay: it sends what arrives on `sock`, and writes to `sock` what the other end sends.
 
-    When `sock` is at its end a last, empty frame of the kind `last` is sent: `wire.BYTES` by the agent, `wire.CLOSE` by
-    the server, which then gets a CLOSE in return. An empty BYTES frame means that no more will follow.
+    It also closes `sock`. When `sock` has no more data, it sends a last, empty frame of the kind `last`. For the agent
+    this is `wire.BYTES`: no more bytes follow. For the server it is `wire.CLOSE`; it gets a CLOSE in return.
     """
 
     def __init__(self, link: wire.Link, sock: socket.socket, last: int) -> None:
@@ -38,7 +38,7 @@ class Relay:
         self._thread.start()
 
     def feed(self, data: bytes) -> None:
-        """Write what the other end sent; a socket that takes nothing any more is closed."""
+        """Write what the other end sent; if the socket does not accept it, close it."""
         try:
             if data:
                 self._socket.sendall(data)
@@ -55,7 +55,7 @@ class Relay:
             pass  # it is closed already
 
     def join(self, timeout_s: float) -> None:
-        """Wait until this side has said its last word."""
+        """Wait until this side has sent its last frame."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -65,22 +65,22 @@ class Relay:
                     self._link.send(wire.BYTES, data)
             self._link.send(self._last)
         except ConnectionLost:
-            pass  # the receiving thread notices as well, and knows more
+            pass  # the receiving thread notices this, too, and reports the cause
 
     def _receive(self) -> bytes:
         while True:
             try:
                 return self._socket.recv(_CHUNK)
             except socket.timeout:
-                continue  # a database may think for as long as the server lets it
+                continue  # a statement may take long; the server has its own limit
             except OSError:
                 return b""
 
 
 def connect(paths: Sequence[str], port: int) -> socket.socket:
-    """Return a connection to the first of the Unix sockets `paths` that is there, else to `port` of this machine.
+    """Return a connection to the first of the Unix sockets `paths` that exists; without one, to `port` of this machine.
 
-    `port` 0 means none. Raises `SourceError`.
+    `port` 0 means no port. Raises `SourceError`.
     """
     for path in paths:
         if os.path.exists(path):

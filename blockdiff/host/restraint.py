@@ -1,4 +1,4 @@
-"""How the agent leaves room for what the host is there for: it sends no faster than it may, and lets others go first.
+"""Limits the load that the agent puts on the host: it sends no faster than allowed, and other processes go first.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -10,14 +10,14 @@ from typing import Optional
 from blockdiff.shared import process
 from blockdiff.shared.errors import ProcessError
 
-#: Added to the niceness, and the level in the best-effort class of I/O priorities (7 is the lowest): a backup yields to
-#: production but is never starved, because a snapshot that is kept for long fills up.
+#: Added to the niceness, and the level in the best-effort class of I/O priorities (7 is the lowest). A backup yields to
+#: production, but it always gets some time: if it takes too long, its snapshot may overflow.
 NICENESS = 10
 IO_LEVEL = 7
 
 
 class Throttle:
-    """Holds the sender to `bytes_per_s` on average; None means no limit."""
+    """Limits the sender to `bytes_per_s` on average; None means no limit."""
 
     def __init__(self, bytes_per_s: Optional[int]) -> None:
         self._bytes_per_s = bytes_per_s
@@ -32,7 +32,7 @@ class Throttle:
 
 
 def lower_priority() -> None:
-    """Yield the CPU and the disk to all others; a host that has no ionice(1) gives no I/O priority."""
+    """Let all other processes go first at the CPU and the disk; without ionice(1) on the host, only at the CPU."""
     os.nice(NICENESS)
     try:
         process.run(["ionice", "-c", "2", "-n", str(IO_LEVEL), "-p", str(os.getpid())], timeout_s=10)

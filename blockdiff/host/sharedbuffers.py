@@ -1,10 +1,10 @@
-"""Buffers that the server can look into, if it is on the same machine: what they hold goes through no pipe.
+"""Buffers that the server can read directly, if it is on the same machine: their content needs no pipe.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-The server makes the memory (`blockdiff.transport.sharedmemory`) and hands its descriptor down. A worker fills a
-buffer, the main thread tells the server what is where, and a buffer is used again only when the server has taken
-everything out.
+The server makes the memory (`blockdiff.transport.sharedmemory`), and the agent inherits its descriptor. A worker fills
+a buffer; the main thread reports to the server where each run is; a buffer is used again only after the server has
+copied all its runs out.
 """
 
 import mmap
@@ -17,10 +17,10 @@ from blockdiff.shared import pipeline
 from blockdiff.shared.errors import ConnectionLost
 from blockdiff.shared.wire import STALL_S
 
-#: The name of the memory, which distinguishes it from any other file of a descriptor.
+#: The name of the memory: it shows that a descriptor is this memory, and not another file.
 NAME = "blockdiff"
 
-#: Shorter runs go through the pipe, in bytes: to look after them would cost more.
+#: Runs that are shorter, in bytes, are sent through the pipe: that costs less than the frames for shared memory.
 MIN_RUN = 16 << 10
 
 #: Buffers that the server may still have to copy.
@@ -28,7 +28,7 @@ _BEHIND = 4
 
 
 def memory_size(buffer_size: int) -> int:
-    """Return the bytes that a scan with such buffers needs: for its threads, and for what the server has to copy."""
+    """Return how many bytes a scan with such buffers needs: for its threads, and for runs that are to be copied."""
     return (pipeline.worker_count() + 4 + _BEHIND) * _stride(buffer_size)
 
 
@@ -40,7 +40,7 @@ class SharedBuffers(pipeline.BufferPool):
     """A pool in the memory of the descriptor `fd`, with buffers of `size` bytes.
 
     Raises `OSError` or `ValueError` if the descriptor is not that memory: a command such as sudo may have closed it.
-    Main thread and workers use it, the reader thread calls `taken_out`.
+    The main thread and the workers use the pool; the reader thread calls `taken_out`.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -56,22 +56,22 @@ class SharedBuffers(pipeline.BufferPool):
         self._told = self._taken = 0
 
     def lend(self, buffer: memoryview) -> int:
-        """Return where in the memory a buffer begins; a message to the server must then say that a run is there."""
+        """Return where in the memory a buffer begins; the caller must then report the run to the server (LENT)."""
         self._told += 1
         return self._places[id(buffer)]
 
     def taken_out(self) -> None:
-        """The server took out one more of the runs that were announced to it."""
+        """Note that the server has copied out the next of the runs that were reported to it."""
         with self._changed:
             self._taken += 1
             self._changed.notify()
 
     def get(self) -> memoryview:
-        """Return a buffer; there is always one, because `give_back` waits."""
+        """Return a buffer; there is always a free one, because `give_back` waits."""
         return self._free.pop()
 
     def give_back(self, buffer: memoryview) -> None:
-        """Take a buffer back; waits while the server has too many to copy. Raises `ConnectionLost` like `finish`."""
+        """Take a buffer back; waits while the server has too many to copy. Raises `ConnectionLost`, like `finish`."""
         self._lent.append((self._told, buffer))
         with self._changed:
             while self._lent and (self._lent[0][0] <= self._taken or len(self._lent) > _BEHIND):
@@ -79,9 +79,9 @@ class SharedBuffers(pipeline.BufferPool):
                 self._free.append(self._lent.popleft()[1])
 
     def finish(self) -> None:
-        """Wait until the server has taken out everything that was announced to it.
+        """Wait until the server has copied out everything that was reported to it.
 
-        Raises `ConnectionLost` if it takes nothing for `wire.STALL_S`, like a write that gets nowhere.
+        Raises `ConnectionLost` if it copies nothing for `wire.STALL_S` seconds.
         """
         with self._changed:
             self._wait(self._told)

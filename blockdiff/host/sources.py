@@ -1,9 +1,9 @@
-"""The sources of a run: files and devices read as they are, or volumes read through snapshots.
+"""The sources of a run: files and devices that are read as they are, or volumes that are read through snapshots.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-A source goes through the same steps whatever it is: `prepare` while writers continue, `take` while they are stopped,
-`open` when it is its turn to be read, and `finish` after its last byte.
+All kinds of sources have the same steps: `prepare` while writers continue, `take` while they are stopped, `watch` when
+they continue, `open` when it is the source's turn to be read, and `finish` after its last byte.
 """
 
 import os
@@ -19,10 +19,11 @@ from blockdiff.shared.extents import Extent
 
 
 class Reading(NamedTuple):
-    """How a thin volume is to be read; others are read from end to end in any case.
+    """How to read a thin volume; other sources are always read completely.
 
-    With `hinted` only what changed since the snapshot that the last run kept, with `audited` all of it, and that is
-    checked against what changed since then; if it is a `full` generation only what is mapped.
+    With `hinted`, only the parts are read that changed since the snapshot that the last run kept, as thin_delta reports
+    them. With `audited`, everything is read, and the report of thin_delta is checked against it. For a `full`
+    generation, only the mapped parts are read.
     """
 
     hinted: bool = False
@@ -31,11 +32,11 @@ class Reading(NamedTuple):
 
 
 class Source(ABC):
-    """One source, from its first check to the end. A context manager that leaves no snapshot behind."""
+    """One source, from its first check to the end. A context manager that removes the snapshot, unless it is kept."""
 
     def __init__(self) -> None:
         self.notes: List[str] = []
-        #: The volume group that it is in, from `prepare` on; "" for none.
+        #: The volume group of the source, known after `prepare`; "" for none.
         self.group = ""
         self._stack = ExitStack()
 
@@ -47,39 +48,39 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(self) -> Dict[str, object]:
-        """Check what can be checked without delaying anybody, and return what the server should know.
+        """Check what can be checked while writers continue, and return what the server should know.
 
         Raises `SourceError`.
         """
 
     @abstractmethod
     def take(self) -> None:
-        """Take the image's moment; writers are stopped, so nothing else is done here."""
+        """Take the moment of the image. Nothing else is done here, because writers are stopped."""
 
     def watch(self) -> None:  # noqa: B027  # most sources have nothing to do
-        """Take care of what was made, as soon as nobody is stopped any more: others may be read first."""
+        """Watch over the snapshot as soon as writers continue: other sources may be read first."""
 
     @abstractmethod
     def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
-        """Return what to read, and what an audit is to be checked against."""
+        """Return what to read, and for an audit the extents that are checked against the scan, otherwise None."""
 
     def opened(self) -> Dict[str, object]:
-        """Return what the server should know of what is read."""
+        """Return what the server should know about the opened source."""
         return {}
 
     def explain(self) -> Optional[SourceError]:
-        """Return the cause of an error of reading, if more is known of it."""
+        """Return the cause of a read error, if it is known."""
         return None
 
     @abstractmethod
     def finish(self) -> Dict[str, object]:
-        """Make sure that all that was read was sound, put everything away, and return what the server should know."""
+        """Make sure that everything that was read is valid, clean up, and return what the server should know."""
 
 
 class LiveSource(Source):
-    """A file or device that is read as it is; `path` must be one when the moment is taken.
+    """A file or device that is read as it is; `path` must exist when the moment is taken.
 
-    With `is_made` it need not be there before: what the user runs may make it then.
+    With `is_made` it need not exist before, because the user's command `--before` may make it.
     """
 
     def __init__(self, path: bytes, is_made: bool = False) -> None:
@@ -88,14 +89,14 @@ class LiveSource(Source):
         self._is_made = is_made
 
     def prepare(self) -> Dict[str, object]:
-        """See whether it can be opened: that is all there is to check."""
+        """Check that it can be opened; nothing else can be checked."""
         if not self._is_made:
             with dump.FileSource(self._path):
                 pass
         return {}
 
     def take(self) -> None:
-        """Open it, and begin to watch it: its moment is as long as the reading takes."""
+        """Open it, and begin to watch it: its moment lasts as long as the reading."""
         self._file = self._stack.enter_context(dump.FileSource(self._path))
         self._witness = witness.Witness(self._file)
 
@@ -112,11 +113,11 @@ class LiveSource(Source):
 
 
 class VolumeSource(Source):
-    """A logical volume, read through a snapshot of `size` (see `lvcheck.check`) that carries a tag of its `owner`.
+    """A logical volume that is read through a snapshot of `size` (see `lvcheck.check`) with a tag for its `owner`.
 
-    `chain` names that for people (``""``: not at all).
-    `kept` is the LV UUID of the snapshot that the chain's last run kept, ``""`` for none. With `keep` this run's stays
-    on the host. A `rehearsal` removes nothing.
+    `chain` goes into another tag, for people (``""``: no such tag). `kept` is the LV UUID of the snapshot that the
+    chain's last run kept, ``""`` for none. With `keep`, the snapshot of this run stays on the host. With `rehearsal`,
+    nothing that earlier runs left is removed.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class VolumeSource(Source):
             super().__exit__(kind, error, trace)
             self._leave(error)
         finally:
-            self._leave(error)  # a signal may have come just before
+            self._leave(error)  # again: a signal may have interrupted the first call
 
     def _leave(self, error: object = None) -> None:
         if self._prepared is not None:
@@ -151,18 +152,18 @@ class VolumeSource(Source):
         return self._prepared
 
     def prepare(self) -> Dict[str, object]:
-        """Sweep what earlier runs left, and see whether there is room."""
+        """Remove what earlier runs left, and check whether a snapshot can be made."""
         self._origin = lvcheck.find(self._path)
         if not self._rehearsal:
             self._sweep()
-            self._origin = lvcheck.find(self._path)  # what was removed made room
+            self._origin = lvcheck.find(self._path)  # the removal made room
         self.notes += lvcheck.check(self._origin, self._size, self._keep)
         self._prepared = lvm.Snapshot(self._origin, self._size, self._tag, *self._chain_tags)
         self.group = self._origin.group
         return {"uuid": self._origin.uuid, "segtype": self._origin.segtype}
 
     def _sweep(self) -> None:
-        """Remove what killed agents left, and what runs of this owner kept that no chain continues from."""
+        """Remove snapshots that killed agents left, and those kept for this owner from which no run will continue."""
         left = lvm.abandoned(self._origin)
         for snapshot in thin.kept_snapshots(self._origin):
             if self._tag in snapshot.tags and snapshot.uuid != self._kept_uuid:
@@ -176,11 +177,11 @@ class VolumeSource(Source):
         self._snapshot.make()
 
     def watch(self) -> None:
-        """See `Source`: a snapshot fills from its making on, and is extended."""
+        """See `Source`: a snapshot fills as soon as it exists, and is extended if necessary."""
         self._snapshot.watch()
 
     def open(self, reading: Reading) -> "Tuple[dump.FileSource, Optional[List[Extent]]]":
-        """Open the snapshot, with what is known of its extents."""
+        """Open the snapshot, with what is known about its extents."""
         found = self._snapshot.look()
         extents, how = self._extents(reading, found) if self._origin.is_thin else (None, "")
         claimed = extents if reading.audited else None
@@ -193,7 +194,10 @@ class VolumeSource(Source):
         return self._opened
 
     def _extents(self, reading: Reading, new: lvs.Volume) -> "Tuple[Optional[List[Extent]], str]":
-        """Return what is known of the volume's extents, and how; None, and a note that says why, if nothing is."""
+        """Return what is known about the volume's extents, and how it is known; None if nothing is known.
+
+        If something should have been known, a note says why it is not.
+        """
         try:
             if reading.full:
                 return thin.mapped_extents(new), "mapped"
@@ -207,7 +211,7 @@ class VolumeSource(Source):
             return None, ""
 
     def explain(self) -> Optional[SourceError]:
-        """See `Source`: a snapshot that overflowed is all read errors from then on."""
+        """See `Source`: after a snapshot has overflowed, every read of it fails."""
         try:
             self._snapshot.check()
         except SourceError as cause:
@@ -215,7 +219,7 @@ class VolumeSource(Source):
         return None
 
     def finish(self) -> Dict[str, object]:
-        """Check the snapshot once more, remove or keep it, and remove the one that was kept before."""
+        """Check the snapshot once more, remove or keep it, and remove the one that the last run kept."""
         self._snapshot.check()
         self.notes += self._snapshot.notes
         try:
@@ -225,7 +229,7 @@ class VolumeSource(Source):
             self._snapshot.close()
             if self._kept is not None:
                 lvm.remove(self._kept)
-        except ProcessError as error:  # the image is sound nevertheless
+        except ProcessError as error:  # the image is valid nevertheless
             self.notes.append("{}{}".format(error.message, "; " + error.hint if error.hint else ""))
             return {"touched": False, "left": True, **self._fields()}
         return {"touched": False, "left": False, **self._fields()}
@@ -236,9 +240,9 @@ class VolumeSource(Source):
 
 
 def locate(directory: str, paths: List[str]) -> Tuple[str, Optional[int]]:
-    """Return the device number on which `directory` is, as text, and which of the devices `paths` is beneath it.
+    """Return the number of the device that `directory` is on, as text, and which of the devices `paths` is beneath it.
 
-    The number is ``""`` if there is no such directory here; the index is None if none of the devices is.
+    The number is ``""`` if the directory does not exist; the index is None if none of the devices `paths` is beneath.
     """
     try:
         number = os.stat(directory).st_dev

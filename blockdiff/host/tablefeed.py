@@ -1,4 +1,4 @@
-"""The previous generation's digests as they arrive at the agent, no faster than it uses them.
+"""The previous generation's digests on their way into the agent; they arrive no faster than it uses them.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -14,9 +14,9 @@ START = struct.Struct("<Q")
 
 
 class TableFeed(OldDigests):
-    """A bounded window into the table of `block_count` digests, which only moves forward.
+    """A window of limited size into the table of `block_count` digests; it only moves forward.
 
-    The reader thread calls `feed`, the scanning thread `take` and `skip`, which grant the server more as they go.
+    The reader thread calls `feed`, the scanning thread `read` and `skip`. `read` asks the server for more as it goes.
     """
 
     def __init__(self, link: wire.Link, digest_size: int, block_count: int) -> None:
@@ -25,13 +25,13 @@ class TableFeed(OldDigests):
         self._total = block_count * digest_size
         self._buffer = bytearray()
         self._arrived = threading.Condition()
-        self._fed = 0  # what the buffer ends with; all positions are bytes of the table's digests
+        self._fed = 0  # where the buffer ends; all positions are in bytes of the table's digests
         self._taken = 0
         self._granted = 0
         self._start = 0
 
     def feed(self, offset: int, data: bytes) -> None:
-        """Append what arrived from `offset` on; raises `ProtocolError` for what was not granted or cannot be."""
+        """Append digests that arrived, from `offset` on; raises `ProtocolError` if they were not asked for."""
         with self._arrived:
             if offset not in (self._fed, max(self._fed, self._start)):
                 raise ProtocolError("the server sent another part of the digest table than was asked for")
@@ -46,7 +46,7 @@ class TableFeed(OldDigests):
     def read(self, count: int) -> bytes:
         """Return the digests of the next `count` blocks, or as many as the table still has."""
         wanted = min(count * self._digest_size, self._total - self._taken)
-        if not wanted:  # what was skipped last need not arrive, so there is nothing to wait for
+        if not wanted:  # digests that were skipped need not arrive, so there is nothing to wait for
             return b""
         if self._taken + wanted > self._granted - wire.TABLE_WINDOW // 2 and self._granted < self._total:
             with self._arrived:
@@ -63,5 +63,5 @@ class TableFeed(OldDigests):
         return digests
 
     def skip(self, count: int) -> None:
-        """Leave out the digests of the next `count` blocks; the server need not send them."""
+        """Skip the digests of the next `count` blocks; the server need not send them."""
         self._taken = min(self._taken + count * self._digest_size, self._total)

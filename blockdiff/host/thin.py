@@ -1,10 +1,10 @@
-"""What changed in a thin volume, and what of it is mapped at all, from its pool's metadata: without reading it.
+"""Which parts of a thin volume changed, and which are mapped: read from the metadata of its pool, not from the volume.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-`thin_delta` compares two snapshots of one pool through a metadata snapshot, which is reserved for that moment only.
-Thin ids are used again by LVM: a kept snapshot is found by its LV UUID. Whatever does not fit is a `HintError`, and the
-run reads everything.
+`thin_delta` compares two snapshots in one pool through a metadata snapshot, which is reserved only for that time. LVM
+uses thin ids again, so a kept snapshot is identified by its LV UUID. Anything unexpected raises a `HintError`, and then
+the run reads the whole volume.
 """
 
 import os
@@ -20,27 +20,27 @@ from blockdiff.shared import process, signals
 from blockdiff.shared.errors import BlockdiffError, ProcessError, printable
 from blockdiff.shared.extents import DATA, SAME, ZEROS, Extent
 
-#: How long thin_delta may take, and a message to the device mapper, in seconds.
+#: How long thin_delta, and a message to the device mapper, may take, in seconds.
 DELTA_TIMEOUT_S = 300.0
 MESSAGE_TIMEOUT_S = 30.0
-#: Ranges that are accepted from thin_delta; if there are more, reading everything is not worse.
+#: How many ranges are accepted from thin_delta; if there are more, it is as good to read everything.
 RANGE_LIMIT = 200000
 
 _SECTOR = 512
 _UUID = re.compile(r"[0-9A-Za-z]{6}(-[0-9A-Za-z]{4}){5}-[0-9A-Za-z]{6}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
-#: What a range that thin_delta names means; what it does not name is mapped on neither side.
+#: What the kinds of ranges mean that thin_delta reports. A range that it does not report is mapped in neither snapshot.
 CHANGED = {"same": SAME, "different": DATA, "right_only": DATA, "left_only": ZEROS}
 MAPPED = {"same": DATA}
 
 
 class HintError(BlockdiffError):
-    """What changed cannot be known without reading everything; the sentence says why."""
+    """The changes cannot be found without reading everything; the message says why."""
 
 
 def kept_snapshots(origin: Volume) -> List[Volume]:
-    """Return the snapshots of `origin` that earlier runs, of whatever chain, left here; raises `ProcessError`."""
+    """Return the snapshots of `origin` that earlier runs, of any chain, kept here; raises `ProcessError`."""
     found = lvs.volumes(origin.group, 'origin="{}"'.format(origin.name), 'lv_tags={{"{}"}}'.format(KEPT_TAG))
     return [
         snapshot
@@ -53,9 +53,9 @@ def kept_snapshots(origin: Volume) -> List[Volume]:
 
 
 def kept(origin: Volume, uuid: str) -> Optional[Volume]:
-    """Return the kept snapshot of `origin` with this LV UUID; None if there is none that a hint could rest on.
+    """Return the kept snapshot of `origin` with this LV UUID; None if there is none that can be used.
 
-    It must be thin, in the pool of `origin`, and read-only, so that it still is what it was. Raises `ProcessError`.
+    It must be thin, in the pool of `origin`, and read-only, so that it is unchanged. Raises `ProcessError`.
     """
     if not _UUID.fullmatch(uuid):
         return None
@@ -68,8 +68,8 @@ def kept(origin: Volume, uuid: str) -> Optional[Volume]:
 def changed_extents(old: Volume, new: Volume) -> List[Extent]:
     """Return what changed between two snapshots of one thin volume, as extents that cover the image of `new`.
 
-    A hole is what was unmapped since `old`: it reads as zeros now. What is mapped in neither is the same. Raises
-    `HintError`.
+    A range that was unmapped since `old` is `ZEROS`: it now reads as zeros. One that is mapped in neither is `SAME`.
+    Raises `HintError`.
     """
     if not (old.is_thin and new.is_thin and (old.group, old.pool) == (new.group, new.pool)):
         raise HintError("{} and {} are not in one thin pool".format(old.full_name, new.full_name))
@@ -79,22 +79,25 @@ def changed_extents(old: Volume, new: Volume) -> List[Extent]:
 
 
 def mapped_extents(volume: Volume) -> List[Extent]:
-    """Return what of a thin snapshot is mapped, as extents that cover its image; the rest reads as zeros.
+    """Return which parts of a thin snapshot are mapped, as extents that cover its image; the rest reads as zeros.
 
     Raises `HintError`.
     """
     return list(covering(_delta(volume, volume), MAPPED, ZEROS, volume.size))
 
 
-#: The kind that thin_delta gives a range, and its first byte and its end.
+#: A range that thin_delta reports: its kind, first byte and end.
 Range = Tuple[str, int, int]
 
 
 def covering(ranges: List[Range], meaning: Dict[str, str], gap: str, size: int) -> Iterator[Extent]:
-    """Yield extents from 0 to `size`; neighbours of one state become one. Raises `HintError` for a muddle."""
+    """Yield extents from 0 to `size`; neighbours with the same state are joined.
+
+    Raises `HintError` if the ranges are not in order, or if one has an unknown kind.
+    """
     start, state, position = 0, gap, 0
     for kind, begin, end in ranges + [("", size, size)]:
-        begin, end = min(begin, size), min(end, size)  # a pool block reaches beyond the end of the volume
+        begin, end = min(begin, size), min(end, size)  # the last pool block may end after the volume
         if begin < position or (kind and kind not in meaning):
             raise HintError("thin_delta printed an impossible range: {} at {}".format(kind, begin))
         for next_state, first, last in ((gap, position, begin), (meaning.get(kind, gap), begin, end)):
@@ -108,7 +111,7 @@ def covering(ranges: List[Range], meaning: Dict[str, str], gap: str, size: int) 
 
 
 def _delta(old: Volume, new: Volume) -> List[Range]:
-    """Return the ranges that thin_delta names; nothing is left reserved, whatever happens."""
+    """Return the ranges that thin_delta reports; the metadata snapshot is released in any case."""
     cancelled = threading.Event()
     try:
         _check_device(new)
@@ -122,7 +125,7 @@ def _delta(old: Volume, new: Volume) -> List[Range]:
 
 
 def _check_device(volume: Volume) -> None:
-    """Hold the kernel's table of an active thin volume against what LVM says of it."""
+    """Check the kernel's table of an active thin volume against LVM's report; raises `HintError` if they differ."""
     words = _dmsetup("table", volume.dm_path).split()
     if len(words) == 6 and words[2] == "thin":
         raise HintError("{} has an external origin, which shows where nothing is mapped".format(volume.full_name))
@@ -143,7 +146,7 @@ def _pool_of(volume: Volume) -> Tuple[str, str]:
 
 
 def _with_metadata_snapshot(pool: str, work: Callable[[], List[Range]]) -> List[Range]:
-    """Do `work` while a metadata snapshot is reserved for us. Somebody else's is neither used nor released."""
+    """Do `work` while a metadata snapshot is reserved for us; one of another process is not used or released."""
     name = os.path.basename(pool)
     release = "dmsetup message {} 0 release_metadata_snap".format(name)
     words = _dmsetup("status", pool).split()
@@ -172,9 +175,9 @@ def _dmsetup(command: str, path: str) -> str:
 
 
 def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[], bool]) -> List[Range]:
-    """Return the ranges that thin_delta names in the metadata snapshot."""
+    """Return the ranges that thin_delta reports from the metadata snapshot."""
     reader = DeltaReader(old.thin_id, new.thin_id)
-    # newer versions would take an argument that follows -m directly for its block
+    # newer versions would treat an argument directly after -m as its value, the block of the metadata snapshot
     command = ["thin_delta", "-m", "--thin1", old.thin_id, "--thin2", new.thin_id, metadata]
     try:
         ended = process.feed(command, DELTA_TIMEOUT_S, reader.feed, stopped, lvs.environment())
@@ -187,15 +190,15 @@ def _run_thin_delta(metadata: str, old: Volume, new: Volume, stopped: Callable[[
             "thin_delta is not installed there: it is in thin-provisioning-tools or device-mapper-persistent-data"
         ) from error
     if ended.returncode != 0:
-        said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # its usage follows
+        said = ended.stderr.decode("utf-8", "replace").strip().splitlines()[:1]  # the other lines are its usage
         raise HintError("thin_delta failed: {}".format(printable(" ".join(said) or "it printed nothing", 300)))
     return reader.end()
 
 
 class DeltaReader:
-    """Takes the XML of thin_delta in pieces. `old` and `new` are the thin ids that it must be about.
+    """Parses the XML of thin_delta in pieces. `old` and `new` are the thin ids that it must compare.
 
-    Raises `HintError` for anything but the elements and numbers it should have.
+    Raises `HintError` if it has anything but the expected elements and numbers.
     """
 
     def __init__(self, old: str, new: str) -> None:
@@ -204,17 +207,17 @@ class DeltaReader:
         self._depth: "List[str]" = []
         self._diffs = 0
         self._ranges: "List[Range]" = []
-        self._parser = expat.ParserCreate("utf-8")  # whatever it says: with some encodings, expat raises other errors
+        self._parser = expat.ParserCreate("utf-8")  # always: with some encodings, expat raises other errors
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.StartDoctypeDeclHandler = self._refuse_doctype
 
     def feed(self, data: bytes) -> None:
-        """Take the next piece."""
+        """Parse the next piece."""
         self._parse(data, False)
 
     def end(self) -> List[Range]:
-        """Return the ranges; all of the XML must have been fed."""
+        """Return the ranges, after the last piece."""
         self._parse(b"", True)
         if self._diffs != 1:
             raise HintError("thin_delta printed no differences at all")

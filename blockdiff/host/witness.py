@@ -1,4 +1,4 @@
-"""Sees whether a source that is read as it is was written to while it was read, or was in use.
+"""Finds out whether a source that is read without a snapshot was written to while it was read, or was in use.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -10,9 +10,10 @@ from blockdiff.shared import devices
 
 
 class Seen(NamedTuple):
-    """What happened to a source: `touched` is whether it was written to, None if it is not known.
+    """What happened to a source: `touched` says whether it was written to; None if that is not known.
 
-    `how` is that in words that follow its path, or how it is in use; "" if nobody used it and nothing happened.
+    `how` says how it is in use and how it was written to, in words that can follow its path; "" if it is not in use and
+    was not written to.
     """
 
     touched: Optional[bool]
@@ -20,10 +21,10 @@ class Seen(NamedTuple):
 
 
 class Witness:
-    """Watches a source from now on.
+    """Watches a source from the moment when this object is made.
 
-    What was written before, and still is in memory, goes to the disk first, so that all that is counted later was
-    written later. A file system writes to its device past what is cached of that: such a cache is dropped, or old
+    Earlier writes that are still in memory are flushed to the disk first, so only later writes are counted. A mounted
+    file system writes to its device without updating the device's own cache. This cache is dropped; otherwise old
     blocks would be read.
     """
 
@@ -39,7 +40,7 @@ class Witness:
         self._before = {each: devices.sectors(each) for each in self._devices}
 
     def look(self) -> Seen:
-        """Return what happened since the beginning."""
+        """Return what happened since this object was made."""
         flushed = self._file.flush() and self._flushed
         written = [each for each in self._devices if self._is_written(each)]
         use = self._use or devices.use(self._devices, self._own)
@@ -60,7 +61,7 @@ class Witness:
         return before is not None and now is not None and now.written != before.written
 
     def _counts(self) -> bool:
-        """Return whether the kernel counts for the device itself: what we read now must show."""
+        """Return whether the kernel counts the device's sectors: a read that we make now must change the count."""
         before = devices.sectors(self._own)
         self._file.read_past_cache()
         now = devices.sectors(self._own)

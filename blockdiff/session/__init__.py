@@ -1,1 +1,1 @@
-"""Talk to an agent and believe little: the server's half of a conversation."""
+"""The server's side of a session with an agent. Nothing that the agent sends is trusted without a check."""

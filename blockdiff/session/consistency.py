@@ -1,11 +1,11 @@
-"""What is known of an image's consistency, and what is said to the user if it may not be that of one moment."""
+"""What is known about an image's consistency, and the warning if it may not be one point in time."""
 
 from blockdiff.session.rules import Totals
 from blockdiff.shared.errors import printable
 
-# Nothing wrote to the source while it was read, and nobody used it; something wrote to it; it was in use, although
-# nothing was seen to write to it, or nobody can know; the image is that of one moment, as after a power cut; and what
-# writes to it was stopped at that moment, or while it was read.
+# In this order: the source was not in use, and nothing wrote to it while it was read; something wrote to it; it was in
+# use but no write was seen, or that is unknown; the image is one point in time, as after a power cut; writers were
+# stopped at that point in time, or while it was read.
 STILL = "still"
 CHANGING = "changing"
 LIVE = "live"
@@ -16,7 +16,7 @@ _MIXED = "this generation may not be one point in time"
 
 
 def of(totals: Totals, through_snapshot: bool, quiesced: bool) -> str:
-    """Return the consistency of an image, from what the agent saw; `quiesced` is whether writers were stopped."""
+    """Return the consistency of an image, from what the agent saw; `quiesced` says whether writers were stopped."""
     if through_snapshot:
         return QUIESCED if quiesced else SNAPSHOT
     if totals.touched:
@@ -27,7 +27,7 @@ def of(totals: Totals, through_snapshot: bool, quiesced: bool) -> str:
 
 
 def warning(path: str, kind: str, totals: Totals, consistency: str, quiesced: bool) -> str | None:
-    """Return what to warn of, for a source at `path` that is a `kind` (``file`` or ``device``); None for nothing."""
+    """Return the warning for a source at `path` that is a `kind` (``file`` or ``device``); None if there is none."""
     if consistency not in (CHANGING, LIVE):
         return None
     advice = "use --lvm, or freeze it with --before and --after"

@@ -9,10 +9,9 @@ from blockdiff.shared.blocks import Digest
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """A source of a run: its path on the host, whose it is, and the LV UUID of the snapshot kept for it.
+    """A source of a run: its path on the host, the owner of its snapshots, and the LV UUID of the snapshot kept for it.
 
-    `owner` is the same word for all runs that take over each other's kept snapshots, `chain` says for people whose
-    they are.
+    `owner` is the same word for all runs that may use each other's kept snapshots; `chain` names the owner for people.
     """
 
     path: bytes
@@ -23,11 +22,11 @@ class SourceRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run takes, at one moment if through snapshots of `snapshot_size` (None: as it is).
+    """What a run takes: through snapshots of `snapshot_size`, all at one moment, or as it is (`snapshot_size` is None).
 
-    `keep` leaves them on the host. `before` and `after` are commands to run on the host around the making of the
-    snapshots, or if there are none around the reading; `directories` are places on the host about which the run must
-    know on which of the sources they lie. A `rehearsal` ends when all was checked.
+    `keep` leaves the snapshots on the host. `before` and `after` are commands that run on the host before and after the
+    snapshots are made; without snapshots, before and after everything is read. For each of `directories`, the agent is
+    to report on which of the sources it is; `datadir` is a database's data directory. A `rehearsal` only makes checks.
     """
 
     sources: Sequence[SourceRequest]
@@ -45,8 +44,8 @@ class RunRequest:
 class ScanRequest:
     """How to scan a source: `old` is the previous digest table, None for a full generation; `bandwidth` in bytes/s.
 
-    This is number `stream`, from 0, of `streams` that scan it together (`blockdiff.session.streams`). The rest is about
-    thin volumes: see `sources.Reading`.
+    This is number `stream`, from 0, of the `streams` that scan it together (`blockdiff.session.streams`). `hinted` and
+    `audited` are for thin volumes: see `sources.Reading`.
     """
 
     block_size: int

@@ -1,4 +1,4 @@
-"""The rules for what an agent may say of one source: nothing is believed that does not keep them.
+"""The rules for what an agent may report: everything that breaks them is refused.
 
 The host is trusted for the content of its own volume and for nothing else (`docs/architecture.md`).
 """
@@ -20,11 +20,11 @@ _NOTES = 100
 
 @dataclass(frozen=True)
 class Totals:
-    """What the agent says at the end of a source.
+    """What the agent reports at the end of a source.
 
-    `read` in bytes; `touched` says whether the source was written to while it was read (None: unknown), and `how` how,
-    or by whom it was used (see `witness.Seen`). `fill_percent` is how full the snapshot was at most, `kept` that it
-    stays on the host, and `left` that it could not be removed.
+    `read` is in bytes. `touched` says whether the source was written to while it was read (None: unknown), and `how`
+    says how, or how it was in use (see `witness.Seen`). `fill_percent` is the highest fill level of the snapshot;
+    `kept` means that it stays on the host, and `left` that it could not be removed.
     """
 
     read: int
@@ -38,10 +38,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Left:
-    """A snapshot of ours on a host: its name, as LVM's commands take it, its size in bytes, and when it was made (UTC).
+    """A snapshot of ours on a host: its name for LVM's commands, its size in bytes, and when it was made (UTC).
 
-    `volume` is the name of its volume, None if that no longer exists, `chain` for which chain it was made
-    (``SERVER:/path``, None if it is not known), and `state` one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
+    `volume` is the name of its volume, None if that no longer exists; `chain` is the chain for which it was made
+    (``SERVER:/path``, None if unknown); `state` is one of `wire.RUNNING`, `wire.KEPT` and `wire.DEAD`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Volume:
-    """What the agent says of a logical volume: the UUID is None for a source that is read as it is."""
+    """What the agent reports about a logical volume; both are None for a source that is read as it is."""
 
     uuid: str | None
     segtype: str | None
@@ -63,7 +63,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Outside:
-    """What leads from a database's data directory to another device: which of the sources is there, None for none."""
+    """A place to which a data directory leads, on another device; `source` is the source beneath it, None for none."""
 
     path: str
     device: str
@@ -75,11 +75,11 @@ class Outside:
 class Ready:
     """What the agent found before anything was stopped.
 
-    `places` has, for each directory asked for, the number of the device that it is on (``""``: there is none), and
-    which of the sources is beneath that (None: none of them). `devices` has the paths of those devices that are beneath
-    none. `outside` is what leads out of the data directory, and `unlogged` says whether there are tables of engines
-    that do not undo what was not committed; None: nobody could look. `left` are the snapshots of ours that are in the
-    volume groups of the sources.
+    `places` has, for each directory in the request, the number of the device that it is on (``""``: no such directory),
+    and which of the sources is beneath that device (None: none of them). `devices` has the paths of the devices without
+    a source beneath. `outside` are the places on other devices to which the data directory leads. `unlogged` says
+    whether there are tables whose engines cannot roll back (None: unknown). `left` are our snapshots in the volume
+    groups of the sources.
     """
 
     volumes: list[Volume]
@@ -93,7 +93,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is scanned: size in bytes, kind, and of a snapshot its path, LV UUID, and how its extents are known."""
+    """The opened source: size in bytes, kind, and for a snapshot its path, LV UUID, and how its extents are known."""
 
     size: int
     kind: str
@@ -104,7 +104,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Leftovers:
-    """The snapshots of ours on a host, the names of those that were removed, and why others could not be."""
+    """Our snapshots on a host, the names of those that were removed, and why others could not be removed."""
 
     found: tuple[Left, ...]
     removed: tuple[str, ...]
@@ -124,7 +124,7 @@ class Rules:
         self._changed_blocks = 0
 
     def check_run(self, offset: int, length: int, is_zero: bool) -> None:
-        """A run is of whole blocks within the image, after all runs before it."""
+        """Check that a run has whole blocks within the image, and comes after all runs before it."""
         stop = offset + length
         if offset < self._position or not length or stop > self._image_size:
             raise ProtocolError(f"sent {length} bytes at offset {offset} of {self._image_size}, after {self._position}")
@@ -137,19 +137,22 @@ class Rules:
         self._changed_blocks += blocks
 
     def check_progress(self, offset: int) -> None:
-        """Progress goes forward, each time, and to the image's end at most: so there is an end of it."""
+        """Check that progress increases each time, at most to the image's end: so the number of frames is limited."""
         if not self._progress < offset <= self._image_size:
             raise ProtocolError(f"reported progress to offset {offset} of {self._image_size}, after {self._progress}")
         self._progress = offset
 
     def check_want(self, start: int, offset: int) -> None:
-        """More of the digest table is wanted each time, and not much more than there is: so there is an end of it."""
+        """Check that the agent asks for more of the digest table each time, and not for much more than it has.
+
+        So the number of frames is limited.
+        """
         if not self._wanted < offset <= self._table_size + wire.TABLE_WINDOW or start > offset:
             raise ProtocolError(f"asks for {start} to {offset} of {self._table_size} bytes of digests")
         self._wanted = offset
 
     def check_totals(self, fields: dict[str, object]) -> Totals:
-        """The totals are those of what came, and the whole image was examined."""
+        """Check that the totals match what was received, and that the whole image was examined; return them."""
         image_size, changed_blocks, read = wire.integers(fields, "image_size", "changed_blocks", "read")
         if (image_size, changed_blocks) != (self._image_size, self._changed_blocks):
             raise ProtocolError(f"counts {changed_blocks} blocks of {image_size} bytes, {self._changed_blocks} came")
@@ -168,7 +171,7 @@ class Rules:
 
 
 def read_place(payload: bytes) -> tuple[int, int]:
-    """Return the place and the length that a LENT frame carries; the length is that of a DATA frame at most."""
+    """Return the place and the length that a LENT frame carries; the length may be at most that of a DATA frame."""
     if len(payload) != PLACE.size:
         raise ProtocolError(f"sent a place of {len(payload)} bytes")
     place, length = PLACE.unpack(payload)
@@ -178,7 +181,7 @@ def read_place(payload: bytes) -> tuple[int, int]:
 
 
 def check_source(fields: dict[str, object]) -> Opened:
-    """Return what the agent says of a source that it opened."""
+    """Return what the agent reports about a source that it opened."""
     (size,) = wire.integers(fields, "size")
     kind = wire.text(fields, "kind")
     if not 0 < size <= MAX_IMAGE_SIZE - MAX_BLOCK_SIZE or kind not in _KINDS:
@@ -226,7 +229,7 @@ def _outside(found: object, sources: int) -> tuple[Outside, ...]:
 
 
 def check_leftovers(fields: dict[str, object]) -> Leftovers:
-    """Return what the agent says of the snapshots of ours that are there, and of those that were to be removed."""
+    """Return what the agent reports about our snapshots on the host, and about those that it was to remove."""
     found = _lefts(fields.get("snapshots"))
     return Leftovers(found, _texts(fields, "removed"), _texts(fields, "failures"))
 
@@ -265,13 +268,13 @@ def _place(fields: object, sources: int) -> tuple[str, int | None]:
 
 
 def _word(fields: dict[str, object], name: str) -> str | None:
-    """Return a short text of the agent's, such as an LV UUID; None if there is none."""
+    """Return a short text from the agent, such as an LV UUID; None if there is none."""
     value = fields.get(name)
     return printable(value, 100) if isinstance(value, str) else None
 
 
 def notes(fields: dict[str, object]) -> tuple[str, ...]:
-    """Return what the agent reports, made fit for a terminal."""
+    """Return the agent's notes, safe for a terminal."""
     return _texts(fields, "notes")[:_NOTES]
 
 

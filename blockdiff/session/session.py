@@ -1,6 +1,6 @@
-"""The server's half of a session: ask the agent for what changed, and believe nothing that it did not prove.
+"""The server's side of a session: ask the agent for what changed, and check everything that it sends.
 
-Whatever the agent sends is checked against `blockdiff.session.rules` before it is used, and every buffer has a bound.
+All that the agent sends is checked with `blockdiff.session.rules` before it is used, and every buffer has a limit.
 """
 
 import socket
@@ -27,16 +27,17 @@ from blockdiff.transport.sharedmemory import SharedMemory
 
 
 class Session:
-    """One agent, from its start to its end. A context manager that leaves no process and no thread behind.
+    """One agent, from its start to its end. A context manager that ends all its processes and threads.
 
-    The steps of a run are methods, in their order: `prepare`, `take`, then for each source `scan` and `changes`, and
-    `finish`. Entering raises `TransportError` if no agent can be started. All of them raise what the agent reports,
-    `ConnectionLost` or `TransportError` if it has ended, and `ProtocolError` if it breaks a rule.
+    The steps of a run are methods, to be called in this order: `prepare`, `begin_take`, `end_take`, then for each
+    source `scan` and `changes`, and `finish`. Entering raises `TransportError` if no agent can be started. All of them
+    raise the errors that the agent reports, `ConnectionLost` or `TransportError` if it has ended, and `ProtocolError`
+    if it breaks a rule.
 
-    `host` is what the agent says of its machine: text, made printable. `apart_s` is how many seconds lay between the
-    moments of its sources at most. `prefix` is a command to run the agent under, `begun` a connection of
-    `transport.begin`, if there is one already. A connection that the host does not take is tried again after each of
-    `pauses_s`, in seconds; `refused` counts them.
+    `host` is what the agent reports about its machine, as printable text. The moments of its sources are at most
+    `apart_s` seconds apart. `prefix` is a command that runs the agent, `begun` a connection from `transport.begin`, if
+    there is one. If the host does not accept a connection, it is tried again after each of `pauses_s`, in seconds;
+    `refused` counts these failures.
     """
 
     def __init__(
@@ -87,19 +88,19 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._connection.close()  # first: whatever thread is stuck in a write fails now
+        self._connection.close()  # first, so that a thread that is stuck in a write fails now
         self._heartbeat.stop()
         if self._sender is not None:
             self._sender.stop()
 
     @property
     def bytes_received(self) -> int:
-        """Bytes that came from the agent so far, those that it only pointed to included."""
+        """Bytes that came from the agent so far, including those in shared memory."""
         return self._link.bytes_received + self._shared_bytes
 
     @property
     def totals(self) -> Totals:
-        """What the agent said at the end of the last source, once `changes` is at its end."""
+        """What the agent reported at the end of the last source; available after the end of `changes`."""
         assert self._totals is not None, "no source was scanned to its end"
         return self._totals
 
@@ -115,10 +116,10 @@ class Session:
 
     @contextmanager
     def tunnel(self, sockets: Sequence[str], port: int) -> Iterator[socket.socket]:
-        """Yield a socket that leads to the first of the Unix sockets on the host that exists, else to its `port`.
+        """Yield a socket that is connected to the first of `sockets` on the host that exists, else to its `port`.
 
-        Frames are received by a thread until then. Raises `SourceError` if the host cannot connect. A failure inside
-        is replaced by that of the connection to the host, if that is what broke.
+        Within the `with` statement, a thread receives the frames. Raises `SourceError` if the host cannot connect. If
+        the connection to the host breaks, its error replaces an error that this causes inside the `with` statement.
         """
         self._tunnel = tunnel = Tunnel(self._link, lambda fields: from_wire(fields, self.address.login))
         try:
@@ -137,7 +138,7 @@ class Session:
             self._tunnel = None
 
     def prepare(self, request: RunRequest) -> Ready:
-        """Tell the agent what the run takes, and let it check what can be checked; raises `SourceError`."""
+        """Send the agent what the run takes, and let it check what can be checked; raises `SourceError`."""
         self._order(
             wire.REQUEST,
             {
@@ -161,9 +162,9 @@ class Session:
             return rules.check_ready(ready, len(request.sources), len(request.directories))
 
     def leftovers(self, remove: Sequence[str]) -> Leftovers:
-        """Let the agent remove the snapshots of these names, in place of a run; return which exist then.
+        """Let the agent remove the snapshots with these names, instead of a run; return which exist afterwards.
 
-        Raises `SourceError` if one of them is not ours, or a run is at work on it: none is removed then.
+        Raises `SourceError` if one of them is not ours, or if a run is using it: then none is removed.
         """
         self._order(wire.SNAPSHOTS, {"remove": list(remove)})
         answer = self._expect(wire.SNAPSHOTS)
@@ -175,7 +176,7 @@ class Session:
         self._order(wire.TAKE, {})
 
     def end_take(self) -> float:
-        """Wait until the moment is taken; return how long that took the agent, in seconds."""
+        """Wait until the moment was taken; return how long that took the agent, in seconds."""
         taken = self._expect(wire.TAKEN)
         with self._rules():
             took_us, apart_us = wire.integers(taken, "took_us", "apart_us")
@@ -219,10 +220,10 @@ class Session:
         allocate: Callable[[int], memoryview],
         progress: Callable[[int], object] = lambda offset: None,
     ) -> Iterator[Run]:
-        """Yield the runs of blocks that changed, ascending; `totals` is set at the end.
+        """Yield the runs of blocks that changed, in ascending order; `totals` is set at the end.
 
-        `allocate` returns the room for the bytes of the next run, `progress` gets up to which offset the source was
-        examined.
+        `allocate` returns a buffer for the bytes of the next run; `progress` is called with the offset up to which the
+        source was examined.
         """
         if scan.old is not None:
             self._sender = TableSender(self._link, scan.old)
@@ -264,7 +265,7 @@ class Session:
     def _taken_out(
         self, frame: wire.Frame, memory: SharedMemory, checker: Rules, allocate: Callable[[int], memoryview]
     ) -> Run:
-        """Return the run that is in the shared memory: a copy, which the agent cannot change any more."""
+        """Return a copy of the run in the shared memory, which the agent cannot change any more."""
         place, length = rules.read_place(self._link.read_bytes(frame, rules.PLACE.size))
         checker.check_run(frame.offset, length, is_zero=False)
         room = allocate(length)
@@ -273,13 +274,13 @@ class Session:
         try:
             self._link.send(wire.TAKEN_OUT)
         except ConnectionLost:
-            pass  # an agent that failed has said why: that is still to be read
+            pass  # an agent that failed has sent the reason, which is received next
         return Run(frame.offset, length, room)
 
     def finish(self) -> float | None:
-        """Wait until the agent has put everything away and has ended, and well.
+        """Wait until the agent has cleaned up and has ended without an error.
 
-        Returns for how many seconds the commands of a run without snapshots held writers still, None without those.
+        Returns for how many seconds the user's commands stopped writers in a run without snapshots; otherwise None.
         """
         end = self._expect(wire.END)
         with self._rules():
@@ -294,10 +295,10 @@ class Session:
         return int(length)
 
     def _check_exit(self) -> None:
-        """The agent has said that all is well; it must also end well, and without another word.
+        """Check that the agent, which has sent END, sends nothing more and ends with status 0.
 
-        What else holds the connection open is not waited for, nor is the end of an agent which that hides: it had put
-        everything away before it said so.
+        Other processes may keep the connection open. We do not wait for them, nor for the agent's end if they hide it
+        from us: the agent had cleaned up before it sent END.
         """
         patience_s = connection.EXIT_TIMEOUT_S if self._connection.tells_end else process.LINGER_S
         self._link.silence_s = self._link.stall_s = patience_s
@@ -306,7 +307,7 @@ class Session:
                 frame = self._link.receive()
                 raise ProtocolError(f"sent a frame of kind {wire.kind_name(frame.kind)} after its end")
             except ConnectionLost:
-                pass  # as it should be
+                pass  # expected
         ended = self._connection.wait(patience_s)
         if ended is None and not self._connection.tells_end:
             return
@@ -324,7 +325,7 @@ class Session:
             self._link.send_json(kind, fields)
 
     def _next(self) -> wire.Frame:
-        """Return the next frame; an error frame is raised."""
+        """Return the next frame; raise the error of an error frame."""
         with self._rules():
             frame = self._link.receive()
             if frame.kind != wire.ERROR:
@@ -333,7 +334,7 @@ class Session:
         raise from_wire(fields, self.address.login)
 
     def _expect(self, kind: int) -> dict[str, object]:
-        """Return what the next frame says, which must be of this kind; an error frame is raised."""
+        """Return the fields of the next frame, which must be of this kind; raise the error of an error frame."""
         if self._tunnel is not None:
             with self._rules():
                 found, fields = self._tunnel.control()
@@ -349,7 +350,7 @@ class Session:
 
     @contextmanager
     def _rules(self) -> Iterator[None]:
-        """Turn what the link and the checks raise into what the user should know: which host, and what to do."""
+        """Turn errors of the link and of the checks into errors for the user, with the host and what to do."""
         try:
             yield
         except ProtocolError as error:

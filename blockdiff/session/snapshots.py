@@ -1,4 +1,4 @@
-"""What runs leave on a host: whose its snapshots are, and which of them no run will ever remove."""
+"""Snapshots that runs leave on a host: who owns them, and which of them no run will remove."""
 
 import hashlib
 import os
@@ -18,10 +18,10 @@ _WHY = {
 
 
 def owner(name: str, period: str) -> tuple[str, str]:
-    """Return what distinguishes the snapshots that runs of NAME keep from others, as a word and for people.
+    """Return the owner of the snapshots that runs of NAME keep: as a word for the agent, and in words for people.
 
-    Both are the same before there is a manifest. They are without the period: the chain of a new month inherits the
-    snapshots of the old one, which has no run any more.
+    Neither depends on a manifest, which may not exist yet. Both are without the period: the chain of a new month takes
+    over the snapshots of the last month's chain, which has no more runs.
     """
     place = os.path.realpath(name).removesuffix(period)
     word = hashlib.sha256(os.fsencode(f"{socket.gethostname()}\0{place}")).hexdigest()[:32]
@@ -29,20 +29,20 @@ def owner(name: str, period: str) -> tuple[str, str]:
 
 
 def is_useless(left: Left) -> bool:
-    """Return whether no run will continue from a snapshot, nor remove it."""
+    """Return whether no run will continue from a snapshot, and no run will remove it."""
     return left.state != wire.RUNNING and (left.volume is None or chain_is_gone(left))
 
 
 def chain_is_gone(left: Left) -> bool:
-    """Return whether a snapshot was made for a chain of this machine that has no generation any more.
+    """Return whether a snapshot was made for a chain on this machine that no longer has a generation.
 
-    If nobody can know, because the directory is missing (a disk that is not mounted), it counts as existing.
+    If the directory is missing (its disk may not be mounted), that is not known, and the chain counts as existing.
     """
     server, _colon, place = (left.chain or "").partition(":")
     directory, base = os.path.split(place)
     if server != socket.gethostname() or not directory.startswith("/"):
         return False
-    # characters that LVM does not take in a tag have become underscores
+    # characters that LVM does not allow in a tag were replaced by underscores
     manifest = re.compile(re.escape(base).replace("_", ".") + r".*\.json", re.DOTALL)
     try:
         return not any(manifest.fullmatch(name) for name in os.listdir(directory))
@@ -51,7 +51,7 @@ def chain_is_gone(left: Left) -> bool:
 
 
 def notes(found: Sequence[Left], address: Address) -> list[str]:
-    """Return what to say of those snapshots on a host that no run will remove."""
+    """Return notes about the snapshots on a host that no run will remove."""
     useless = {left.name: left for left in found if is_useless(left)}
     host = address.login if address.port is None else f"ssh://{address.login}:{address.port}/"
     command = "blockdiff snapshots" if address.host is None else f"blockdiff snapshots {host}"
@@ -63,7 +63,7 @@ def notes(found: Sequence[Left], address: Address) -> list[str]:
 
 
 def why(left: Left) -> str:
-    """Return in words why a snapshot is there."""
+    """Return in words why a snapshot exists."""
     if is_useless(left):
         shown = "its volume no longer exists" if left.volume is None else "its chain no longer exists"
     else:

@@ -1,6 +1,6 @@
-"""Several connections that read one source together: one alone is held back by a long way and its window.
+"""Several connections that read one source together: one alone is slow on a path with a long round trip.
 
-Each agent examines its share of the image (`extents.striped`), and the runs of all are sorted here.
+Each agent examines its part of the image (`extents.striped`); this module puts the runs of all in order.
 """
 
 import heapq
@@ -16,17 +16,17 @@ from blockdiff.shared import pipeline
 from blockdiff.shared.errors import ProtocolError, SourceError
 from blockdiff.shared.runs import Run
 
-#: Runs, of all streams together, that are received before it is their turn, each of 2 MiB or a block at most: a stream
-#: that has to wait for the others loses a round trip.
+#: How many runs, of all streams together, are received before it is their turn. Each has at most 2 MiB, or one block. A
+#: stream that has to wait for the others loses a round trip.
 _AHEAD = 32
 
-#: How long to wait before each further try to open one of several connections, in seconds. sshd accepts only some that
-#: have not logged in yet (MaxStartups).
+#: How long to wait before each further attempt to open one of several connections, in seconds: sshd accepts only a few
+#: connections that have not logged in yet (MaxStartups).
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 class Streams:
-    """The sessions that scan one source, which all have opened; `opened` is what the first says of it."""
+    """The sessions that scan one source, which all of them have opened; `opened` is what the first found."""
 
     def __init__(self, sessions: Sequence[Session], scan: ScanRequest, opened: Opened) -> None:
         self._sessions = sessions
@@ -35,14 +35,14 @@ class Streams:
 
     @property
     def bytes_received(self) -> int:
-        """Bytes that came from all agents so far."""
+        """Bytes that were received from all agents so far."""
         return sum(session.bytes_received for session in self._sessions)
 
     @property
     def totals(self) -> Totals:
-        """What all of them read, once `changes` is at its end; the first knows all else."""
+        """The totals of all sessions together, after the end of `changes`; most of them are the first session's."""
         known = [session.totals for session in self._sessions]
-        # the worst that one of them saw; they do not look at the same time
+        # the worst that one of them saw: they do not check at the same time
         worst = max(known, key=lambda totals: (totals.touched is True, totals.touched is None, totals.how != ""))
         notes = (*known[0].notes, *_refusals(sum(session.refused for session in self._sessions)))
         read = sum(totals.read for totals in known)
@@ -51,7 +51,7 @@ class Streams:
     def changes(
         self, allocate: Callable[[int], memoryview], progress: Callable[[int], object] = lambda offset: None
     ) -> Iterator[Run]:
-        """Yield the runs of blocks that changed, ascending; see `Session.changes`."""
+        """Yield the runs of blocks that changed, in ascending order; see `Session.changes`."""
         if len(self._sessions) == 1:
             yield from self._sessions[0].changes(self._scan, self.opened.size, allocate, progress)
             return
@@ -96,10 +96,10 @@ def _moved(run: Run, data: memoryview, allocate: Callable[[int], memoryview]) ->
 
 @contextmanager
 def opened(main: Session, scan: ScanRequest, path: str, connect: Callable[[], Session]) -> Iterator[Streams]:
-    """Let the session's agent open its next source, and as many others as `scan` says open the same.
+    """Let the agent of `main` open its next source, and other agents open the same one, `scan.streams` in total.
 
-    `path` is the source's; others read the snapshot of it, if there is one. `connect` makes a session. Raises
-    `SourceError` if they do not find the same.
+    `path` is the path of the source; the other agents read its snapshot, if there is one. `connect` makes a session.
+    Raises `SourceError` if the agents do not find the same size and kind.
     """
     found = main.scan(scan)
     with ExitStack() as stack:
@@ -114,6 +114,6 @@ def opened(main: Session, scan: ScanRequest, path: str, connect: Callable[[], Se
                 raise SourceError(f"{path} changed while several streams opened it", "run again")
             return session
 
-        # all at once: each takes a dozen round trips
+        # all at the same time, because each takes a dozen round trips
         others = pipeline.in_order(other, range(1, scan.streams), workers=scan.streams, ahead=scan.streams)
         yield Streams([main, *others], scan, found)

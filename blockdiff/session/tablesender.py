@@ -1,4 +1,4 @@
-"""Send the previous generation's digest table to the agent, as far as it asks for it, and no faster."""
+"""Send the previous generation's digest table to the agent, no faster than the agent asks for it."""
 
 import threading
 
@@ -7,7 +7,7 @@ from blockdiff.shared import wire
 from blockdiff.shared.errors import BlockdiffError, ConnectionLost
 from blockdiff.shared.process import STOP_TIMEOUT_S
 
-#: Digests that are sent in one frame, in bytes.
+#: Bytes of digests that are sent in one frame.
 _FRAME_BYTES = 64 << 10
 
 
@@ -29,9 +29,9 @@ class TableSender:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; the connection is closed by now, so that it is not stuck in a write.
+        """End the thread. It is not stuck in a write: the agent still receives, or the connection is closed.
 
-        A signal may have come before it was started, or while it was: then it ends alone.
+        If a signal arrived before the thread was started, or during that, it is not waited for.
         """
         with self._changed:
             self._stopped = True
@@ -40,7 +40,7 @@ class TableSender:
             self._thread.join(STOP_TIMEOUT_S)
 
     def want(self, start: int, limit: int) -> None:
-        """Go on at byte `start` of the table's digests, unless that was sent already, and send up to byte `limit`."""
+        """Continue at byte `start` of the table's digests, unless it was sent already, and send up to byte `limit`."""
         with self._changed:
             self._start = max(self._start, start)
             self._wanted = max(self._wanted, limit)
@@ -62,6 +62,6 @@ class TableSender:
                     self._link.send(wire.TABLE, self._table.digests(sent, count), offset=sent * size)
                 sent += count
         except ConnectionLost:
-            pass  # the receiving thread notices as well, and knows more
+            pass  # the receiving thread notices this, too, and reports the cause
         except BlockdiffError as error:
             self.failure = error

@@ -1,4 +1,4 @@
-"""A socket that leads through the session to a socket of the host (`blockdiff.host.relay` is the other end)."""
+"""A socket that is connected through the session to a socket of the host (`blockdiff.host.relay` is the other end)."""
 
 import queue
 import socket
@@ -12,15 +12,15 @@ from blockdiff.shared.process import STOP_TIMEOUT_S
 
 Control = tuple[int, dict[str, object]]
 
-#: Control frames that may wait to be asked for: one is on its way at most, from an agent that keeps to the protocol.
+#: How many control frames may wait in the queue. An agent that follows the protocol sends at most one at a time.
 _MAX_WAITING = 4
 
 
 class Tunnel:
-    """While it is open a thread receives all frames, and hands out the control frames among them by `control`.
+    """While it is open, a thread receives all frames; `control` returns the control frames among them.
 
-    `explain` makes an error of what an error frame holds. `failure` is that error, the agent's last word, or what broke
-    the connection to it, if that happened in that time: the socket is at its end then.
+    `explain` turns the fields of an error frame into an error. `failure` is that error, or the one that broke the
+    connection to the agent, if this happened while the tunnel was open: then the socket is at its end.
     """
 
     def __init__(self, link: wire.Link, explain: Callable[[dict[str, object]], BlockdiffError]) -> None:
@@ -31,7 +31,7 @@ class Tunnel:
         self.failure: BlockdiffError | None = None
 
     def open(self, sockets: Sequence[str], port: int) -> socket.socket:
-        """Return this end of the socket; raises what the agent reports, `ConnectionLost` or `ProtocolError`."""
+        """Return this end of the socket; raises the agent's error, `ConnectionLost` or `ProtocolError`."""
         self._link.send_json(wire.OPEN, {"sockets": list(sockets), "port": port})
         frame = self._link.receive()
         fields = self._link.read_json(frame)
@@ -46,15 +46,15 @@ class Tunnel:
         return theirs
 
     def control(self) -> Control:
-        """Return kind and content of the next control frame; raises `failure` if there is none any more."""
+        """Return kind and fields of the next control frame; raises `failure` if there are no more."""
         found = self._controls.get()
         if found is None:
-            self._controls.put(None)  # for one who asks again
+            self._controls.put(None)  # for the next call
             raise self.failure or ProtocolError("closed the tunnel in place of an answer")
         return found
 
     def close(self) -> None:
-        """Wait until both sides have closed, the socket that `open` returned first; raises `failure`."""
+        """Wait until both sides have closed; the socket that `open` returned must be closed first. Raises `failure`."""
         self._thread.join(self._link.silence_s)
         self._relay.join(STOP_TIMEOUT_S)
         if self.failure is not None:

@@ -1,1 +1,1 @@
-"""What both ends of a connection know: errors, blocks, frames, processes and threads. Shipped to the host."""
+"""What both ends of a connection use: errors, blocks, frames, processes and threads. Shipped to the host."""

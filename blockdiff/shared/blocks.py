@@ -13,11 +13,11 @@ try:
 except ImportError:  # the one optional import of the shipped modules
     xxhash = None  # type: ignore[assignment]
 
-#: Smallest and largest block size in bytes. The upper end is the longest data record of a version 2 delta.
+#: Smallest and largest block size in bytes. The largest is the longest data record of a version 2 delta.
 MIN_BLOCK_SIZE = 1
 MAX_BLOCK_SIZE = 4 << 20
 
-#: What is compared with a constant in one step.
+#: A block is compared with these zeros piece by piece.
 _ZEROS = bytes(64 << 10)
 
 #: An image has at most this many bytes (8 EiB - 1: the largest `off_t`).
@@ -45,7 +45,7 @@ def _md5(data: memoryview) -> "hashlib._Hash":
 
 
 def _md5_function() -> "Callable[[memoryview], hashlib._Hash]":
-    """Return an MD5 that also works on hosts in FIPS mode, if Python (3.9 or newer) can be given its purpose."""
+    """Return an MD5 that also works on hosts in FIPS mode, if Python (3.9 or newer) knows `usedforsecurity`."""
     try:
         _md5(memoryview(b""))
     except TypeError:
@@ -72,10 +72,10 @@ def _available() -> Dict[str, Digest]:
     return {digest.name: digest for digest in digests}
 
 
-#: The algorithms this Python has, by name. xxh3 is XXH3-128 in its canonical (big-endian) form.
+#: The algorithms that this Python has, by name. xxh3 is XXH3-128 in its canonical (big-endian) form.
 AVAILABLE = _available()
 
-#: Every algorithm there is, by name, with the size of its digest in bytes.
+#: All algorithms, by name, with the size of their digests in bytes.
 DIGEST_SIZES = {"sha256": 32, "blake2b": 32, "xxh3": 16, "md5": 16}
 
 
@@ -97,9 +97,9 @@ def block_count(image_size: int, block_size: int) -> int:
 
 
 def shown_size(size: int) -> str:
-    """Return a number of bytes for people: ``20 MiB``, ``1.5 GiB``, in powers of 1024 with one decimal.
+    """Return a number of bytes as text for people: ``20 MiB``, ``1.5 GiB``, in powers of 1024 with one decimal.
 
-    What is below 1 KiB is ``1 byte`` or ``512 bytes``.
+    A size below 1 KiB becomes ``1 byte`` or ``512 bytes``.
     """
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
@@ -109,9 +109,10 @@ def shown_size(size: int) -> str:
 
 
 def _is_zero(view: memoryview, start: int, stop: int) -> bool:
-    """Look at three bytes, which decides for nearly all other blocks; then compare copies, which is what is fast.
+    """Return whether all bytes from `start` to `stop` are zero.
 
-    (Views are compared with bytes element by element.)
+    Three bytes are checked first: that is enough for nearly all blocks that are not zero. Then copies are compared,
+    which is fast; Python compares a view with bytes element by element.
     """
     if view[start] or view[(start + stop) >> 1] or view[stop - 1]:
         return False
@@ -125,8 +126,8 @@ def _is_zero(view: memoryview, start: int, stop: int) -> bool:
 class Hasher:
     """Computes the digests of runs of blocks of one size; zero blocks are recognised, not hashed.
 
-    A zero block is found by comparing it with a constant (`memcmp` speed, several times faster than any digest).
-    Instances are immutable and may be used by several threads at once.
+    A zero block is found by comparing it with a constant, at the speed of `memcmp`, several times faster than any
+    digest. Instances are immutable, and several threads may use one at the same time.
     """
 
     def __init__(self, digest: Digest, block_size: int) -> None:
@@ -164,5 +165,5 @@ class Hasher:
         return found
 
     def run_digests(self, length: int, data: Optional[memoryview]) -> bytes:
-        """Return the joined digests of a run of blocks: of `data`, or of `length` zero bytes if that is None."""
+        """Return the joined digests of a run of blocks: of `data`, or of `length` zero bytes if `data` is None."""
         return self.zero_digests(length) if data is None else b"".join(self.digests(data))

@@ -1,9 +1,9 @@
-"""What the kernel says of block devices: what they are made of, what is on them, who uses it, what was written.
+"""What the kernel reports about block devices: what they are made of, what is on them, who uses them, what was written.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-A device is known by its number, such as ``8:1``. What the kernel does not say, or no more, is passed over: a device may
-be taken away at any moment.
+A device is identified by its number, such as ``8:1``. What the kernel does not report, or no longer reports, is
+skipped: a device may be removed at any moment.
 """
 
 import glob
@@ -12,11 +12,11 @@ import re
 import stat
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-#: Where the kernel shows what it knows.
+#: Where the kernel reports it.
 SYS = "/sys"
 PROC = "/proc"
 
-#: The kernel's name of a logical volume: group and volume, whose own hyphens are doubled.
+#: The kernel's name of a logical volume: group, hyphen, volume. Hyphens in the names of group and volume are doubled.
 _VOLUME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")
 
 #: The columns of a device's ``stat``: sectors read, written, and (Linux 4.18 and newer) discarded.
@@ -24,7 +24,7 @@ _READ, _WRITTEN, _DISCARDED = 2, 6, 13
 
 
 class Mount(NamedTuple):
-    """A device that is mounted at `place`; `writable` is whether the file system there may write to it."""
+    """A device that is mounted at `place`; `writable` says whether the file system may write to the device."""
 
     device: str
     place: str
@@ -32,7 +32,7 @@ class Mount(NamedTuple):
 
 
 class Sectors(NamedTuple):
-    """How many sectors of a device were read, and how many written or discarded, since it is there."""
+    """How many sectors of a device were read, and how many written or discarded, since the device was created."""
 
     read: int
     written: int
@@ -44,30 +44,30 @@ def number(device: int) -> str:
 
 
 def name(device: str) -> str:
-    """Return what people call a device: ``sda1``, or the name that device-mapper has for it."""
+    """Return the name of a device that people use: ``sda1``, or its name in device-mapper."""
     place = _place(device)
     return content(os.path.join(place, "dm", "name")) or os.path.basename(os.path.realpath(place))
 
 
 def beneath(device: str) -> List[str]:
-    """Return a device and all that it is made of."""
+    """Return a device and all devices that it is made of."""
     return _closure([device], lambda each: _numbers(os.path.join(_place(each), "slaves", "*")))
 
 
 def disk_of(device: str) -> List[str]:
-    """Return a device with its partitions, or the disk that it is a partition of: what is one piece of hardware."""
+    """Return a device with its partitions, and the disk if the device is a partition of one: one piece of hardware."""
     place = os.path.realpath(_place(device))
     disk = _numbers(os.path.dirname(place)) if os.path.exists(os.path.join(place, "partition")) else []
     return [device, *_partitions(device), *disk]
 
 
 def above(device: str) -> List[str]:
-    """Return a device and all that is on it: partitions, and what device-mapper, md and loop devices make of it."""
+    """Return a device and all devices on it: its partitions, and those that device-mapper, md and loop make of it."""
     return _closure([device], _on)
 
 
 def volume_beneath(device: str) -> str:
-    """Return the path of the logical volume beneath a device, or else that of the device; ``""``: unknown."""
+    """Return the path of the logical volume beneath a device; without one, the device's own path; ``""``: unknown."""
     for each in beneath(device):
         mapped, uuid = (content(os.path.join(_place(each), "dm", field)) for field in ("name", "uuid"))
         match = _VOLUME.fullmatch(mapped)
@@ -78,14 +78,15 @@ def volume_beneath(device: str) -> str:
 
 
 def on_file(status: os.stat_result) -> List[str]:
-    """Return the loop devices that show a regular file, and all that is on those."""
+    """Return the loop devices that are backed by a regular file, and all devices on them."""
     return _closure(_loops((status.st_dev, status.st_ino)), _on)
 
 
 def use(devices: Sequence[str], own: str = "") -> str:
-    """Return how the first of `devices` that may be written to is used, such as ``is mounted on /mnt``, "" for none.
+    """Return how the first of `devices` that is in use is used, such as ``is mounted on /mnt``; "" if none is.
 
-    One that is mounted read-only is not written to. The name of the device is added unless it is `own`.
+    A device that is only mounted read-only does not count: nothing writes to it. The device's name is added unless the
+    device is `own`.
     """
     swaps, places = _swaps(), {mount.device: mount.place for mount in reversed(mounts()) if mount.writable}
     for each in devices:
@@ -97,7 +98,7 @@ def use(devices: Sequence[str], own: str = "") -> str:
 
 
 def mounts() -> List[Mount]:
-    """Return what is mounted, each of its devices alone, in the order in which it was mounted."""
+    """Return what is mounted, in the order of mounting; a file system on several devices has an entry for each."""
     pools = [_numbers(os.path.join(path, "*")) for path in glob.glob(os.path.join(SYS, "fs", "btrfs", "*", "devices"))]
     found = []
     for device, place, about in _mounted():
@@ -111,12 +112,12 @@ def mounts() -> List[Mount]:
 
 
 def mount_points() -> List[str]:
-    """Return where something is mounted, be it a device or not."""
+    """Return where something is mounted, whether it is a device or not."""
     return [place for _device, place, _about in _mounted()]
 
 
 def _mounted() -> Iterator[Tuple[str, str, List[str]]]:
-    """Yield the number, the place, and type, source and options of each file system that is mounted."""
+    """Yield of each mounted file system the device number, the place, and its type, source and options."""
     for line in content(os.path.join(PROC, "self", "mountinfo")).split("\n"):
         mount, _, file_system = line.partition(" - ")
         fields, about = mount.split(" "), file_system.split(" ")
@@ -125,7 +126,7 @@ def _mounted() -> Iterator[Tuple[str, str, List[str]]]:
 
 
 def loops() -> "List[Tuple[str, os.stat_result]]":
-    """Return the names of the loop devices, such as ``loop0``, each with the status of what it shows."""
+    """Return the names of the loop devices, such as ``loop0``, each with the status of the file that backs it."""
     found = []
     for path in sorted(glob.glob(os.path.join(SYS, "block", "loop*", "loop", "backing_file"))):
         try:
@@ -136,10 +137,10 @@ def loops() -> "List[Tuple[str, os.stat_result]]":
 
 
 def sectors(device: str) -> Optional[Sectors]:
-    """Return what was read from and written to a device so far; None if the kernel does not say.
+    """Return what was read from and written to a device so far; None if the kernel does not report it.
 
-    It also shows what it does not count, as for memory disks, or if that was switched off: those counters do not
-    change.
+    For devices whose sectors it does not count, such as memory disks, or if counting was switched off, the kernel still
+    reports counters: they do not change.
     """
     try:
         counts = [int(word) for word in content(os.path.join(_place(device), "stat")).split()]
@@ -178,7 +179,7 @@ def _numbers(pattern: str) -> List[str]:
 
 
 def _loops(backing: Union[str, Tuple[int, int]]) -> List[str]:
-    """Return the loop devices on a device, by its number, or on a file, by its device and inode."""
+    """Return the loop devices that are backed by a device (given by number) or by a file (by its device and inode)."""
     found = []
     for loop, status in loops():
         is_device = stat.S_ISBLK(status.st_mode)
@@ -192,7 +193,7 @@ def _swaps() -> List[str]:
 
 
 def _at(path: str) -> List[str]:
-    """Return the number of the device at a path, as the kernel writes one; none if there is no device."""
+    """Return the number of the device at a path that the kernel has escaped; an empty list if it is not a device."""
     try:
         status = os.stat(_unescaped(path)) if path.startswith("/") else None
     except (OSError, ValueError):
@@ -205,7 +206,7 @@ def _unescaped(path: str) -> str:
 
 
 def content(path: str) -> str:
-    """Return what a file of the kernel's holds, without the end of its last line; "" if it cannot be read."""
+    """Return the content of one of the kernel's files, without its last newline; "" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             text = os.fsdecode(file.read())

@@ -1,9 +1,9 @@
-"""The exceptions of blockdiff, each with the exit status it ends a command with.
+"""The exceptions of blockdiff, each with the exit status that a command then has.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
-An error names the thing and the place in one lowercase sentence; ``hint`` says what to do about it. Errors cross the
-connection as data (`to_wire`, `from_wire`), so that the agent's errors arrive at the server with their type.
+The message of an error names the thing and the place, in lower case; ``hint`` says what to do about it. Errors are sent
+over the connection as data (`to_wire`, `from_wire`), so the agent's errors arrive at the server with their type.
 """
 
 import errno
@@ -22,17 +22,17 @@ MESSAGE_LIMIT = 2000
 
 
 def printable(text: str, limit: int = MESSAGE_LIMIT) -> str:
-    """Return `text` fit for a terminal: line ends and control characters become visible escapes.
+    """Return `text` in a form that is safe for a terminal: line ends and control characters become visible escapes.
 
-    What a host says is never trusted to be harmless: a terminal escape in a file name or in a login banner must not
-    reach the operator's terminal. At most `limit` characters are kept.
+    Text from a host is never trusted: a terminal escape in a file name or in a login banner must not reach the
+    operator's terminal. At most `limit` characters are kept.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 class BlockdiffError(Exception):
-    """Something that ends the command: the sentence says what and where, `hint` what to do."""
+    """An error that ends the command: the message says what and where, `hint` says what to do."""
 
     exit_status = EXIT_FAILED
 
@@ -43,13 +43,13 @@ class BlockdiffError(Exception):
 
 
 class UsageError(BlockdiffError):
-    """The command line asks for something that cannot be."""
+    """The command line asks for something impossible."""
 
     exit_status = EXIT_USAGE
 
 
 class SourceError(BlockdiffError):
-    """The source is missing, unfit, unreadable, or changed its size while it was read."""
+    """The source is missing, unsuitable or unreadable, or its size changed while it was read."""
 
 
 class ProcessError(BlockdiffError):
@@ -57,7 +57,7 @@ class ProcessError(BlockdiffError):
 
 
 class ProtocolError(BlockdiffError):
-    """The other side broke the rules of the connection."""
+    """The other side broke the protocol of the connection."""
 
 
 class ConnectionLost(BlockdiffError):  # noqa: N818
@@ -69,11 +69,11 @@ class ConnectionLost(BlockdiffError):  # noqa: N818
 
 
 class Interrupted(BaseException):  # noqa: N818
-    """A signal asked the process to stop: raised by its handler, wherever the main thread is just then.
+    """A signal asked the process to stop. The signal's handler raises this, wherever the main thread is at that moment.
 
-    Like `KeyboardInterrupt` it is not an `Exception`: code that handles those, the standard library's own included,
-    must not mistake it for a failure of what it was doing. `number` is the signal's; the exit status is then that of
-    shells for a command that the signal ended.
+    Like `KeyboardInterrupt` it is not an `Exception`: code that handles those, as the standard library does, must not
+    mistake it for a failure of its own work. `number` is the number of the signal; the exit status is then the one that
+    shells use for a command that this signal ended.
     """
 
     def __init__(self, message: str = "", number: int = 0) -> None:
@@ -86,23 +86,23 @@ class TransportError(BlockdiffError):
 
 
 class ChainError(BlockdiffError):
-    """The chain cannot take this run as it is."""
+    """The chain, as it is, does not allow this operation."""
 
 
 class BusyError(BlockdiffError):
-    """Another run holds the chain."""
+    """Another run has locked the chain."""
 
     exit_status = EXIT_BUSY
 
 
 class DamagedError(BlockdiffError):
-    """Backup data is missing or not what was written."""
+    """Backup data is missing, or is not the data that was written."""
 
     exit_status = EXIT_DAMAGED
 
 
 class TargetError(BlockdiffError):
-    """The target of a restore cannot be, or could not be, written."""
+    """The target of a restore must not be, or could not be, written."""
 
 
 class StorageError(BlockdiffError):
@@ -110,15 +110,15 @@ class StorageError(BlockdiffError):
 
 
 class DatabaseError(BlockdiffError):
-    """The database refused the login, the lock, or lost it."""
+    """The database refused the login or the lock, or the lock was lost."""
 
 
 def of_system(error: BaseException) -> Optional[BlockdiffError]:
-    """Return what to say of `error` if the system, or Python for lack of memory, raised it; None for any other.
+    """Return an error to report for `error` if the system refused something or memory ran out; None for any other.
 
-    It is the last resort, for what nobody has named with its place: the path is in the sentence if the system
-    knows it. Python says in one way for objects, in another for the system, and in a third for threads that there is
-    no more memory.
+    This is the last resort, for errors that no other code has turned into one that names the place: the message has
+    the path if the system gave one. Python reports a lack of memory in three ways: one for objects, one for system
+    calls, and one for threads.
     """
     if (
         isinstance(error, MemoryError)
@@ -141,7 +141,7 @@ def of_system(error: BaseException) -> Optional[BlockdiffError]:
 
 
 def _is_somewhere() -> bool:
-    """Whether the current directory is there: it may have been removed."""
+    """Return whether the current directory still exists."""
     try:
         os.getcwd()
     except OSError:

@@ -1,18 +1,18 @@
-"""Extents of an image: what must be read, what is known to be zero, what is known not to have changed.
+"""Extents of an image: the parts that must be read, those that are known to be zero, and those known to be unchanged.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
 from typing import Iterable, Iterator, List, NamedTuple
 
-#: States of an extent, and of a block: its bytes count, all of them are zero, it did not change since the last run.
+#: States of an extent, and of a block: it must be read; all its bytes are zero; it did not change since the last run.
 DATA = "data"
 ZEROS = "zeros"
 SAME = "same"
 
 
 class Extent(NamedTuple):
-    """The bytes from `start` to `end` of an image, all of one state."""
+    """The bytes from `start` to `end` of an image, all in one state."""
 
     start: int
     end: int
@@ -20,9 +20,10 @@ class Extent(NamedTuple):
 
 
 def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[Extent]:
-    """Yield extents of whole blocks that cover an image of `size` bytes, from ascending ones that need not.
+    """Yield extents of whole blocks that cover an image of `size` bytes.
 
-    A block is zeros, or the same as before, only if all of it is said to be; everything else is data.
+    `extents` are in ascending order; they may have gaps, and need not begin and end at blocks. A block is `ZEROS` or
+    `SAME` only if one of them says so for the whole block; everything else is `DATA`.
     """
     position = 0
     for start, end, state in extents:
@@ -39,11 +40,11 @@ def aligned(extents: Iterable[Extent], block_size: int, size: int) -> Iterator[E
 
 
 def striped(extents: Iterable[Extent], length: int, index: int, count: int) -> Iterator[Extent]:
-    """Yield the part of ascending extents that stream `index` of `count` examines; what others do is the same to it.
+    """Yield the part of ascending extents that stream `index` of `count` examines; the other streams' parts are `SAME`.
 
-    Data goes to each in turn, `length` bytes at a time, and zeros, which cost nothing, all to the first.
+    Each stream in turn gets `length` bytes of data. All zeros go to the first stream, because they cost nothing.
     """
-    start, end = 0, 0  # of what others do and was not yielded yet
+    start, end = 0, 0  # of what this stream skips and was not yielded yet
     for extent in extents:
         while extent.start < extent.end:
             stop = extent.end
@@ -63,16 +64,16 @@ def striped(extents: Iterable[Extent], length: int, index: int, count: int) -> I
 
 
 class Audit:
-    """Holds what a complete scan found against extents that somebody claims to be the same."""
+    """Checks extents that are claimed to be `SAME` against the changes that a complete scan found."""
 
     def __init__(self, claimed: Iterable[Extent]) -> None:
         self._same: List[Extent] = [extent for extent in claimed if extent.state == SAME]
         self._next = 0
 
     def first_wrong(self, offset: int, end: int) -> int:
-        """Return the first byte of a changed run, from `offset` to `end`, that was claimed to be the same; -1: none.
+        """Return the first byte of the changed run from `offset` to `end` that was claimed to be `SAME`; -1: none.
 
-        Runs must be given in ascending order.
+        The runs must be passed in ascending order.
         """
         while self._next < len(self._same) and self._same[self._next].end <= offset:
             self._next += 1

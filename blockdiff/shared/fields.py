@@ -1,4 +1,4 @@
-"""Read JSON objects that others wrote: each field is of the type that is asked for, or is refused by its name.
+"""Read JSON objects that others wrote: a field that does not have the expected type is refused, by its name.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -8,15 +8,15 @@ from typing import Callable, List, Optional, TypeVar
 
 T = TypeVar("T")
 
-#: The largest whole number that is accepted: what others calculate with must fit 64 bits.
+#: The largest whole number that is accepted: numbers from others must fit in 64 bits.
 MAX_INTEGER = (1 << 63) - 1
 
 
 class Fields:
-    """The fields of `holder`, a JSON object; anything else in its place has no fields.
+    """The fields of `holder`, a JSON object; a `holder` that is anything else has no fields.
 
-    Each method returns a field of one type, and raises what `refuse` makes of its name where it is missing or something
-    else.
+    Each method returns a field of one type. If the field is missing or has another type, the method raises the
+    exception that `refuse` returns for the field's name.
     """
 
     def __init__(self, holder: object, refuse: Callable[[str], Exception]) -> None:
@@ -24,11 +24,11 @@ class Fields:
         self.refuse = refuse
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a field, and it is not ``null``."""
+        """Return whether the field exists and is not ``null``."""
         return self._holder.get(name) is not None
 
     def optional(self, read: Callable[[str], T], name: str) -> "Optional[T]":
-        """Return what the method `read` of this object returns for a field, None where that is ``null`` or missing."""
+        """Return what the method `read` of this object returns for a field; None if it is ``null`` or missing."""
         return read(name) if self.has(name) else None
 
     def text(self, name: str) -> str:
@@ -47,7 +47,7 @@ class Fields:
         return value
 
     def number(self, name: str) -> float:
-        """Return a finite number from 0 up, which need not be whole."""
+        """Return a finite number that is not negative; it need not be whole."""
         value = self._holder.get(name)
         return value if isinstance(value, float) and 0 <= value < math.inf else float(self.count(name))
 
@@ -71,7 +71,7 @@ class Fields:
         return list(self._holder)
 
     def check(self, name: str, fits: bool) -> None:
-        """Refuse a field that does not go with the others."""
+        """Refuse the field unless it `fits` the other fields."""
         if not fits:
             raise self.refuse(name)
 

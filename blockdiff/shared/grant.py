@@ -1,4 +1,4 @@
-"""What a key may ask the agent for, if its line in ``authorized_keys`` says so; other keys may ask for anything.
+"""What a key may ask the agent for, if its line in ``authorized_keys`` limits it; other keys may ask for anything.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -8,23 +8,23 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from blockdiff.shared.errors import SourceError, printable
 
-#: Begins the word for a database's socket, or for its port on this machine: ``mysql:/run/mysqld/mysqld.sock``.
+#: The prefix of a word that grants a database's socket, or its port on this machine: ``mysql:/run/mysqld/mysqld.sock``.
 MYSQL = "mysql:"
 
-#: In place of a device's number: a directory that is not on the sources of the run, or is not there.
+#: Sent instead of a device's number for a directory that is not on the run's sources, or does not exist.
 ELSEWHERE = "?"
 
 _HINT = "`blockdiff authorize` makes the line for that host's authorized_keys that grants it"
 
 
 class Grant:
-    """The sources and sockets that `words` name; None stands for everything."""
+    """The sources and sockets that `words` name; None allows everything."""
 
     def __init__(self, words: "Optional[Sequence[str]]" = None) -> None:
         self._words = words
 
     def check_sources(self, paths: "Sequence[str]", commands: "Sequence[str]") -> None:
-        """Raise `SourceError` if one of the sources is not granted, or a command is to be run."""
+        """Raise `SourceError` if one of the sources is not granted, or if a limited key asks to run a command."""
         if self._words is None:
             return
         for path in paths:
@@ -36,7 +36,7 @@ class Grant:
             )
 
     def notes(self, paths: "Sequence[str]") -> "List[str]":
-        """Return what to say of granted sources that lead elsewhere; what is in /dev is root's alone to change."""
+        """Return warnings about granted paths that are symbolic links, except in /dev, which only root can change."""
         if self._words is None:
             return []
         outside = [path for path in paths if not path.startswith("/dev/")]
@@ -47,18 +47,18 @@ class Grant:
         ]
 
     def place(self, device: str, source: "Optional[int]") -> "Tuple[str, Optional[int]]":
-        """Return what the key may know of where a directory is: see `sources.locate`.
+        """Return what the key may know about the place of a directory: see `sources.locate`.
 
-        Of what is not on the granted sources of the run a limited key learns nothing, not even whether it exists.
+        A limited key learns nothing about a directory that is not on the run's sources, not even whether it exists.
         """
         return (device, source) if self._words is None or source is not None else (ELSEWHERE, None)
 
     def snapshots(self, found: "List[Dict[str, object]]") -> "List[Dict[str, object]]":
-        """Return what the key may know of the snapshots of ours that are there: they may be others'."""
+        """Return which of blockdiff's snapshots on the host the key may know about: they may be of others' sources."""
         return found if self._words is None else []
 
     def check_snapshots(self) -> None:
-        """Raise `SourceError` if only some sources are granted: what runs left there may be others'."""
+        """Raise `SourceError` for a limited key: snapshots that runs have left may be of others' sources."""
         if self._words is not None:
             raise SourceError(
                 "this key may not list or remove snapshots",
@@ -66,9 +66,9 @@ class Grant:
             )
 
     def check_sockets(self, paths: "Sequence[str]", port: int) -> "Tuple[List[str], int]":
-        """Return those of the sockets `paths` and of `port` (0: none) that are granted, in the same order.
+        """Return the sockets of `paths` that are granted, in the same order, and `port` if it is granted, else 0.
 
-        Raises `SourceError` if none is.
+        Raises `SourceError` if nothing is granted.
         """
         if self._words is None:
             return list(paths), port

@@ -1,4 +1,4 @@
-"""Who holds locks and leases on files: the one reader of the kernel's list.
+"""Who holds locks and leases on files. Only this module reads the kernel's list.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -7,10 +7,10 @@ from typing import List
 
 
 def holders(inode: int, *kinds: str) -> List[str]:
-    """Return the process ids, as text, of those that hold one of the `kinds` (such as ``FLOCK``) on a file.
+    """Return the ids, as text, of the processes that hold a lock of one of `kinds` (such as ``FLOCK``) on a file.
 
-    An inode is enough: the list has other devices than `os.stat` if file systems are on each other. Empty if
-    there is no list to read.
+    Only the inode is compared: for stacked file systems the list has other device numbers than `os.stat`. The result is
+    empty if the list cannot be read.
     """
     try:
         with open("/proc/locks", encoding="ascii") as file:

@@ -1,9 +1,9 @@
-"""Work that overlaps: several threads ahead of one consumer, in order, in bounded memory.
+"""Work that overlaps: several threads work ahead of one consumer, in order and in bounded memory.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 
 Reading, hashing, (de)compressing and writing release the interpreter's lock for nearly all of their time, so threads
-do overlap. This is the only place that starts threads for such work.
+really overlap. Only this module starts threads for such work.
 """
 
 import _thread
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 _LEAD = 64
 
-#: More threads than this do not help: beyond it the consumer is what holds a run back.
+#: More threads than this do not help: the consumer is then the bottleneck of a run.
 MAX_WORKERS = 8
 
 
@@ -36,11 +36,12 @@ def in_order(
 ) -> Iterator[Result]:
     """Yield ``work(item)`` for each of `items`, in order, computed by `workers` threads up to `ahead` items ahead.
 
-    By default there are `worker_count` threads, and one item more under way than threads, so that none has to wait.
-    `items` is drawn from in the caller's thread, and only as far as `ahead` results beyond the one that the caller
-    has taken: memory stays bounded. What `work` or `items` raises is raised here, at its place in the order. Work that
-    was begun is waited for when the caller stops early, which must be by ``close`` or by dropping the last reference:
-    in a cycle that is left to the garbage collector, the wait could meet a lock that the collector interrupted.
+    By default there are `worker_count` threads, and one item more in progress than threads, so that no thread waits.
+    The caller's thread iterates `items`, at most `ahead` items beyond the result that the caller has taken: so memory
+    is bounded. An exception of `work` or `items` is raised here, at its place in the order. If the caller stops early,
+    this waits for the work that has begun. The caller must then call ``close`` or drop the last reference. In a
+    reference cycle, the garbage collector would run that wait, perhaps while the interrupted code holds a lock that the
+    wait needs.
     """
     threads = worker_count() if workers is None else workers
     limit = threads + 1 if ahead is None else ahead
@@ -61,10 +62,10 @@ def in_order(
 
 
 def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
-    """Yield `items` as they are, which its own thread draws, up to `count` ahead.
+    """Yield `items` unchanged; a thread iterates them, up to `count` items ahead.
 
-    What they raise is raised here, at its place. When the caller stops early the thread is not waited for: it may be in
-    a read, and closes `items` and ends after that.
+    An exception of `items` is raised here, at its place. If the caller stops early, this does not wait for the thread,
+    which may be in a read: after the read it closes `items` and ends.
     """
     end = object()
     crew = Crew()
@@ -85,10 +86,11 @@ def ahead(items: Iterator[Item], count: int) -> "Generator[Item, None, None]":
 
 
 class Follower(Generic[Result]):
-    """Threads that do what they are given while the caller continues; at most `behind` tasks wait for them.
+    """Threads that do tasks while the caller continues; at most `behind` tasks are unfinished or not handed back.
 
-    Tasks are begun in order, and what they return is handed back in order. What a task raises is raised by one of the
-    next calls. A context manager: without `finish`, what was not begun is not done; what was is waited for.
+    Tasks begin in order, and their results are returned in order. An exception of a task is raised by one of the next
+    calls. This is a context manager: if it ends without `finish`, tasks that have not begun are dropped, and it waits
+    for those that have.
     """
 
     def __init__(self, behind: int = 4, threads: int = 1) -> None:
@@ -111,13 +113,13 @@ class Follower(Generic[Result]):
         self._crew.wait()
 
     def give(self, work: Callable[[], Result]) -> List[Result]:
-        """Let a thread do `work` when it comes to it; waits while too much is waiting, and returns what is done."""
+        """Give `work` to the threads; waits while too many tasks are unfinished, and returns the ready results."""
         done = self._take_until(self._behind - 1)
         self._pending.append(self._crew.give(work))
         return done
 
     def finish(self) -> List[Result]:
-        """Wait until everything is done; return what was not handed back yet."""
+        """Wait until all tasks are done; return the results that were not returned yet."""
         return self._take_until(0)
 
     def _take_until(self, left: int) -> List[Result]:
@@ -132,28 +134,28 @@ class Task(Generic[Result]):
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work = work
-        # set below, not appended to: that takes no memory, of which there may be none
+        # attributes that are set below, not lists to append to: setting needs no memory, and there may be none left
         self._result: Optional[Result] = None
         self._error: Optional[BaseException] = None
         self._undone = _thread.allocate_lock()
         self._undone.acquire()
 
     def do(self) -> None:
-        """Do it; never raises."""
+        """Do the task; never raises."""
         work = self._work
-        del self._work  # what it holds may be large
+        del self._work  # the objects that it refers to may be large
         try:
             self._result = work()
-        except BaseException as error:  # noqa: BLE001  # raised again in `result`, for whoever wants to know
+        except BaseException as error:  # noqa: BLE001  # `result` raises it again
             self._error = error
         self._undone.release()
 
     def is_done(self) -> bool:
-        """Tell whether `result` would not wait."""
+        """Return whether the task is done, so that `result` would not wait."""
         return not self._undone.locked()
 
     def result(self) -> Result:
-        """Wait, and return or raise what came of it, once."""
+        """Wait until the task is done, then return its result or raise its exception; to be called once."""
         self._undone.acquire()
         result, self._result = self._result, None
         error, self._error = self._error, None
@@ -166,23 +168,23 @@ class Task(Generic[Result]):
 
 
 class Crew:
-    """Threads that do tasks, in the order in which these were given.
+    """Threads that do tasks, in the order in which the tasks were given.
 
-    A signal's exception in the caller's thread can leave a lock of `concurrent.futures` or `threading` taken,
-    if it arises in their Python code just after the taking: the threads then never end, nor does who waits for them.
-    The interpreter's own locks are taken and released in one step, and `deque` needs none.
+    This uses neither `concurrent.futures` nor `threading`: if a signal's exception is raised in their Python code just
+    after that code has taken a lock, the lock is never released. Then the threads never end, and a caller that waits
+    for them never continues. The interpreter's own locks are taken and released in one step, and `deque` needs none.
     """
 
     def __init__(self) -> None:
         self._tasks: "Deque[Task[object]]" = deque()
         self._dismissed = False
-        # taken while there is nothing to do
+        # locked while there is nothing to do
         self._gate = _thread.allocate_lock()
         self._gate.acquire()
         self._at_work: List[_thread.LockType] = []
 
     def start(self, threads: int) -> None:
-        """Start as many threads; if that fails or is interrupted, `dismiss` ends those that were started."""
+        """Start this many threads; if that fails or is interrupted, `dismiss` ends those that were started."""
         for _ in range(threads):
             at_work = _thread.allocate_lock()
             at_work.acquire()
@@ -190,7 +192,7 @@ class Crew:
             self._at_work.append(at_work)
 
     def give(self, work: Callable[[], Result]) -> "Task[Result]":
-        """Let a thread do `work`; if they were dismissed, it is done here, if need be."""
+        """Let a thread do `work`; after `dismiss`, this thread does it if no other thread has taken it."""
         task = Task(work)
         self._tasks.append(cast("Task[object]", task))
         self._open()
@@ -199,16 +201,16 @@ class Crew:
         return task
 
     def forget(self) -> None:
-        """Drop what was given and not begun; nobody may wait for it."""
+        """Drop the tasks that have not begun; nothing may wait for them."""
         self._tasks.clear()
 
     def dismiss(self) -> None:
-        """Let the threads end when there is nothing more to do."""
+        """Let the threads end when all tasks are done."""
         self._dismissed = True
         self._open()
 
     def wait(self) -> None:
-        """Wait until the threads are done."""
+        """Wait until the threads have ended."""
         for at_work in self._at_work:
             at_work.acquire()
 
@@ -216,7 +218,7 @@ class Crew:
         try:
             self._gate.release()
         except RuntimeError:
-            pass  # it is open
+            pass  # it is open already
 
     def _run(self, at_work: _thread.LockType) -> None:
         while self._do_next():
@@ -224,12 +226,12 @@ class Crew:
         at_work.release()
 
     def _do_next(self) -> bool:
-        """Do what is next; False when there is nothing more to come."""
+        """Do the next task; return False if there is none and no more can come."""
         self._gate.acquire()
         dismissed = self._dismissed
         try:
             task = self._tasks.popleft()
-        except IndexError:  # opened once more than there was something to do
+        except IndexError:  # the gate was opened once more than there were tasks
             task = None
         if dismissed or self._tasks:
             self._open()
@@ -239,22 +241,23 @@ class Crew:
 
 
 def switch_quickly() -> None:
-    """Let a thread that comes back from its work wait no longer than 0.5 ms for the interpreter.
+    """Let a thread that needs the interpreter's lock again wait no longer than 0.5 ms for it.
 
-    By default it waits 5 ms before it asks another to let go: about as long as a piece of work takes.
+    By default it waits 5 ms before it asks the other thread to release it: about as long as one task takes.
     """
     sys.setswitchinterval(0.0005)
 
 
 class BufferPool:
-    """Buffers of one size, `size` in bytes, that are used again and again.
+    """Buffers of `size` bytes that are used again and again.
 
-    A fresh buffer costs a page fault for every 4 KiB that is read into it, which measures as more than the reading.
-    `list.append` and `list.pop` are atomic in CPython, so threads need no lock here.
+    A new buffer costs a page fault for every 4 KiB that is read into it; as measured, that takes longer than the
+    reading. `list.append` and `list.pop` are atomic in CPython, so threads need no lock here.
 
     Buffers begin 64 bytes after the beginning of a page. Processors copy four times slower to an address that is 1 to
-    31 bytes above the one they copy from, modulo 4096 (measured on EPYC, see `docs/benchmarks.md`): the page cache
-    begins at pages, malloc(3) puts large buffers 16 bytes after one, and a pipe what follows a frame's header 24 bytes.
+    31 bytes above the one they copy from, modulo 4096 (measured on EPYC, see `docs/benchmarks.md`). Data in the page
+    cache begins at a page; malloc(3) puts large buffers 16 bytes after the beginning of a page; and in a pipe, the
+    payload of a frame begins after the header of 24 bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -270,5 +273,5 @@ class BufferPool:
             return memoryview(memory)[_LEAD : _LEAD + self.size]
 
     def give_back(self, buffer: memoryview) -> None:
-        """Take a buffer back; the caller keeps no view of it."""
+        """Take a buffer back; the caller must not keep a view of it."""
         self._free.append(buffer)

@@ -1,4 +1,4 @@
-"""Run and stop child processes, always with a deadline, and through a shell only if the user gave a line for it.
+"""Run and stop child processes, always with a deadline, and through a shell only for a command line of the user's.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -17,23 +17,23 @@ from blockdiff.shared.errors import ProcessError, printable
 
 Argument = Union[str, bytes]
 
-#: How long a child that was asked to end may take before it is killed, in seconds.
+#: How long a child may take to end, after it was asked to, before it is killed, in seconds.
 STOP_TIMEOUT_S = 5.0
-#: SIGKILL takes no time, unless a process is stuck in its disk: it is waited for no longer than this, in seconds.
+#: How long to wait for a killed child, in seconds. It ends at once, unless it is stuck in a read or write of a disk.
 _KILL_TIMEOUT_S = 30.0
 #: How long a child that is never killed may take to end after each signal that asks it to, in seconds.
 GENTLE_TIMEOUT_S = 10.0
 
-#: Children that could be waited for no longer and cannot or must not be killed. While here, their pipes stay open.
+#: Children that we no longer wait for, and that cannot or must not be killed. The list keeps their pipes open.
 LEFT_ALONE: "List[subprocess.Popen[bytes]]" = []
 
-#: Pipes of children that have ended, held open by what they left behind.
+#: Pipes of children that have ended. We keep them open because processes that the children left running use them.
 _LEFT_OPEN: "List[IO[bytes]]" = []
 
-#: How long the output of what a child left running is read, in seconds.
+#: How long to read, after a child's end, the output of the processes that it left running, in seconds.
 LINGER_S = 1.0
 _CHUNK = 1 << 16
-#: How often it is looked whether a command is to be stopped, in seconds.
+#: How often to check whether a command is to be stopped, in seconds.
 _LOOK_S = 0.1
 
 
@@ -46,7 +46,7 @@ class Completed(NamedTuple):
 
 
 class DeadlineError(ProcessError):
-    """A child process was not done in time. `more` says that it is still there, if it is."""
+    """A child process did not end in time. `more` says so if it is still running."""
 
     def __init__(self, arguments: Sequence[Argument], timeout_s: float, more: str = "") -> None:
         super().__init__("{} did not end within {:g} s{}".format(shown(arguments), timeout_s, more))
@@ -71,11 +71,11 @@ def status_text(returncode: int) -> str:
 
 
 class Output:
-    """What a child says on its pipes, taken until it has ended.
+    """What a child writes to its pipes, read until the child has ended.
 
-    It has ended when it has ended: what others, whom it started, still hold open then is read for a moment more, and
-    left open for as long as we live, so that they are not ended for what they say. Standard output goes to `consume`,
-    if it is given, as it comes.
+    Only the child's own end counts. Processes that it started may keep its pipes open: the pipes are then read for
+    `linger_s` more, and stay open until we end, because a write to a closed pipe would kill those processes. Standard
+    output goes to `consume`, if given, as it arrives.
     """
 
     def __init__(self, child: "subprocess.Popen[bytes]", consume: Optional[Callable[[bytes], object]] = None) -> None:
@@ -84,9 +84,9 @@ class Output:
         self._stderr: List[bytes] = []
         self._selector = selectors.PollSelector()
         self._until: Optional[float] = None
-        #: How long what others hold open is read after the child's end, in seconds.
+        #: How long to read pipes that others keep open after the child's end, in seconds.
         self.linger_s = LINGER_S
-        #: Whether others held it open.
+        #: Whether others kept the pipes open.
         self.is_held = False
         takers = (consume or self._stdout.append, self._stderr.append if consume is None else self._keep_last)
         for pipe, take in zip((child.stdout, child.stderr), takers):
@@ -94,7 +94,7 @@ class Output:
                 self._selector.register(pipe, selectors.EVENT_READ, take)
 
     def wait(self, timeout_s: float) -> bool:
-        """Take what comes until the child has ended, for `timeout_s` seconds at most; return whether it has."""
+        """Read until the child has ended, for `timeout_s` seconds at most; return whether it has ended."""
         deadline = time.monotonic() + timeout_s
         while True:
             ended, now = self._child.poll() is not None, time.monotonic()
@@ -103,7 +103,7 @@ class Output:
             if ended and not self._selector.get_map():
                 return True
             if self._until is not None and now > self._until:
-                for _ in ("what is there", "its end"):  # we may have been stopped, and not have looked since it ended
+                for _ in ("what is there", "its end"):  # we may have been suspended, and not have read since then
                     self._collect(0.0)
                 if self._selector.get_map():
                     self._let_be()
@@ -126,7 +126,7 @@ class Output:
                 self._selector.unregister(key.fileobj)
 
     def _keep_last(self, data: bytes) -> None:
-        """Keep the end of standard error beside a stream, whose length nobody knows."""
+        """Keep only the end of standard error if standard output is streamed: it may be of any length."""
         self._stderr[:] = [(b"".join(self._stderr) + data)[-_CHUNK:]]
 
     def _let_be(self) -> None:
@@ -137,7 +137,7 @@ class Output:
         self._child.stdout = self._child.stderr = None
 
     def completed(self) -> Completed:
-        """Return what was said, and how the child ended."""
+        """Return what the child printed, and how it ended."""
         return Completed(b"".join(self._stdout), b"".join(self._stderr), self._child.returncode)
 
 
@@ -149,8 +149,8 @@ def run(
 ) -> Completed:
     """Run a command to its end and return what it printed.
 
-    Raises `ProcessError` when it cannot be started, or fails (its last line of standard error is in the message; not
-    without `check`), and `DeadlineError` when it is not done after `timeout_s` seconds; it is then stopped first.
+    Raises `ProcessError` if it cannot be started, or if it fails and `check` is true; the message then has its last
+    line of standard error. Raises `DeadlineError` if it has not ended after `timeout_s` seconds; it is stopped first.
     """
     with started(lambda: _start(arguments, env)) as child:
         output = Output(child)
@@ -161,14 +161,15 @@ def run(
 
 
 def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Completed:
-    """Run a line for the shell like `run`, in its own session; what is not done in time is stopped as a whole.
+    """Run a shell command line like `run`, in its own session; if it is not done in time, the session is stopped.
 
-    `held` is a descriptor that is open as long as the shell runs; what it leaves behind does not have it. A signal that
-    ends the caller stops it as well, even one that comes while it is being started. What is another user's by now, as
-    through sudo, we may not stop: it is waited for, however long, because nobody may continue as if it were done.
+    `held` is a descriptor that stays open as long as the shell runs; processes that the command leaves running do not
+    have it. A signal that ends the caller also stops the command, even a signal that arrives while it is being
+    started. We may not stop processes that now belong to another user, as through sudo: we wait for them without a
+    limit, because the caller must not continue as if they were done.
     """
     arguments = ["/bin/sh", "-c", command]
-    # a shell around it has the descriptor; it does not put the command in its own place while it has more to do
+    # an outer shell has the descriptor; the `exit` after the command keeps it from replacing itself by the command
     around = arguments if held is None else ["/bin/sh", "-c", '/bin/sh -c "$1" </dev/null; exit "$?"', "sh", command]
     stdin = subprocess.DEVNULL if held is None else held
     cancelled: List[bool] = []
@@ -183,7 +184,7 @@ def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Com
                     stopped = True
                     if stop_session(child):
                         break
-                    output.linger_s = math.inf  # until what we could not stop lets go of it
+                    output.linger_s = math.inf  # until the processes that we could not stop close the pipes
         if stopped:
             raise DeadlineError(arguments, timeout_s)
         return output.completed()
@@ -192,7 +193,7 @@ def run_shell(command: str, timeout_s: float, held: Optional[int] = None) -> Com
 
 
 def checked(arguments: Sequence[Argument], completed: Completed) -> Completed:
-    """Return `completed`; raises `ProcessError` with the last line of standard error unless its status is 0."""
+    """Return `completed`; raises `ProcessError` with the last line of standard error unless the status is 0."""
     if completed.returncode != 0:
         lines: List[str] = completed.stderr.decode("utf-8", "replace").strip().splitlines()
         said = ": " + printable(lines[-1].strip(), 500) if lines else ""
@@ -205,17 +206,17 @@ def run_gently(
 ) -> Completed:
     """Run a command that must not be killed in the middle of its work; otherwise like `run`.
 
-    It has its own session: no signal to our process group or terminal reaches it. After `timeout_s` seconds it
-    gets SIGINT (LVM then gives up waiting for a lock, and finishes what it began), `GENTLE_TIMEOUT_S` later SIGTERM,
-    and after as long again it is left alone; `DeadlineError` says so. A signal that ends the caller does not end the
-    command: see `signals.undisturbed`.
+    It has its own session: no signal to our process group or terminal reaches it. After `timeout_s` seconds it gets
+    SIGINT (LVM then stops waiting for a lock, and finishes what it has begun). `GENTLE_TIMEOUT_S` later it gets
+    SIGTERM, and after the same time again it is left alone; `DeadlineError` says so. A signal that ends the caller does
+    not end the command: see `signals.undisturbed`.
     """
     completed = signals.undisturbed(lambda: _run_gently(arguments, timeout_s, env))
     return checked(arguments, completed) if check else completed
 
 
 def _run_gently(arguments: Sequence[Argument], timeout_s: float, env: Optional[Dict[str, str]]) -> Completed:
-    # ignored signals stay ignored: SIGPIPE must not kill a child that is left alone when we end, and its pipes close
+    # ignored signals stay ignored: when we end, the pipes of a child that is left alone close; SIGPIPE must not kill it
     child = _start(arguments, env, start_new_session=True, restore_signals=False)
     trace.child_began(child)
     output, late = Output(child), False
@@ -245,10 +246,10 @@ def feed(
     stopped: Callable[[], bool],
     env: Optional[Dict[str, str]] = None,
 ) -> Completed:
-    """Run a command, give `consume` what it prints, as it comes, and return how it ended, without that.
+    """Run a command, pass its standard output to `consume` as it arrives, and return how it ended.
 
-    Raises `ProcessError` when it cannot be started, `DeadlineError` when it is not done after `timeout_s` seconds or as
-    soon as `stopped()` is true, and what `consume` raises; it is then stopped first.
+    Raises `ProcessError` if it cannot be started, and `DeadlineError` if it has not ended after `timeout_s` seconds or
+    as soon as `stopped()` is true. Exceptions of `consume` are raised, too. The command is stopped first.
     """
     deadline = time.monotonic() + timeout_s
     with started(lambda: _start(arguments, env)) as child:
@@ -281,9 +282,10 @@ def _start(
 
 
 def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """End a child: SIGTERM, then SIGKILL if `timeout_s` seconds did not do.
+    """End a child: SIGTERM, then SIGKILL if it has not ended after `timeout_s` seconds.
 
-    It has ended then, unless it is another user's by now, as through sudo, or stuck in its disk.
+    Afterwards it has ended, unless it now belongs to another user, as through sudo, or is stuck in a read or write of a
+    disk.
     """
     for end, patience_s in ((child.terminate, timeout_s), (child.kill, _KILL_TIMEOUT_S)):
         if child.poll() is not None:
@@ -298,10 +300,10 @@ def stop(child: "subprocess.Popen[bytes]", timeout_s: float = STOP_TIMEOUT_S) ->
 
 
 def stop_session(child: "subprocess.Popen[bytes]") -> bool:
-    """End a child that has its own session, with all that it started, unless that has left the session.
+    """End a child that has its own session, and the processes that it started, unless these have left the session.
 
-    SIGTERM, then SIGKILL for what is still there after `STOP_TIMEOUT_S`. Returns False if some of it is another
-    user's by now, as through sudo, and so still there.
+    They get SIGTERM, and those that still run after `STOP_TIMEOUT_S` get SIGKILL. Returns False if we have no
+    permission, because they now belong to another user, as through sudo: then they may still run.
     """
     deadline = time.monotonic() + STOP_TIMEOUT_S
     number: int = signal.SIGTERM
@@ -312,11 +314,11 @@ def stop_session(child: "subprocess.Popen[bytes]") -> bool:
         except PermissionError:
             patience_s, permitted = STOP_TIMEOUT_S, False
             break
-        except OSError:  # nothing is there any more
+        except OSError:  # no process is left
             break
         if number == signal.SIGKILL:
             break
-        child.poll()  # as long as nobody has waited for it, it is there
+        child.poll()  # until it is waited for, it counts as a process of the group
         time.sleep(0.01)
         number = signal.SIGKILL if time.monotonic() > deadline else 0
     try:
@@ -330,10 +332,10 @@ def stop_session(child: "subprocess.Popen[bytes]") -> bool:
 def started(
     start: Callable[[], "subprocess.Popen[bytes]"], end: Callable[["subprocess.Popen[bytes]"], object] = stop
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Yield the child that `start()` starts; in any case, `end` makes sure that it has ended, with its pipes.
+    """Yield the child that `start()` starts; at the end, `end` ends it in any case, and its pipes are closed.
 
-    One that `end` cannot end is left alone, and keeps them.
-    No signal's exception comes between the start of the child and our knowledge of it.
+    A child that `end` cannot end is left alone, and its pipes stay open. No signal's exception is raised between the
+    start of the child and the moment when we know about it.
     """
     child = None
     try:

@@ -1,14 +1,14 @@
-"""Runs of blocks that changed, and the batches in which an image is examined: what both ends know of a scan.
+"""Runs of blocks that changed, and the batches in which an image is examined: the parts of a scan that both ends use.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
 
 from typing import NamedTuple, Optional
 
-#: Bytes of a batch. Large enough that what Python does for each batch does not count, small enough that a handful of
-#: them fit in the agent's 64 MiB.
+#: Bytes of a batch. Large enough that Python's work for each batch does not matter, and small enough that several
+#: batches fit in the agent's 64 MiB.
 BATCH_BYTES = 2 << 20
-#: Blocks of a batch at most: small blocks make lists of digests, not buffers, the larger part.
+#: Blocks of a batch at most: if blocks are small, the lists of digests need more memory than the buffers.
 BATCH_BLOCKS = 8192
 
 
@@ -21,10 +21,10 @@ class Run(NamedTuple):
 
 
 def batch_size(block_size: int) -> int:
-    """Return the size of a batch in bytes: whole blocks, one at least."""
+    """Return the size of a batch in bytes: whole blocks, at least one."""
     return whole_blocks(BATCH_BYTES, block_size)
 
 
 def whole_blocks(limit: int, block_size: int) -> int:
-    """Return the bytes of as many blocks as fit in `limit` bytes: one at least, at most `BATCH_BLOCKS`."""
+    """Return how many bytes the blocks have that fit in `limit` bytes: at least one block, at most `BATCH_BLOCKS`."""
     return max(1, min(limit // block_size, BATCH_BLOCKS)) * block_size

@@ -1,35 +1,34 @@
-"""The signals that end a run: the main thread unwinds once, and nothing more disturbs its clean-up.
+"""The signals that end a run: the main thread unwinds once, and no further signal disturbs its clean-up.
 
 **What we want.** SIGTERM, SIGHUP or SIGINT ends a run wherever it is: in a read of a disk that hangs, in a wait for the
 lock of a database, inside a library. Then its clean-up runs to the end: children end, snapshots are removed, the host
-is thawed, the files of an unfinished generation are removed. And a process that was asked to end does end.
+is thawed, the files of an unfinished generation are removed. A process that was asked to end does end.
 
-**What we do.** The handler raises `Interrupted` in the main thread, at whatever bytecode that is, and from then on all
-signals are ignored. So no clean-up needs protection. What needs it is the moment between doing something and knowing
-that it was done:
+**What we do.** The handler raises `Interrupted` in the main thread, at any bytecode, and from then on these signals are
+ignored. So no clean-up needs protection. Only the moment between an action and the note that it was done needs it:
 
 | if you | use | because |
 | --- | --- | --- |
-| start a child | `process.started`, `process.run` | an exception while `Popen` waits for exec(2) leaves a child alone |
-| make something that must be undone | `held` around the making and the noting | else it is made, and nobody knows |
+| start a child | `process.started`, `process.run` | an exception inside `Popen` may leave the child running |
+| make something that must be undone | `held` around making and noting it | otherwise it may exist without a note |
 | run a command that must not be killed (LVM's) | `process.run_gently` | it has its own session and its own thread |
-| call what must not be cut short (a library's locks) | `undisturbed` | no handler runs in its thread |
+| call what must not be interrupted (a library's locks) | `undisturbed` | no handler runs in its thread |
 | need threads | `pipeline` | the Python code of `threading` may raise just after it took a lock |
-| write what can be undone twice | nothing | do that: `commit` looks at what is there |
+| write code that can safely be undone twice | nothing | prefer this: `commit` checks which files exist |
 | write a clean-up, or code of another thread | nothing | nothing is raised there |
 
-**Why not a flag,** which the handler sets, and which is looked at where the program waits, as trio does? Python begins
-a system call again that a signal cut short, unless the handler raises (PEP 475). So each wait has to be known, and has
-to end when it is asked to. Server and agent have about 120: pipes, sockets, locks and children, but also opening a
-FIFO, writing to a terminal that is stopped, looking up a name, and all that PyMySQL and paramiko do inside. If one is
-forgotten, the process does not end, and no test can list what was forgotten. If a protection is forgotten here,
-something is left if a signal comes within the same microsecond; the tests raise at every bytecode of the places that
-matter. We prefer the second mistake.
+**Why not a flag,** which the handler sets, and which the program checks where it waits, as trio does? If a signal
+interrupts a system call, Python begins the call again, unless the handler raises (PEP 475). So we would have to know
+each wait, and be able to end it. Server and agent have about 120: pipes, sockets, locks and children, but also opening
+a FIFO, writing to a terminal that is stopped, looking up a name, and all waits inside PyMySQL and paramiko. If we
+forgot one, the process would not end, and no test can list what was forgotten. If we forget a protection here,
+something is left only if a signal arrives within the same microsecond; the tests raise at every bytecode of the places
+that matter. We prefer the second mistake.
 
-**What can still fail.** Python can lose the exception: in a destructor, in a callback, or if the signal comes just
-before a system call, which then waits. So the signal is sent again until the exception has arrived. A signal just
-before `--before` starts runs `--after` as well, once too often. Code that catches `BaseException` must
-raise it again.
+**What can still fail.** Python can lose the exception in a destructor or in a callback. If the signal arrives just
+before a system call, Python begins that call first, and it may wait. So the signal is sent again until the exception
+has arrived. If a signal arrives just before `--before` starts, `--after` runs although it was not needed. Code that
+catches `BaseException` must raise it again.
 
 Shipped to the host: standard library only, Python 3.6 or newer.
 """
@@ -56,12 +55,12 @@ INSIST_S = 0.2
 def unwind() -> None:
     """Let the signals in `ENDING` raise `Interrupted`; to be called once, in the main thread.
 
-    A signal that is ignored already, as by nohup(1), stays ignored, except SIGTERM. Once it was raised, all are
-    ignored.
+    A signal that is ignored already, as by nohup(1), stays ignored, except SIGTERM. After `Interrupted` was raised, all
+    are ignored.
 
-    Python can lose a signal, which must not end in a wait without limit: one that comes just before a system call does
-    not end it, and what is raised in a destructor or a callback is only reported (since 3.8 to a hook). So it is sent
-    again until `Interrupted` is raised, and again when that was lost.
+    Python can lose a signal, and the run must not wait without limit because of that: a signal that arrives just before
+    a system call does not end the call, and an exception in a destructor or a callback is only reported (since 3.8 to a
+    hook). So the signal is sent again until `Interrupted` is raised, and again if that exception was lost.
     """
     caught = [each for each in ENDING if each == signal.SIGTERM or signal.getsignal(each) != signal.SIG_IGN]
 
@@ -86,17 +85,17 @@ def unwind() -> None:
 
 
 def ignore() -> None:
-    """Let nothing raise `Interrupted` any more."""
+    """Ignore the signals in `ENDING` from now on, so that `Interrupted` is not raised any more."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let the signals in `ENDING` come after the `with` statement, which must be short.
+    """Delay the signals in `ENDING` until after the `with` statement, which must be short.
 
-    So a child can be started that is known before anything is raised. Signals that are ignored stay so; in a thread
-    other than the main thread, where none raises anything, there is nothing to do.
+    For example, a child is started and noted before anything is raised. Signals that are ignored stay ignored. In a
+    thread other than the main thread there is nothing to do: no signal raises anything there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -116,15 +115,15 @@ def held() -> Iterator[None]:
 
 
 def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = None) -> T:
-    """Do `work` in a thread, where no signal handler can cut it short, and return or raise what it does.
+    """Do `work` in a thread, where no signal handler can interrupt it, and return its result or raise its exception.
 
-    If a signal's exception arises in the caller in that time, `cancel` (if any) is called, `work` is waited for, and
-    only then does the exception continue. `work` must have its own deadline.
+    If a signal's exception is raised in the caller while `work` runs, this calls `cancel` (if given), waits for `work`,
+    and only then lets the exception continue. `work` must have its own deadline.
     """
     results: List[T] = []
     errors: List[BaseException] = []
     allowed: List[bool] = []
-    # nothing of `threading`: an exception in its Python code can leave a lock taken, or get lost in a callback
+    # `threading` is not used: an exception in its Python code can leave a lock taken, or get lost in a callback
     gate, finished = _thread.allocate_lock(), _thread.allocate_lock()
     gate.acquire()
     finished.acquire()
@@ -146,7 +145,7 @@ def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = No
         finished.acquire()
     except BaseException:
         if gate.locked():
-            gate.release()  # the thread may still stand at it
+            gate.release()  # the thread may still wait for it
         if cancel is not None:
             cancel()
         while allowed and not results and not errors:
@@ -158,7 +157,7 @@ def undisturbed(work: Callable[[], T], cancel: Optional[Callable[[], None]] = No
 
 
 def _insist() -> None:
-    """Start a thread that sends the first signal that comes again, for as long as it is not ignored."""
+    """Start a thread that sends the first signal that arrives again and again, as long as it is not ignored."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)

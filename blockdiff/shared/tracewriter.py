@@ -1,8 +1,8 @@
-"""The trace of a run, for an issue report: phases, child processes, frames by kind and size, and what was waited for.
+"""The trace of a run, for an issue report: phases, child processes, frames by kind and size, and how long each took.
 
 Shipped to the host: standard library only, Python 3.6 or newer. It is imported only if a trace is asked for. The
-server appends lines to a file; the agent sends its lines over the connection (TRACE), each with its own clock.
-Frames of control have a line each. Frames of bulk are counted, and have a line for each kind and second.
+server appends lines to a file; the agent sends its lines over the connection (TRACE), with times of its own clock.
+Each control frame has a line. Bulk frames are counted, and have one line for each kind and second.
 """
 
 import os
@@ -17,19 +17,19 @@ from typing import Callable, Dict, List, Optional, Sequence
 from blockdiff.shared import wire
 from blockdiff.shared.errors import ConnectionLost, printable
 
-#: How each trace begins: a file that begins otherwise is not written to.
+#: How each trace begins: nothing is appended to a file that begins otherwise.
 MAGIC = "blockdiff trace\n"
-#: Most that a server writes of what one agent says, in bytes: a day comes to less.
+#: How much of one agent's trace the server writes at most, in bytes: a run of a day has less.
 AGENT_LIMIT = 64 << 20
-#: Frames of bulk are counted for this long before they are reported, in seconds.
+#: Bulk frames are counted for this long before they are reported, in seconds.
 _COUNT_S = 1.0
 _BULK = (wire.ALIVE, wire.TABLE, wire.DATA, wire.ZERO, wire.PROGRESS, wire.WANT, wire.BYTES, wire.LENT, wire.TAKEN_OUT)
 
 
 class TraceFile:
-    """The file that a trace is appended to; it never ends a run.
+    """The file that a trace is appended to; an error of the trace never ends a run.
 
-    `failure` is why lines are missing, None if all were written. Times are the server's, and never go back.
+    `failure` says why lines are missing; None if all were written. Times are the server's, and never go back.
     """
 
     def __init__(self, path: str) -> None:
@@ -65,14 +65,14 @@ class TraceFile:
         stall_s: "Optional[float]",
         crc32: "Callable[[wire.Buffer, int], int]",
     ) -> wire.Link:
-        """Return the server's end of a connection, which is traced."""
+        """Return the server's end of a connection, with a trace of it."""
         self._links += 1
         return _ServerLink(self, self._links, carrier, silence_s, stall_s, crc32)
 
 
 def _open(path: str) -> int:
     """Open a trace to append to; raises `OSError`, and `ValueError` for a file that is not a trace."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK  # a FIFO must not be waited for
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK  # never wait for a FIFO
     fd = os.open(path, flags, 0o600)
     try:
         magic = MAGIC.encode("ascii")
@@ -88,16 +88,16 @@ def _open(path: str) -> int:
 
 
 class _Counter:
-    """Frames of one direction: what is reported of them, and when. Calls must not overlap."""
+    """Counts and reports the frames of one direction. Calls must not overlap."""
 
     def __init__(self, verb: str, report: "Callable[[str], None]") -> None:
         self._verb = verb
         self._report = report
-        self._counted: Dict[int, List[float]] = {}  # of each kind of bulk: frames, bytes, seconds
+        self._counted: Dict[int, List[float]] = {}  # for each kind of bulk frame: frames, bytes, seconds
         self._since = time.monotonic()
 
     def add(self, kind: int, length: int, took_s: float) -> None:
-        """Take one frame of `length` bytes that took `took_s` seconds to send, or to arrive."""
+        """Count or report a frame of `length` bytes that took `took_s` seconds to send, or to arrive."""
         if kind in _BULK:
             counted = self._counted.setdefault(kind, [0, 0, 0.0])
             counted[0] += 1
@@ -110,7 +110,7 @@ class _Counter:
             self._report("{} {}, {} bytes, in {:.6f} s".format(self._verb, wire.kind_name(kind), length, took_s))
 
     def flush(self) -> None:
-        """Report what is counted."""
+        """Report the frames that were counted."""
         for kind, (frames, length, took_s) in self._counted.items():
             said = "{} {} x {:.0f}, {:.0f} bytes, in {:.6f} s"
             self._report(said.format(self._verb, wire.kind_name(kind), frames, length, took_s))
@@ -139,7 +139,7 @@ class _TracedLink(wire.Link):
         self._out.add(kind, sum(len(part) for part in parts), time.monotonic() - begun)
 
     def receive(self) -> wire.Frame:
-        """See `wire.Link`. The time is that from asking for the frame to its header."""
+        """See `wire.Link`. The time is measured from the call until the header has arrived."""
         begun = time.monotonic()
         try:
             frame = self._next()
@@ -155,7 +155,7 @@ class _TracedLink(wire.Link):
 
 
 class _ServerLink(_TracedLink):
-    """The server's end, which takes the agent's lines out of what it receives."""
+    """The server's end, which takes the agent's trace lines out of the frames that it receives."""
 
     last_kind = wire.TRACE
 
@@ -191,9 +191,9 @@ class _ServerLink(_TracedLink):
 
 
 class AgentLink(_TracedLink):
-    """The agent's end: what it reports goes to the server after the next frame that is sent.
+    """The agent's end: the lines that it reports are sent to the server after the next frame that is sent.
 
-    So the thread that receives never sends, and never waits for a server that takes nothing.
+    So the thread that receives never sends, and never waits for a server that does not read.
     """
 
     def __init__(self, carrier: wire.Carrier, silence_s: float) -> None:
@@ -204,8 +204,8 @@ class AgentLink(_TracedLink):
         self.report("python {} on {}, process {}".format(sys.version.split()[0], sys.platform, os.getpid()))
 
     def report(self, text: str) -> None:
-        """Keep a line, with the agent's own time."""
-        with self._reporting:  # lines stay in the order of their times
+        """Keep a line, with the time of the agent's clock."""
+        with self._reporting:  # so lines are in the order of their times
             self._lines.append("{:.6f} s: {}".format(time.monotonic() - self._begun, printable(text, 400)))
 
     def _send(self, kind: int, parts: Sequence[wire.Buffer], offset: int) -> None:

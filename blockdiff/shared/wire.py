@@ -6,10 +6,10 @@ A frame is a header of 24 bytes and at most `MAX_PAYLOAD` bytes::
 
     u8 kind, 3 zero bytes, u32le length, u32le sequence, u64le offset, u32le crc
 
-`length` counts the payload, `sequence` the frames sent in this direction, from 0. `offset` is a place in the image in
-bytes, if the kind has one. `crc` is the CRC-32 of all else: the header before it, and the payload. Control frames
-carry JSON, bulk frames raw bytes.
-SSH already guards what it carries; CRC and sequence hold for every transport, and cost little.
+`length` is the size of the payload in bytes. `sequence` counts the frames sent in this direction, from 0. `offset` is a
+place in the image in bytes, if the kind of frame has one. `crc` is the CRC-32 of everything else: the header before it,
+and the payload. Control frames carry JSON, bulk frames raw bytes.
+SSH already protects its data; CRC and sequence protect every transport, and cost little.
 """
 
 import json
@@ -25,42 +25,42 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, 
 from blockdiff.shared.errors import ConnectionLost, ProtocolError
 from blockdiff.shared.fields import Fields
 
-# Frame kinds: plain numbers, because each frame is compared with several. These may come from both sides:
-ALIVE = 1  # nothing: the sender is still there
+# Frame kinds: plain numbers, because each frame is compared with several of them. Both sides may send these:
+ALIVE = 1  # empty: the sender is still alive
 ERROR = 2  # JSON: what ended the sender's part of the run
 # One run, in this order; the server need not wait for an answer before it continues:
 HELLO = 3  # JSON, agent: what it is and what it found
 REQUEST = 4  # JSON, server: which sources, and how to take them
-READY = 5  # JSON, agent: all that can be checked while writers continue was checked
+READY = 5  # JSON, agent: it has checked everything that can be checked while writers continue
 TAKE = 6  # server: make the snapshots now
 TAKEN = 7  # JSON, agent: they are made, and writers may continue
 # For each source in turn:
 SCAN = 8  # JSON, server: send what changed
 SOURCE = 9  # JSON, agent: what the source is
-TABLE = 10  # server: digests of the previous generation, the first at byte `offset` of them, as far as WANT allows
+TABLE = 10  # server: digests of the previous generation, from byte `offset` of the digests on, as far as WANT allows
 DATA = 11  # agent: whole blocks at `offset`; only the image's last may be short
 ZERO = 12  # agent: u64le length: this many zero bytes at `offset`
-PROGRESS = 13  # agent: everything below `offset` was examined
+PROGRESS = 13  # agent: everything before `offset` was examined
 WANT = 14  # agent: u64le start: digests from byte `start` of the table on may be sent, up to byte `offset`
-TOTALS = 15  # JSON, agent: what the scan came to
+TOTALS = 15  # JSON, agent: the totals of the scan
 # After the last source:
-END = 16  # JSON, agent: all is put away; nothing follows
-# A socket of the host, carried to the server and back (`blockdiff.host.relay`):
+END = 16  # JSON, agent: the clean-up is done; nothing follows
+# A socket of the host, relayed to the server and back (`blockdiff.host.relay`):
 OPEN = 17  # JSON, server: connect to it
-BYTES = 18  # what came from this side's end; empty: its last
-CLOSE = 19  # server: its end was closed; agent: so is the host's, and the relay is over
-# If both are on one machine and have memory in common (`blockdiff.host.sharedbuffers`):
-LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` lie at that place of the memory
-TAKEN_OUT = 21  # server: the next of the runs that LENT named was taken out
-# In place of a run:
+BYTES = 18  # bytes that this side's socket received; empty: end of its data
+CLOSE = 19  # server: its socket was closed; agent: the host's socket was closed, too, and the relay has ended
+# If both are on one machine and share memory (`blockdiff.host.sharedbuffers`):
+LENT = 20  # agent: u64le place, u64le length: the bytes of a DATA frame at `offset` are at that place of the memory
+TAKEN_OUT = 21  # server: the next of the runs that LENT named was copied out
+# Instead of a run:
 SNAPSHOTS = 22  # JSON, server: remove these snapshots of ours; agent: what was removed, and which exist; END follows
 # At any time after a frame of the agent's, if a trace was asked for (`blockdiff.shared.tracewriter`):
-TRACE = 23  # agent: one line of it
-# Their names; there is no other number yet.
+TRACE = 23  # agent: one line of the trace
+# The names of the kinds; up to here, no other name of this module is a number.
 _KINDS = {value: name for name, value in globals().copy().items() if isinstance(value, int)}
 
-#: Changes whenever server and agent of different versions would misunderstand each other. They never meet in normal
-#: use: the server pushes its own agent.
+#: Is increased with each change that makes older agents or servers incompatible. In normal use these never meet: the
+#: server pushes its own agent.
 PROTOCOL = 3
 
 HEADER = struct.Struct("<B3xIIQI")
@@ -69,34 +69,35 @@ _CRC = struct.Struct("<I")
 MAX_PAYLOAD = 4 << 20
 #: Largest JSON payload.
 MAX_CONTROL = 1 << 20
-#: Largest number in one: more than anything there is to count.
+#: Largest number in a JSON payload: more than any real count.
 MAX_INTEGER = (1 << 63) - 1
 
-#: Most places outside of a database's directory that READY names.
+#: READY names at most this many places outside of a database's directory.
 MAX_OUTSIDE = 1000
-# Why a snapshot of ours is there: a run is at work; the next run continues from it; its run died, and the next one
+# Why a snapshot of ours exists: its run still works; it is kept for the next run; its run died, and the next one
 # removes it.
 RUNNING = "running"
 KEPT = "kept"
 DEAD = "dead"
 
-# Bytes that are read at once if less is asked for: many small frames come with one call, and little of a large one's
-# payload is copied twice.
+# Bytes to read at once if fewer are needed: so one call reads many small frames, and only a small part of a large
+# frame's payload is copied twice.
 _AHEAD = 16 << 10
 
-#: Bytes of digests that the agent is ready to hold. Several times what one batch of a scan needs.
+#: Bytes of digests that the agent buffers. Several times what one batch of a scan needs.
 TABLE_WINDOW = 1 << 20
 
 #: Each side sends something at least this often, in seconds ...
 HEARTBEAT_S = 10.0
-#: ... and gives up the other side after this much silence. A host under heavy load may stall for a while.
+#: ... and gives up on the other side after this many seconds of silence. A host under heavy load may stall for a while.
 SILENCE_S = 120.0
-#: An agent that is there but gets nothing done for this long is given up: a disk that never answers, or ill will.
+#: A side that is alive but makes no progress for this many seconds is given up on: a disk does not answer, or the side
+#: is malicious.
 STALL_S = 3600.0
 
 
 def kind_name(kind: int) -> str:
-    """Return what a frame's kind is called, for messages."""
+    """Return the name of a frame's kind, for messages."""
     return _KINDS[kind]
 
 
@@ -104,7 +105,7 @@ Buffer = Union[bytes, bytearray, memoryview]
 
 
 class Carrier(ABC):
-    """What carries the bytes of a `Link`, both ways."""
+    """Carries the bytes of a `Link` in both directions."""
 
     @abstractmethod
     def readinto(self, view: memoryview, timeout_s: float) -> int:
@@ -151,7 +152,7 @@ class Pipe(Carrier):
 
 
 class Frame(NamedTuple):
-    """The header of a frame whose payload is still to be read."""
+    """The header of a frame whose payload was not read yet."""
 
     kind: int
     length: int
@@ -161,12 +162,12 @@ class Frame(NamedTuple):
 class Link:
     """One end of the connection: sends and receives frames.
 
-    Any thread may send; one thread receives. `silence_s` is how long the other side may say nothing, `stall_s` how long
-    it may say nothing but ALIVE (None: no limit), and `deadline` a time of `time.monotonic` after which nothing is
-    received any more (None: never). `crc32` is a faster `zlib.crc32`, if there is one.
+    Any thread may send; one thread receives. `silence_s` is how long the other side may send nothing, `stall_s` how
+    long it may send nothing but ALIVE (None: no limit), and `deadline` the time (`time.monotonic`) after which nothing
+    is received any more (None: no deadline). `crc32` may be a faster function than `zlib.crc32`.
     """
 
-    #: The last of the frame kinds that this end takes: nobody sends TRACE to one that did not ask for it.
+    #: The last of the frame kinds that this end accepts: TRACE is sent only to an end that asked for it.
     last_kind = SNAPSHOTS
 
     def __init__(
@@ -186,7 +187,7 @@ class Link:
         self._received = 0
         self._header = bytearray(HEADER.size)
         self._ahead = memoryview(bytearray(_AHEAD))
-        self._waiting = self._ahead[:0]  # what was read and not asked for yet
+        self._waiting = self._ahead[:0]  # what was read and not needed yet
         self._remaining = 0
         self._crc = 0
         self._expected_crc = 0
@@ -202,7 +203,7 @@ class Link:
         self.send(kind, json.dumps(fields).encode("ascii"))
 
     def send_alive(self) -> None:
-        """Say that this side is there, unless another thread is sending just now, which says the same."""
+        """Send ALIVE, unless another thread is sending at this moment: its frame shows the same."""
         if self._send_lock.acquire(False):
             try:
                 self._send(ALIVE, (), 0)
@@ -219,10 +220,10 @@ class Link:
         self._carrier.write((header + _CRC.pack(crc),) + tuple(parts))
 
     def receive(self) -> Frame:
-        """Return the next frame's header, ALIVE frames aside; the payload must then be read, to its last byte.
+        """Return the next frame's header, skipping ALIVE frames; the caller must then read the payload completely.
 
-        Raises `ConnectionLost` if the other side has ended or after `silence_s` seconds of silence, and
-        `ProtocolError` for a frame that cannot be. ALIVE frames alone are not enough for longer than `stall_s` seconds.
+        Raises `ConnectionLost` if the other side has ended, after `silence_s` seconds of silence, and after `stall_s`
+        seconds with nothing but ALIVE frames; `ProtocolError` for a frame that is not valid.
         """
         begun = time.monotonic()
         while True:
@@ -247,7 +248,7 @@ class Link:
                 raise ConnectionLost("alive, but nothing done for {:g} s".format(self.stall_s), silent=True)
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the next bytes of the payload; its end is checked against the frame's CRC."""
+        """Fill `view` with the next bytes of the payload; after the last byte, the frame's CRC is checked."""
         if len(view) > self._remaining:
             raise ProtocolError("frame is {} bytes short".format(len(view) - self._remaining))
         if not len(view):
@@ -282,7 +283,7 @@ class Link:
             raise ProtocolError("frame {} was damaged on the way".format(self._received - 1))
 
     def _fill(self, view: memoryview) -> None:
-        """Fill `view` with what comes next; what is short is read together with what follows it, if that is there."""
+        """Fill `view` with the next bytes; a short read also reads what follows, if it has arrived already."""
         filled, size = 0, len(view)
         while filled < size:
             if not self._waiting and size - filled < _AHEAD:
@@ -317,7 +318,7 @@ class Link:
 
 
 class Heartbeat:
-    """A thread that says ALIVE over a link every `interval_s` seconds, from `start` to `stop` or to the link's end."""
+    """A thread that sends ALIVE over a link every `interval_s` seconds, from `start` to `stop` or to the link's end."""
 
     def __init__(self, link: Link, interval_s: float) -> None:
         self._link = link
@@ -330,7 +331,7 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end; it is not waited for, because it may be stuck in a write until the connection closes."""
+        """Let the thread end, but do not wait for it: it may be stuck in a write until the connection closes."""
         self._stopped.set()
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""Push the agent to where the source is: over the system's ssh, over paramiko, or into a child of our own."""
+"""Start the agent where the source is: over the system's ssh, over paramiko, or in a child process on this machine."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ NAMES = ("ssh", "paramiko")
 
 
 def connect(address: Address, name: str | None = None, options: Sequence[str] = ()) -> Connection:
-    """Return a connection to a command on `address` that is about to become the agent.
+    """Return a connection to a command on `address` that will become the agent.
 
-    `name` is one of `NAMES`; None takes the system's ssh if there is one. `options` are like ``Port=2222``. Raises
-    `TransportError` if the connection cannot be made (with ssh, that shows when the agent is pushed).
+    `name` is one of `NAMES`; None means the system's ssh if it is installed. `options` are like ``Port=2222``. Raises
+    `TransportError` if the connection cannot be made (with ssh, that is known only when the agent is pushed).
     """
     if address.host is None:
         return child.local()
@@ -26,7 +26,7 @@ def connect(address: Address, name: str | None = None, options: Sequence[str] = 
         )
     if name == "ssh" or (name is None and installed):
         return openssh.SshConnection(address, options)
-    from blockdiff.transport import paramiko_ssh  # here, because its import takes longer than a small backup
+    from blockdiff.transport import paramiko_ssh  # imported here, because that takes longer than a small backup
 
     return paramiko_ssh.ParamikoConnection(address, options)
 
@@ -34,9 +34,9 @@ def connect(address: Address, name: str | None = None, options: Sequence[str] = 
 def begin(
     address: Address, name: str | None = None, options: Sequence[str] = (), prefix: Sequence[str] = ()
 ) -> Connection:
-    """Return a connection as `connect` does, on which the agent is on its way: the host works on it from now on.
+    """Return a connection like `connect`, over which the agent was sent already: the host starts it while we continue.
 
-    `prefix` is a command to run the agent under. Raises `TransportError` if that cannot be sent.
+    `prefix` is a command that runs the agent. Raises `TransportError` if the agent cannot be sent.
     """
     connection = connect(address, name, options)
     try:

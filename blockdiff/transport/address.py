@@ -28,12 +28,12 @@ class Address:
 
     @property
     def machine(self) -> str | None:
-        """``host`` or ``host:port``, which distinguishes machines with one name; None for this machine."""
+        """``host`` or ``host:port``, so machines with the same name are distinguished; None for this machine."""
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
     @property
     def login(self) -> str:
-        """``user@host``, ``host``, or ``localhost``: how messages call the machine."""
+        """``user@host``, ``host``, or ``localhost``: the machine's name in messages."""
         host = printable(self.host or "localhost", 300)
         return host if self.user is None else f"{printable(self.user, 100)}@{host}"
 
@@ -41,8 +41,8 @@ class Address:
 def parse(text: str) -> Address:
     """Return the address that `text` names; raises `UsageError` if it names none.
 
-    As for scp, a colon that comes before any slash ends a host. What has neither is a file on this machine, and must be
-    there: its path becomes an absolute one.
+    As for scp, a colon before any slash ends the name of a host. Other text without a leading slash is the path of a
+    file on this machine, which must exist: it is made absolute.
     """
     if "\0" in text:
         raise UsageError("a source cannot contain a NUL character")
@@ -53,7 +53,7 @@ def parse(text: str) -> Address:
     match = _REMOTE.fullmatch(text)
     if match is None and text:
         return Address(None, _absolute(text))
-    if match is None or match["path"].startswith("//"):  # http://host/x names no host called http
+    if match is None or match["path"].startswith("//"):  # http://host/x does not name a host "http"
         raise UsageError(f"cannot understand the source {printable(text, 300)}", _FORMS)
     if not match["path"].startswith("/"):
         raise UsageError(
@@ -64,7 +64,7 @@ def parse(text: str) -> Address:
 
 
 def _absolute(text: str) -> str:
-    """Return the absolute path of a file of this machine, the same whichever way it is named from here."""
+    """Return the absolute path of a file on this machine: always the same, whatever relative path names it."""
     if not os.path.lexists(text):
         raise UsageError(f"cannot understand the source {printable(text, 300)}: there is no such file here", _FORMS)
     directory, name = os.path.split(text)
@@ -72,9 +72,9 @@ def _absolute(text: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise `UsageError` if the NAME of a chain that is to be written is more likely a source, or a directory.
+    """Raise `UsageError` if the NAME of a chain that is to be written is probably a source, or is a directory.
 
-    A directory beside a chain of the same name does not matter.
+    A directory with the same name as an existing chain is allowed.
     """
     if name.startswith("ssh://") or ((match := _REMOTE.fullmatch(name)) is not None and match["path"].startswith("/")):
         raise UsageError(f"{printable(name, 300)} is in the place of NAME, but is a source", _ORDER)
@@ -93,7 +93,7 @@ def check_name(name: str) -> None:
 
 
 def parse_login(text: str) -> Address:
-    """Return the address of ``[user@]host`` without a path, as the original's commands take it."""
+    """Return the address of ``[user@]host`` without a path, as the original's commands accept it."""
     match = _HOST.fullmatch(text)
     if match is None:
         raise UsageError(f"cannot understand the host {printable(text, 300)}", "use [user@]host")
@@ -110,7 +110,7 @@ def _parse_url(text: str) -> Address:
 
 
 def _decoded(text: str) -> str:
-    """Return what is percent-encoded in a URL: a blank is %20 there."""
+    """Decode the percent-encoding of a URL: a blank is %20 there."""
     return unquote_to_bytes(text.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
 
 
@@ -127,7 +127,7 @@ def _address(
     match: "re.Match[str]", path: str, port: int | None, text: str, decode: Callable[[str], str] = str
 ) -> Address:
     host, user = match["host"].strip("[]"), match["user"] and decode(match["user"])
-    if "%25" in host and decode is not str:  # RFC 6874; who leaves out the 25 is understood as well
+    if "%25" in host and decode is not str:  # RFC 6874; a % without the 25 is accepted as well
         host = host.replace("%25", "%", 1)
     if host.startswith("-") or (user or "").startswith("-"):
         raise UsageError(f"a host or user cannot begin with a dash: {printable(text, 300)}", _FORMS)

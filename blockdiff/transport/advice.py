@@ -1,7 +1,7 @@
-"""Why there is no agent: one table from each cause to what is said and what to do, and how a cause is recognised.
+"""Why there is no agent: a table with a message and a hint for each cause, and how a cause is recognised.
 
-A cause is recognised by what ssh itself says (see `openssh`), by the exit status of the command that should have become
-the agent, or by what paramiko raises; never by words that the host could have printed.
+A cause is recognised by ssh's own messages (see `openssh`), by the exit status of the command that should have become
+the agent, or by paramiko's exceptions; never by words that the host could have printed.
 """
 
 import re
@@ -18,11 +18,11 @@ DEFAULT_KNOWN_HOSTS = "~/.ssh/known_hosts"
 
 
 class UnreachedError(TransportError):
-    """The host was not reached, or ended the connection before the login: it may take one a moment later."""
+    """The host was not reached, or ended the connection before the login: a later try may succeed."""
 
 
 class Cause(Enum):
-    """Why there is no agent: a sentence and a hint. `failure` has the fields that stand in braces."""
+    """Why there is no agent: a message and a hint. `failure` fills in the fields in braces."""
 
     UNKNOWN_KEY = (
         "the host key of {login} is not known",
@@ -89,10 +89,10 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where SSH goes: `login` is what messages call it, `name` what ssh does, if that is not the same.
+    """Where SSH connects to: `login` is its name in messages, `name` its name for ssh, if that is another.
 
-    Its key is known as `alias`, or else by `host` and `port`; `known_hosts` is the file to add it to. `proxy` is what
-    leads there, in words.
+    Its key is known under `alias`, or else under `host` and `port`; `known_hosts` is the file to add the key to. The
+    connection goes through `proxy`, which is a description in words.
     """
 
     login: str
@@ -111,7 +111,7 @@ class Place:
         return self.host if self.port in (None, 22) else f"[{self.host}]:{self.port}"
 
     def fields(self) -> dict[str, str]:
-        """Return what sentences and hints need of it; commands are quoted for a shell."""
+        """Return the fields for messages and hints; commands are quoted for a shell."""
         port = f"-p {self.port} " if self.port not in (None, 22) else ""
         known = DEFAULT_KNOWN_HOSTS if self.known_hosts is None else shlex.quote(self.known_hosts)
         renamed = " | sed " + shlex.quote(f"s/^[^ ]*/{self.alias}/") if self.alias is not None else ""
@@ -127,7 +127,7 @@ class Place:
 
 
 def place(address: Address) -> Place:
-    """Return where `address` is as long as no settings are known."""
+    """Return the place of `address`, without any of ssh's settings."""
     return Place(address.login, address.host or "localhost", address.port)
 
 
@@ -141,7 +141,7 @@ def failure(cause: Cause, where: Place, said: str = "", **fields: str) -> Blockd
     return kinds.get(cause, TransportError)(sentence.format_map(known), hint.format_map(known))
 
 
-#: What the exit status of the command that should have become the agent means.
+#: The cause for each exit status of the command that should have become the agent.
 STATUSES = {
     loader.NO_PYTHON: Cause.NO_PYTHON,
     loader.TOO_OLD: Cause.TOO_OLD,
@@ -152,7 +152,7 @@ STATUSES = {
     loader.OTHER_SHELL: Cause.OTHER_SHELL,
 }
 
-# What ssh says for each cause, as long as there was no login. The first row that fits any line counts.
+# ssh's messages for each cause, before the login. The first row that matches any line counts.
 _SAYS = (
     (Cause.CHANGED_KEY, re.compile(r"@\s+WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED")),
     (Cause.REVOKED_KEY, re.compile(r"@\s+WARNING: REVOKED HOST KEY")),
@@ -166,12 +166,12 @@ _SAYS = (
     (Cause.DROPPED, re.compile(r"(kex|ssh)_exchange_identification|(Connection|Received disconnect) .*")),
 )
 
-# the option that allows more of what both sides must have in common
+# the option that allows more algorithms, by the kind of algorithm that both sides must have in common
 _OPTIONS = {"cipher": "Ciphers", "MAC": "MACs", "key exchange method": "KexAlgorithms"}
 
 
 def from_ssh(where: Place, lines: Sequence[str]) -> BlockdiffError | None:
-    """Return the error that ssh's own words before the login speak of, None if they are not well known."""
+    """Return the error that ssh's own messages before the login report; None if they are not in the table."""
     for cause, pattern in _SAYS:
         for line in lines:
             if (match := pattern.match(line)) is None:
@@ -183,11 +183,11 @@ def from_ssh(where: Place, lines: Sequence[str]) -> BlockdiffError | None:
 
 
 def lost(where: Place, error: ConnectionLost, ended: str = "", said: str = "") -> BlockdiffError:
-    """Return the error for a connection that broke for no well-known reason; `ended` is how the command did."""
+    """Return the error for a connection that broke for another reason; `ended` is how the command ended."""
     return failure(Cause.LOST, where, said, why=error.message, if_ended=f" ({ended})" if ended else "")
 
 
 def last_words(lines: Iterable[str], count: int = 3) -> str:
-    """Return the last lines that say something, for a message: what ssh frames by ``@`` is a heading."""
+    """Return the last lines that are not empty, for a message, without the lines of ``@`` around ssh's headings."""
     said = [line.strip() for line in lines if line.strip() and not line.startswith("@@")]
     return "; ".join(said[-count:])

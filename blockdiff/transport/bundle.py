@@ -1,6 +1,6 @@
-"""What is sent to a host: the command that finds a Python there, and the bytes that make it the agent.
+"""What is sent to a host: the command that finds a Python there, and the bytes that make this Python the agent.
 
-The same bytes serve hosts over SSH, local sources, and the tests.
+The same bytes are used for hosts over SSH, for local sources, and in the tests.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from functools import cache
 from blockdiff import __version__
 from blockdiff.host import loader
 
-#: What is shipped, of the directory of the package: these rooms and modules, which need the standard library alone.
+#: The rooms and modules of the package that are shipped: they need only the standard library.
 SHIPPED = ("shared", "host", "dump", "lvm")
 
 NONCE_SIZE = 16
 
-# names under which a Python 3 is found, the likeliest first; RHEL's own is not on the PATH
+# names of Python 3, the most common first; RHEL's own Python is not in the PATH
 _PYTHONS = (
     "python3 /usr/libexec/platform-python /usr/bin/python3 /usr/local/bin/python3 "
     "python3.13 python3.12 python3.11 python3.10 python3.9 python3.8 python3.7 python3.6"
@@ -40,8 +40,8 @@ if take(8)!=%r: sys.exit(%d)
 exec(take(int(take(8))))
 """ % (loader.DAMAGED, loader.FOR_SHELLS, loader.DAMAGED)
 
-# Hexadecimal digits mean the same to every shell. The lines travel as their own argument, and the loader finds
-# them at the same place when it starts itself again under a prefix.
+# Hexadecimal digits mean the same in every shell. The lines are a separate argument; the loader finds them at the same
+# place when it starts itself again with a prefix.
 
 _LABEL = "blockdiff-agent"
 
@@ -55,9 +55,9 @@ def local_command() -> list[str]:
 
 
 def remote_command() -> str:
-    """Return the command line that starts the agent on a host: a constant, whatever its login shell is.
+    """Return the command line that starts the agent on a host: a constant, for every login shell.
 
-    sh, csh and fish agree on single quotes as long as there is no quote, backslash, exclamation mark or newline inside.
+    sh, csh and fish treat single quotes alike if there is no quote, backslash, exclamation mark or newline inside.
     """
     probe = '-I -c "import sys;sys.exit(sys.version_info<(3,6))" </dev/null 2>/dev/null'
     start = f'-I -c "{loader.START}" {_LABEL} {_FIRST_LINES.hex()}'
@@ -70,9 +70,10 @@ def remote_command() -> str:
 
 
 def pinned_command(granted: Sequence[str]) -> str:
-    """Return the command line for ``command=`` in ``authorized_keys`` that accepts this very agent and no other.
+    """Return the command line for ``command=`` in ``authorized_keys`` that accepts only this version of the agent.
 
-    `granted` says what it may be asked for: see `blockdiff.shared.grant`. Each word is quoted for the login shell.
+    `granted` says what the key may ask the agent for: see `blockdiff.shared.grant`. Each word is quoted for the login
+    shell.
     """
     run = "import sys,zlib;exec(zlib.decompress(bytes.fromhex(sys.argv[2])))"
     source = zlib.compress(_source(_LOADER).encode("utf-8"), 9).hex()
@@ -80,7 +81,7 @@ def pinned_command(granted: Sequence[str]) -> str:
 
 
 def pinned_script() -> str:
-    """Return the same as a program to install on the host: what is granted are its arguments."""
+    """Return the same as a program to install on the host; its arguments are what is granted."""
     return (
         f"#!/usr/bin/python3 -I\n# accepts the agent of blockdiff {__version__}, for what its arguments grant\n"
         f'import sys\nsys.argv[1:1] = ["{loader.PINNED}", "", "{agent_id()}"]\n{_source(_LOADER)}'
@@ -88,15 +89,14 @@ def pinned_script() -> str:
 
 
 def agent_id() -> str:
-    """Return the SHA-256 of the shipped modules, in hexadecimal: what a pinned key accepts."""
+    """Return the SHA-256 of the shipped modules, in hexadecimal: a pinned key accepts only this one."""
     return hashlib.sha256(_modules()).hexdigest()
 
 
 def startup(nonce: bytes, prefix: Sequence[str] = (), traced: bool = False) -> bytes:
-    """Return what the started command reads from standard input to become the agent, which begins with `nonce`.
+    """Return what the command reads from standard input to become the agent, whose output begins with `nonce`.
 
-    `prefix` is a command to run the agent under, such as ``ionice -c3 nice``. One that is `traced` reports what it
-    does.
+    `prefix` is a command that runs the agent, such as ``ionice -c3 nice``. With `traced`, the agent sends a trace.
     """
     archive = _archive()
     first = _with_loader({"prefix": list(prefix)}) if prefix else b""
@@ -122,7 +122,7 @@ def _modules() -> bytes:
 
 @cache
 def shipped() -> tuple[str, ...]:
-    """Return the files that are shipped, by their paths in the package and in the order of these."""
+    """Return the paths of the files that are shipped, relative to the package and sorted."""
     found = []
     for name in SHIPPED:
         if os.path.isdir(os.path.join(_PACKAGE, name)):

@@ -1,4 +1,4 @@
-"""Connections that are child processes: the agent on this machine, and what `openssh` builds on."""
+"""Connections that are child processes: for the agent on this machine, and as the base of `openssh`."""
 
 import fcntl
 import os
@@ -16,19 +16,19 @@ from blockdiff.transport.advice import Place
 from blockdiff.transport.connection import Connection, Exit, Tail
 from blockdiff.transport.sharedmemory import SharedMemory
 
-#: Size of the pipes to and from the child in bytes, if the system allows it: fewer switches between the processes.
+#: Size of the pipes to and from the child in bytes, if the system allows it: so the processes switch less often.
 PIPE_SIZE = 1 << 20
-#: How long an agent on this machine may take to put everything away once it is asked to end, in seconds: LVM is slow.
+#: How long an agent on this machine may take to clean up when it is asked to end, in seconds: LVM is slow.
 UNWIND_TIMEOUT_S = 60.0
 #: This machine.
 HERE = Place("localhost", "localhost")
 
 
 class ChildConnection(Connection):
-    """A command that runs as our child and speaks on its standard input and output.
+    """A command that runs as our child; the connection is its standard input and output.
 
-    `stop_timeout_s` is how long it may take to end when it is asked to, before it is killed; `memory` is what it
-    inherits, and is closed with the connection.
+    `stop_timeout_s` is how long it may take to end when it is asked to, before it is killed. The command inherits
+    `memory`, which is closed with the connection.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ChildConnection(Connection):
         self._program = arguments[0]
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._closed = False
-        self._ended_s: float | None = None  # when we saw it
+        self._ended_s: float | None = None  # when we noticed it
         try:
             self._child = subprocess.Popen(
                 arguments,
@@ -74,9 +74,10 @@ class ChildConnection(Connection):
             return 0 if self._is_over(timeout_s) else self._pipe.readinto(view, 0)
 
     def _is_over(self, timeout_s: float) -> bool:
-        """Wait for something to read; return whether the command has ended, and who still holds its pipe says nothing.
+        """Wait for something to read; return True if there is nothing and the command has ended.
 
-        Raises `ConnectionLost` if nothing came for `timeout_s` seconds.
+        Processes that still hold its pipe are then silent. Raises `ConnectionLost` if nothing arrived for `timeout_s`
+        seconds.
         """
         deadline = time.monotonic() + timeout_s
         ended = False
@@ -100,7 +101,7 @@ class ChildConnection(Connection):
         writable = select.poll()
         writable.register(self._input, select.POLLOUT)
         deadline = time.monotonic() + timeout_s
-        # a pipe that is ready takes this many bytes at once without blocking; ours may hold less than the agent
+        # a pipe that is ready accepts this many bytes without blocking; a whole pipe may hold less than the agent
         for begin in range(0, len(data), select.PIPE_BUF):
             if not writable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise ConnectionLost(f"waited for {timeout_s:g} s", silent=True)
@@ -116,15 +117,15 @@ class ChildConnection(Connection):
     def close(self) -> None:
         """See `connection.Connection`."""
         process.stop(self._child, self._stop_timeout_s)
-        # Threads may still be writing and reading. They fail now that the child has ended, and only then may a
-        # descriptor be closed: its number could otherwise be that of another file by the time it is used. A grandchild
-        # may hold the pipe's other end, and the thread with it: then the descriptor stays open.
+        # Threads may still be writing and reading. They fail now, because the child has ended. A descriptor must not be
+        # closed before that: a thread could use its number when it already belongs to another file. If a grandchild
+        # keeps the other end of the pipe open, the thread does not end, and the descriptor stays open.
         for lock, pipe in ((self._write_lock, self._input), (self._read_lock, self._output)):
             if lock.acquire(timeout=process.STOP_TIMEOUT_S):
                 self._closed = True
                 pipe.close()
                 lock.release()
-        # one that is another user's hears of the end only now
+        # a child of another user could not be stopped; it learns only now, from the closed pipes, that it must end
         if self.wait(self._stop_timeout_s) is None and self._child not in process.LEFT_ALONE:
             process.LEFT_ALONE.append(self._child)
         trace.child_ended(self._child)
@@ -141,12 +142,12 @@ class ChildConnection(Connection):
         return advice.lost(self.place, error, self.ended(), advice.last_words(self.stderr().splitlines()))
 
     def ended(self) -> str:
-        """Return how the child ended, in words; nothing if it has not."""
+        """Return how the child ended, in words; "" if it has not ended."""
         status = self._child.poll()
         return "" if status is None else f"{self._program} {process.status_text(status)}"
 
     def _patience_s(self) -> float:
-        """Return how long to wait for all that it says, from its end on: a grandchild may hold the other end."""
+        """Return how long to wait for the rest of its output: a grandchild may keep the pipe open after its end."""
         if self._child.poll() is None:
             return 1.0
         if self._ended_s is None:
@@ -155,7 +156,7 @@ class ChildConnection(Connection):
 
 
 def local() -> ChildConnection:
-    """Start the agent on this machine; if the system has memory to share, they share it."""
+    """Start the agent on this machine, with shared memory if the system provides it."""
     try:
         memory = SharedMemory()
     except OSError:
@@ -175,7 +176,7 @@ def _enlarge(fd: int) -> None:
 
 
 def chunks(pipe: IO[bytes]) -> Iterator[bytes]:
-    """Yield what comes through a pipe until its end, and close it."""
+    """Yield what arrives through a pipe until its end, and close it."""
     with pipe:
         while chunk := os.read(pipe.fileno(), 4096):
             yield chunk

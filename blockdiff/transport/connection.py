@@ -1,4 +1,4 @@
-"""What the transports have in common: the bytes to and from a started command, and the start of the agent on it."""
+"""What the transports have in common: the bytes to and from a command, and how that command becomes the agent."""
 
 import secrets
 import threading
@@ -19,16 +19,16 @@ from blockdiff.transport.sharedmemory import SharedMemory
 
 #: Login shells may print this many bytes before the agent begins.
 NOISE_LIMIT = 64 << 10
-#: How long it may take until the agent begins, whatever comes before it, in seconds.
+#: How long it may take until the agent begins, including everything before it, in seconds.
 START_TIMEOUT_S = 90.0
 #: How long a login shell may take to run the command, in seconds.
 SHELL_TIMEOUT_S = 30.0
-#: How long the command may take to end once it has nothing more to do, in seconds.
+#: How long the command may take to end when it has nothing more to do, in seconds.
 EXIT_TIMEOUT_S = 30.0
-#: How much of what the other side says on standard error is kept, in characters.
+#: How much of the other side's standard error is kept, in bytes.
 STDERR_LIMIT = 4000
-# How often it is looked whether there was a login, in seconds. To see that the command has ended, and that all else
-# holds its pipe says nothing, takes twice `process.LINGER_S`.
+# How often to check whether there was a login, in seconds. This must be more than twice `process.LINGER_S`: `readinto`
+# needs that long to find out that the command has ended if other processes keep its pipe open.
 _LOOK_S = 2.5 * process.LINGER_S
 
 
@@ -39,12 +39,12 @@ class Exit(NamedTuple):
 
 
 class Connection(wire.Carrier):
-    """A running command on the other side. A context manager that leaves nothing running.
+    """A running command on the other side. A context manager that ends it.
 
-    `place` is where it is, `memory` what a command on this machine has inherited. `nonce` is what the agent will begin
-    with, once it was sent, and `prefix` the command that it is to run under. `tells_end` is whether the command's end
-    is known even if others, as what its host's start files have begun, hold the connection open; `readinto` then
-    treats their silence as the end.
+    `place` is where it runs, `memory` is the memory that a command on this machine has inherited. After the agent was
+    sent, `nonce` is what its output will begin with, and `prefix` is the command that runs it. `tells_end` says whether
+    we learn of the command's end even if other processes (for example from the shell's start files) keep the connection
+    open; `readinto` then returns 0 when these are silent.
     """
 
     tells_end: bool = True
@@ -55,7 +55,7 @@ class Connection(wire.Carrier):
 
     @property
     def login(self) -> str:
-        """What messages call the other side."""
+        """The name of the other side in messages."""
         return self.place.login
 
     def __enter__(self) -> "Connection":
@@ -65,36 +65,36 @@ class Connection(wire.Carrier):
         self.close()
 
     def write_start(self, data: bytes, timeout_s: float) -> None:
-        """Write the first bytes that the command reads; raises `ConnectionLost` as `write` does.
+        """Write the first bytes that the command reads; raises `ConnectionLost` like `write`.
 
-        Nobody receives yet whose patience could end it: if it may not fit into what is in between, this raises as
-        well if not all was taken after `timeout_s` seconds.
+        No thread receives yet that could time out. So if the bytes may be more than the pipe holds, this also raises if
+        they were not all accepted after `timeout_s` seconds.
         """
         self.write([data])
 
     def logged_in(self) -> bool:
-        """Return whether it is known that a login shell is there, which is to run the command."""
+        """Return whether it is known that the login worked, so that the login shell is to run the command."""
         return False
 
     @abstractmethod
     def wait(self, timeout_s: float) -> Exit | None:
-        """Return how the command ended, once it has; None if it has not after `timeout_s` seconds."""
+        """Wait for the command's end, and return how it ended; None if it has not ended after `timeout_s` seconds."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the connection at once; may be called again."""
+        """End the connection at once; may be called more than once."""
 
     @abstractmethod
     def stderr(self) -> str:
-        """Return the end of what the other side said on standard error, after a moment for the rest to arrive."""
+        """Return the end of the other side's standard error, after a short wait for the rest to arrive."""
 
     @abstractmethod
     def explain(self, error: ConnectionLost) -> BlockdiffError:
-        """Return why the connection was lost, as far as can be known."""
+        """Return the error that says why the connection was lost, as far as that is known."""
 
 
 class Tail:
-    """Keeps the end of a text that a thread reads to its end."""
+    """Reads a text in a thread, to its end, and keeps the last part of it."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._text = b""
@@ -113,7 +113,7 @@ class Tail:
 
 
 def send_agent(connection: Connection, prefix: Sequence[str] = (), timeout_s: float = START_TIMEOUT_S) -> None:
-    """Send what makes the command the agent; `push_agent` then waits for it. Raises `TransportError`."""
+    """Send the bytes that make the command the agent; `push_agent` then waits for it. Raises `TransportError`."""
     nonce = secrets.token_bytes(bundle.NONCE_SIZE)
     connection.prefix = prefix
     try:
@@ -131,8 +131,8 @@ def push_agent(
 ) -> wire.Link:
     """Start the agent over `connection` and return the link to it, on which it may be silent for `silence_s`.
 
-    What the login shell printed before, up to `NOISE_LIMIT` bytes, is skipped: the agent begins with a random nonce
-    that we gave it. Raises `TransportError` if no agent answers.
+    Whatever the login shell prints before the agent's output, up to `NOISE_LIMIT` bytes, is skipped: the agent begins
+    with a random nonce that we sent to it. Raises `TransportError` if no agent answers.
     """
     if connection.nonce is None:
         send_agent(connection, prefix, timeout_s)
@@ -147,7 +147,7 @@ def push_agent(
 
 
 def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: bytearray) -> None:
-    """Read up to the end of `nonce` and not one byte further; `noise` is what came before it."""
+    """Read exactly to the end of `nonce`; everything that was read is added to `noise`."""
     patience = _Patience(connection, timeout_s)
     matched = 0
     while matched < len(nonce):
@@ -171,7 +171,7 @@ def _skip_to(connection: Connection, nonce: bytes, timeout_s: float, noise: byte
 
 
 class _Patience:
-    """How long the start may still take: in all, and from the login until its shell runs the command."""
+    """How long the start may still take: in total, and from the login until the login shell runs the command."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         self._connection = connection
@@ -180,9 +180,9 @@ class _Patience:
         self._login: float | None = None
 
     def next_s(self, noise: bytearray) -> float:
-        """Return how many seconds to wait for the next bytes at most; raises `ConnectionLost` after all of them.
+        """Return how many seconds to wait for the next bytes; raises `ConnectionLost` if the time is over.
 
-        `noise` is what came so far.
+        `noise` is what has arrived so far.
         """
         now = time.monotonic()
         left_s = self._begun + self._timeout_s - now
@@ -198,7 +198,7 @@ class _Patience:
 
 
 def failed_start(connection: Connection, error: ConnectionLost, noise: bytes = b"") -> BlockdiffError:
-    """Return why no agent began. `noise` is what came in its place."""
+    """Return the error that says why no agent began. `noise` is what arrived instead of the agent's output."""
     ended = connection.wait(0 if error.silent else EXIT_TIMEOUT_S)
     before = noise.replace(loader.BEGUN, b"").decode("utf-8", "replace")
     said = advice.last_words((before + "\n" + connection.stderr()).splitlines())

@@ -1,4 +1,4 @@
-"""known_hosts as ssh reads it: which keys a host may have, and whether the one that it shows is among them."""
+"""known_hosts as ssh reads it: which keys a host may have, and whether the key that it shows is one of them."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ class Entry:
 
 
 class KnownKeys:
-    """The keys that some files know for a host. What is not a line of known_hosts is passed over, as ssh does."""
+    """The keys that some files have for a host. Lines that are not valid are skipped, as by ssh."""
 
     def __init__(self, paths: Iterable[str], where: Place) -> None:
         lines = [line for path in paths for line in _lines(path)]
@@ -32,11 +32,11 @@ class KnownKeys:
 
     @property
     def kinds(self) -> Sequence[str]:
-        """The kinds of keys that may be accepted: the host should show one of these."""
+        """The kinds of keys that may be accepted: we ask the host to show one of these."""
         return [entry.kind for entry in [*self._entries, *self._elsewhere] if not entry.marker]
 
     def wrong(self, kind: str, key: bytes) -> Cause | None:
-        """Return why this key of the host is not accepted; None if it is the known one."""
+        """Return why this key of the host is not accepted; None if it is a known one."""
         if any(entry.marker and entry.key == key for entry in [*self._entries, *self._elsewhere]):
             return Cause.REVOKED_KEY
         same_kind = [entry.key for entry in self._entries if not entry.marker and entry.kind == kind]
@@ -60,7 +60,7 @@ def _entries(lines: Iterable[str], name: str) -> list[Entry]:
         words = line.split()
         marker = words.pop(0) if words and words[0].startswith("@") else ""
         if len(words) < 3 or words[0].startswith("#") or marker not in ("", "@revoked"):
-            continue  # paramiko does not know certificates (@cert-authority)
+            continue  # paramiko does not support certificates (@cert-authority)
         try:
             key = base64.b64decode(words[2], validate=True)
         except (binascii.Error, ValueError):
@@ -78,7 +78,7 @@ def _matches(patterns: str, name: str) -> bool:
 
 
 def _fits(pattern: str, name: str) -> bool:
-    """Return whether a pattern fits: only ``*`` and ``?`` are special, brackets are part of a name with a port."""
+    """Return whether a pattern matches: only ``*`` and ``?`` are special, brackets are part of a name with a port."""
     return fnmatch.fnmatchcase(name, re.sub(r"\[", "[[]", pattern))
 
 

@@ -1,6 +1,6 @@
-"""The system's ssh: it brings the user's ``~/.ssh/config``, jump hosts, agents and hardware keys.
+"""The system's ssh: with it, the user's ``~/.ssh/config``, jump hosts, agents and hardware keys work.
 
-What ssh says itself goes into its own pipe (``-E``), and so comes apart from what the host says through it.
+ssh writes its own messages to a separate pipe (``-E``), so they are not mixed with the host's messages.
 """
 
 import os
@@ -15,8 +15,8 @@ from blockdiff.transport.advice import Cause, Place, UnreachedError
 from blockdiff.transport.child import ChildConnection, chunks
 from blockdiff.transport.connection import Exit, Tail
 
-#: Settings that hold whatever ``~/.ssh/config`` says, unless the user gave the same with --ssh-option. What is logged
-#: at this level says whether there was a login.
+#: Settings that override ``~/.ssh/config``, unless the user gives the same setting with --ssh-option. With this
+#: LogLevel, the log shows whether the login worked.
 _SETTINGS = (
     "BatchMode=yes",
     "StrictHostKeyChecking=yes",
@@ -33,8 +33,8 @@ _SETTINGS = (
     "LogLevel=VERBOSE",
 )
 
-# what would keep the agent from being started or reached, with the value that does not; older versions of ssh do not
-# know all of them, so they are set only if they are needed
+# settings that could prevent the start of the agent, each with the value that does not; older versions of ssh do not
+# know all of them, so they are set only if necessary
 _NEEDED = {"RemoteCommand": "none", "SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
 
 # the fastest cipher by far if the CPU has AES
@@ -42,19 +42,19 @@ _FAST_CIPHER = "aes128-gcm@openssh.com"
 
 # the exit status of ssh itself
 _SSH_FAILED = 255
-#: How long ssh may take to read its settings, in seconds: they may say that it asks other programs.
+#: How long ssh may take to read its settings, in seconds: these may make it run other programs.
 _SETTINGS_TIMEOUT_S = 30.0
 # one jump host, as ProxyJump has it
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@,]+)@)?(?P<host>\[[^\]]+\]|[^:,\[\]]+)(?::(?P<port>[0-9]+))?")
-# what ssh says if all is well
+# ssh's messages if everything works
 _LOGGED_IN = "Authenticated to "
 _BORING = (_LOGGED_IN, "Transferred: ", "Bytes per second: ")
 
 
 class SshConnection(ChildConnection):
-    """A command on a host, through a child process that is ssh, which ends no sooner than the connection.
+    """A command on a host, through ssh as a child process. ssh does not end before the connection ends.
 
-    Raises `UsageError` if ssh does not take an option, `TransportError` if it cannot be used as it is set up.
+    Raises `UsageError` if ssh does not accept an option, `TransportError` if ssh cannot use its configuration.
     """
 
     tells_end = False
@@ -63,7 +63,7 @@ class SshConnection(ChildConnection):
         settings = effective(address, options)
         self._jump = settings.get("proxyjump")
         log_from, self._log_to = os.pipe()
-        # read all the time: with --ssh-option LogLevel=DEBUG3 a long run says more than a pipe takes
+        # a thread reads it all the time: with --ssh-option LogLevel=DEBUG3, a long run logs more than a pipe holds
         self._log = Tail(chunks(os.fdopen(log_from, "rb", buffering=0)))
         try:
             # a path, because ssh closes all descriptors that it inherits
@@ -88,47 +88,47 @@ class SshConnection(ChildConnection):
         self._close_log()
 
     def explain(self, error: ConnectionLost) -> BlockdiffError:
-        """Return what ssh said of its failure, if it failed itself."""
+        """Return why the connection was lost; if ssh itself failed, from its messages."""
         own, theirs = self._own_words(), self.stderr().splitlines()
         if self.wait(0) == (None,) and not self.logged_in():
             known = advice.from_ssh(self.place, own)
             if isinstance(known, UnreachedError) and self.place.proxy is not None:
-                return _proxy_failed(self.place, self._jump, theirs)  # nobody else could say anything yet
+                return _proxy_failed(self.place, self._jump, theirs)  # only the proxy can have written this
             if known is not None:
                 return known
         said = advice.last_words([*theirs, *(line for line in own if not line.startswith(_BORING))])
         return advice.lost(self.place, error, self.ended(), said)
 
     def _own_words(self) -> list[str]:
-        """Return the last lines that ssh has logged; all of them are there once it has ended."""
+        """Return the last lines that ssh has logged; if it has ended, wait until all of them have arrived."""
         if self.wait(0) is None:
             return self._log.text().splitlines()
         self._close_log()
         return self._log.text(self._patience_s()).splitlines()
 
     def _close_log(self) -> None:
-        """Close our end, so that what reads the log comes to its end with ssh."""
+        """Close our end of the log's pipe, so that the thread that reads it ends when ssh has ended."""
         if self._log_to >= 0:
             fd, self._log_to = self._log_to, -1
             os.close(fd)
 
 
 def arguments(address: Address, options: Sequence[str], settings: dict[str, str]) -> list[str]:
-    """Return ssh's argument list: nothing of it is ever read by a shell on this side.
+    """Return ssh's argument list; it is never interpreted by a shell on this machine.
 
-    `options` are the user's, each like ``Port=2222``; ssh takes the first value that it meets, so they come first.
-    `settings` are those of `effective`.
+    `options` are the user's, each like ``Port=2222``; they come first, because ssh uses the first of several values.
+    `settings` are those that `effective` returns.
     """
     needed = [f"{name}={value}" for name, value in _NEEDED.items() if settings.get(name.lower(), value) != value]
     ciphers = settings.get("ciphers", "").split(",")
-    if _FAST_CIPHER in ciphers:  # of those that the user and the system allow
+    if _FAST_CIPHER in ciphers:  # only the ciphers that the user and the system allow
         first = sorted(ciphers, key=lambda cipher: cipher != _FAST_CIPHER)
         needed.append("Ciphers=" + ",".join(first))
     return [*_login(address, (*options, *_SETTINGS, *needed)), bundle.remote_command()]
 
 
 def effective(address: Address, options: Sequence[str]) -> dict[str, str]:
-    """Return the settings that ssh would use, by their names in lower case; raises what `SshConnection` does."""
+    """Return the settings that ssh would use, by their names in lower case; raises the errors of `SshConnection`."""
     for option in options:
         name = option.replace("=", " ").split(" ")[0]
         if name.lower() in (needed.lower() for needed in _NEEDED):
@@ -171,7 +171,7 @@ def _place(address: Address, settings: dict[str, str], is_jump: bool = False) ->
 
 
 def _proxy_failed(where: Place, jump: str | None, said: Sequence[str]) -> BlockdiffError:
-    """Return what went wrong before the host was reached: `said` is what came from there."""
+    """Return the error for a connection that failed before the host was reached; `said` is the proxy's output."""
     match = _JUMP.fullmatch(jump or "")
     if match is not None:
         first = Address(match["host"].strip("[]"), "", match["user"], int(match["port"]) if match["port"] else None)

@@ -1,6 +1,6 @@
-"""SSH in Python: for machines without an ssh program, and by choice.
+"""SSH in Python: for machines without an ssh program, or if the user chooses it.
 
-What it takes of ssh's settings is in `sshconfig`, known keys are in `knownhosts`.
+`sshconfig` reads ssh's settings for it, `knownhosts` the known keys.
 """
 
 import functools
@@ -24,28 +24,28 @@ from blockdiff.transport.connection import START_TIMEOUT_S, Connection, Exit, Ta
 from blockdiff.transport.knownhosts import KnownKeys
 from blockdiff.transport.sshconfig import Settings
 
-#: Bytes that may be under way. Larger windows are slower: paramiko then copies ever longer buffers.
+#: Bytes that may be in transit. Larger windows are slower, because paramiko then copies longer buffers.
 WINDOW_SIZE = 8 << 20
 #: The largest packet that OpenSSH sends, in bytes.
 PACKET_SIZE = 32 << 10
-# Raised by all that sends a packet when the connection breaks, reads included, which make room for more.
+# Raised when the connection breaks, by everything that sends a packet. Reads do, too: they enlarge the window again.
 _BREAKS = (OSError, EOFError, paramiko.SSHException)
 _FAST_CIPHER = "aes128-gcm@openssh.com"
-# Downloads fail when paramiko itself renews the keys (paramiko#822); the other side still does.
+# Downloads fail if paramiko renews the keys itself (paramiko#822); the other side still renews them.
 _NEVER = 1 << 60
-# what paramiko calls silence, after the greeting and before it
+# paramiko's messages for silence, after the greeting and before it
 _SILENCE = ("No existing session", "Authentication timeout.")
 _NO_GREETING = "Error reading SSH protocol banner"
 
-# What paramiko logs, its exceptions say as well; without a handler, Python would print it to standard error.
+# paramiko's exceptions say the same as its log; without a handler, Python would print the log to standard error.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class ParamikoConnection(Connection):
     """A command on a host, through paramiko.
 
-    Its calls are made in their own thread. A signal's exception within one could leave a lock taken that `close`
-    waits for.
+    paramiko's functions are called in a separate thread: a signal's exception inside one of them could leave a lock
+    taken, and `close` would wait for this lock.
     """
 
     def __init__(self, address: Address, options: Sequence[str]) -> None:
@@ -81,11 +81,11 @@ class ParamikoConnection(Connection):
             raise advice.failure(cause, self.place, _said(error, timeout_s)) from error
         except OSError as error:
             raise advice.failure(Cause.UNREACHABLE, self.place, str(error.strerror or error)) from error
-        except ValueError as error:  # of a private key that is not one
+        except ValueError as error:  # from a file that is not a private key
             raise advice.failure(Cause.REFUSED, self.place, str(error)) from error
 
     def _execute(self, channel: paramiko.Channel, timeout_s: float) -> None:
-        """Start the command. paramiko would wait for the answer always; it wakes up when the connection closes."""
+        """Start the command. paramiko would wait for the answer without limit, so the connection is closed in time."""
         watchdog = threading.Timer(timeout_s, self._client.close)
         watchdog.start()
         try:
@@ -100,7 +100,7 @@ class ParamikoConnection(Connection):
             self.place.host,
             port=settings.port,
             username=settings.user,
-            key_filename=identities,  # type: ignore[arg-type]  # takes a list, says text
+            key_filename=identities,  # type: ignore[arg-type]  # accepts a list, but is typed as text
             allow_agent=not settings.only_identities,
             look_for_keys=not settings.identities,
             timeout=timeout_s,
@@ -150,7 +150,7 @@ class ParamikoConnection(Connection):
     def _send(self, parts: Sequence[wire.Buffer]) -> None:
         try:
             for part in parts:
-                self._channel.sendall(part)  # type: ignore[arg-type]  # takes any buffer, says bytes
+                self._channel.sendall(part)  # type: ignore[arg-type]  # accepts any buffer, but is typed as bytes
         except _BREAKS as error:
             raise ConnectionLost(f"cannot write: {_text(error)}") from error
 
@@ -180,7 +180,7 @@ class ParamikoConnection(Connection):
 
 
 def _said(error: Exception, timeout_s: float) -> str:
-    """Return what paramiko says of a connection that was not made, in words that say more."""
+    """Return why a connection was not made, in clearer words than paramiko's."""
     if str(error) in _SILENCE:
         return f"silent for {timeout_s:g} s during the SSH handshake"
     if str(error).startswith(_NO_GREETING):
@@ -193,7 +193,7 @@ def _text(error: Exception) -> str:
 
 
 class _HostKey(paramiko.MissingHostKeyPolicy):
-    """Looks at the key that the host shows; paramiko itself knows none, and so asks for each."""
+    """Checks the key that the host shows. We give paramiko no known keys, so it asks this class about each key."""
 
     def __init__(self, place: Place, known: KnownKeys) -> None:
         self.known = known
@@ -201,7 +201,7 @@ class _HostKey(paramiko.MissingHostKeyPolicy):
         self._place = place
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        """Return if the key is the known one, and raise `TransportError` if it is not."""
+        """Return if the key is a known one; raise `TransportError` if it is not."""
         if (cause := self.known.wrong(key.get_name(), key.asbytes())) is not None:
             raise advice.failure(cause, self._place)
         self.accepted = True
@@ -218,7 +218,7 @@ def _transport(
 ) -> paramiko.Transport:
     """Return a transport with the fast cipher first, a large window, and no renewal of keys.
 
-    The host is to show a key of one of the `kinds` that are known of it, if it has any.
+    The host is asked for a key of one of the `kinds` that are known for it, if it has one.
     """
     transport = paramiko.Transport(
         cast(socket.socket, sock), WINDOW_SIZE, PACKET_SIZE, disabled_algorithms=disabled_algorithms

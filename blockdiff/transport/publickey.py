@@ -1,6 +1,6 @@
 """The public key that `blockdiff authorize` restricts: exactly one, read as sshd reads a line of ``authorized_keys``.
 
-What is not one public key is refused and never shown: it may be a secret.
+Anything else is refused, and its content is never shown: it may be a secret.
 """
 
 import base64
@@ -12,10 +12,10 @@ import sys
 
 from blockdiff.shared.errors import UsageError, printable
 
-#: Largest file that is looked at, in bytes; the longest public key has some 3000.
+#: Largest file that is accepted, in bytes; the longest public key has about 3000.
 _MAX_BYTES = 1 << 16
 
-#: The types of keys that sshd takes, each with the number of fields in the key's own bytes; its type is the first.
+#: The types of keys that sshd accepts, each with the number of fields in the key's bytes; the first field is the type.
 _FIELDS = {
     "ssh-ed25519": 2,
     "ssh-rsa": 3,
@@ -28,7 +28,7 @@ _FIELDS = {
 _CERTIFICATE = re.compile(r"[\w@.-]+-cert-v[0-9]+@openssh\.com[ \t]")
 _PRIVATE = re.compile(rb"^[ \t]*(-{4,5} ?BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-)", re.MULTILINE)
 
-#: How other forms of a public key begin, what they are called, and the command that makes the usual form of them.
+#: How other formats of a public key begin, what they are called, and the command that converts them.
 _OTHER_FORMS = (
     ("---- BEGIN SSH2 PUBLIC KEY", "in the form of RFC 4716", "ssh-keygen -i -f"),
     ("-----BEGIN PUBLIC KEY", "in the form of PKCS #8", "ssh-keygen -i -m PKCS8 -f"),
@@ -81,7 +81,7 @@ def _shown(path: str) -> str:
 
 
 def _content(path: str) -> bytes:
-    """Return what the file holds, or more than `_MAX_BYTES` of it."""
+    """Return the content of the file; if that is too long, its first `_MAX_BYTES` + 1 bytes."""
     try:
         with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as file:
             return file.read(_MAX_BYTES + 1)
@@ -91,7 +91,7 @@ def _content(path: str) -> bytes:
 
 
 def _hint(path: str, private: bool = False) -> str:
-    """Return which file is meant, or how to make it."""
+    """Return which file to name, or how to make it."""
     public = path + ".pub"
     if path != "-" and os.path.isfile(public):
         return f"name the public one: --key {shlex.quote(printable(public))}"
@@ -101,7 +101,7 @@ def _hint(path: str, private: bool = False) -> str:
 
 
 def _fault(line: str) -> str | None:
-    """Return why `line` cannot be restricted, None if it is one public key."""
+    """Return why `line` is not accepted; None if it is one public key."""
     if not all(c.isprintable() or c == "\t" for c in line):
         return "is not a public key: it holds control characters"
     if _is_key(line):

@@ -1,4 +1,4 @@
-"""The memory that an agent on this machine puts its data into, as the server sees it (`host.sharedbuffers`)."""
+"""The memory into which an agent on this machine writes its data: the server's side of `host.sharedbuffers`."""
 
 import os
 
@@ -8,10 +8,10 @@ from blockdiff.shared.runs import batch_size
 
 
 class SharedMemory:
-    """Memory of the descriptor `fd`, which the agent's process is to inherit; `close` releases it.
+    """Memory with the descriptor `fd`, which the agent's process inherits; `close` releases it.
 
-    It is read like a file, never mapped: whatever the other side does to it, a read fails or returns bytes. Raises
-    `OSError` if the system has none to give.
+    It is read like a file, never mapped: whatever the other side does to it, a read can only fail or return bytes.
+    Raises `OSError` if the system does not provide such memory.
     """
 
     def __init__(self) -> None:
@@ -19,11 +19,11 @@ class SharedMemory:
         self._size = 0
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the memory."""
         os.close(self.fd)
 
     def prepare(self, block_size: int) -> bool:
-        """Make room for a scan with this block size; return whether there is."""
+        """Make room for a scan with this block size; return whether that worked."""
         self._size = sharedbuffers.memory_size(batch_size(block_size))
         try:
             os.ftruncate(self.fd, self._size)
@@ -32,6 +32,6 @@ class SharedMemory:
         return True
 
     def read_into(self, room: memoryview, place: int) -> None:
-        """Copy what is at `place` into `room`; raises `ProtocolError` if there is no such place."""
+        """Fill `room` with the bytes from `place` on; raises `ProtocolError` if the memory does not have them."""
         if place + len(room) > self._size or os.preadv(self.fd, [room], place) < len(room):
             raise ProtocolError(f"points to {len(room)} bytes at {place} of {self._size} that are shared")

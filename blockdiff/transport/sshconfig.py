@@ -1,6 +1,6 @@
-"""The settings of OpenSSH's client, for the transport that has no ssh to ask: its options and its files.
+"""The settings of OpenSSH's client, for the transport that cannot ask ssh: options and configuration files.
 
-Each setting means what it means to ssh, or is refused by name. Only what makes no difference here is passed over.
+Each setting means the same as in ssh, or is refused by name. Only settings that make no difference here are ignored.
 """
 
 import glob
@@ -17,7 +17,7 @@ from blockdiff.shared.errors import BlockdiffError, TransportError, UsageError, 
 from blockdiff.transport.address import Address
 from blockdiff.transport.advice import Place
 
-#: What is understood, as ssh spells it.
+#: The settings that are supported, as ssh spells them.
 UNDERSTOOD = (
     *("HostName", "Port", "User", "IdentityFile", "IdentitiesOnly", "UserKnownHostsFile", "GlobalKnownHostsFile"),
     *("HostKeyAlias", "ConnectTimeout"),
@@ -30,7 +30,7 @@ _USER_KNOWN = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 _SYSTEM_KNOWN = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 _OTHER_HINT = "use --transport ssh, which obeys it; it needs openssh-client"
 
-# what a file may say because it changes nothing for a connection of ours, or because ssh gets its own value from us
+# settings that are ignored: they change nothing for our connections, or we would give ssh our own value
 _PASSED_OVER = frozenset(
     re.findall(
         r"\w+",
@@ -47,7 +47,7 @@ _PASSED_OVER = frozenset(
         updatehostkeys usekeychain verifyhostkeydns versionaddendum visualhostkey xauthlocation""",
     )
 )
-# what a file may say if it is what happens anyway
+# settings that are accepted with the value that has no effect here
 _ANYWAY = {
     "addressfamily": "any",
     "canonicalizehostname": "no",
@@ -59,7 +59,7 @@ _ANYWAY = {
     "pubkeyauthentication": "yes",
     "revokedhostkeys": "none",
 }
-# what Match may ask, and whether a value follows
+# the conditions of Match, and whether a value follows
 _CONDITIONS = {
     **dict.fromkeys(("all", "canonical", "final"), False),
     **dict.fromkeys(("exec", "host", "localuser", "originalhost", "user"), True),
@@ -70,7 +70,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the settings say about a host; `timeout_s` is None if they want none, `user` if they name none."""
+    """The settings for a host; `timeout_s` is None for no timeout, `user` is None if no user is set."""
 
     place: Place
     port: int
@@ -107,7 +107,7 @@ def read(address: Address, options: Sequence[str]) -> Settings:
 
 
 def _given(options: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values of the options, by their names in lower case; ssh takes the first of several."""
+    """Return the values of the options, by their names in lower case; ssh uses the first of several."""
     known = {name.lower() for name in UNDERSTOOD}
     found: dict[str, list[str]] = {}
     for option in options:
@@ -124,7 +124,7 @@ def _given(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _from_files(host: str) -> dict[str, list[str]]:
-    """Return what the user's file and the system's say about a host; the first of several values counts."""
+    """Return the settings in the user's file and the system's for a host; the first of several values counts."""
     found: dict[str, list[str]] = {}
     for path in (_USER_FILE, _SYSTEM_FILE):
         full = os.path.expanduser(path)
@@ -140,7 +140,7 @@ def _from_files(host: str) -> dict[str, list[str]]:
         for name, value in cast(dict[str, str | list[str] | None], values).items():
             _check(full, name, value)
             if name == "hostname" and value == host:
-                continue  # paramiko's own
+                continue  # set by paramiko itself
             found[name] = [*found.get(name, []), *(value if isinstance(value, list) else [str(value)])]
     return found
 
@@ -156,7 +156,7 @@ def _check(path: str, name: str, value: object) -> None:
 
 
 def _lines(path: str, directory: str, depth: int = 0) -> Iterator[str]:
-    """Yield the lines of a file with those of what it includes, without comments at their ends."""
+    """Yield the lines of a file and of the files that it includes, without comments at the end of lines."""
     if depth > 16:
         raise ValueError("Include is nested too deep")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -183,7 +183,7 @@ def _lines(path: str, directory: str, depth: int = 0) -> Iterator[str]:
 
 
 def _check_conditions(words: list[str]) -> None:
-    """Raise `ValueError` if paramiko would take a condition that it does not know for one that does not hold."""
+    """Raise `ValueError` for an unknown condition: paramiko would treat it as one that is not met."""
     while words:
         name = words.pop(0).lstrip("!").lower()
         if name not in _CONDITIONS:
@@ -193,7 +193,7 @@ def _check_conditions(words: list[str]) -> None:
 
 
 def _paths(value: str) -> list[str]:
-    """Return the paths that a value names; `none` names nothing."""
+    """Return the paths in a value; `none` stands for no path."""
     try:
         words = shlex.split(value)
     except ValueError as error:
