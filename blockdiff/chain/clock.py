@@ -40,7 +40,7 @@ def went_back(started: str | None, finished: str | None, before: str | None) -> 
 
 
 def shown_age(seconds: float) -> str:
-    """Return an age for people, in its two largest units; "in the future" if it is negative."""
+    """Return an age for people, in its two largest units; "in the future" if it is below minus `TOLERANCE_S`."""
     if seconds < -TOLERANCE_S:
         return "in the future"
     minutes = max(0, int(seconds)) // 60

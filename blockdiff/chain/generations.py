@@ -100,7 +100,7 @@ class Generation:
         return f"{self.base}.{self.number}{suffix}"
 
     def path(self, suffix: str = "") -> str:
-        """Return the path of the file with this suffix, fit for a message."""
+        """Return the path of the file with this suffix, made printable for a message."""
         return printable(self.directory.path_of(self.name(suffix)))
 
     @property
@@ -180,7 +180,7 @@ class Generation:
         return self.directory.size_of(self.name(suffix))
 
     def size_of(self, suffix: str) -> int:
-        """Return the size of the file with this suffix in bytes, 0 if it is not a file that can be looked at."""
+        """Return the size of the file with this suffix in bytes, 0 if it is not a file or cannot be reached."""
         try:
             return self.stored_size(suffix) or 0
         except (DamagedError, StorageError):

@@ -64,7 +64,7 @@ class Inventory:
         return dict(sorted(self._found.get(base, {}).items()))
 
     def has(self, base: str) -> bool:
-        """Return whether a chain has any file, except a lock."""
+        """Return whether a chain has a ``NAME.ver``, or a file of a generation."""
         return base in self._versions or base in self._found
 
     def bases(self) -> list[str]:
@@ -81,7 +81,7 @@ class Inventory:
         return any(suffixes.difference(DELTA_SUFFIXES) for suffixes in self._found[base].values())
 
     def without_generations(self) -> list[str]:
-        """Return the NAMEs of chains that have a lock, because a run has begun them, but no other file."""
+        """Return the NAMEs of chains that a run has begun (they have a lock), but that have no generation yet."""
         return [base for base in self._locks if not self.has(base)]
 
     def periods(self, base: str) -> list[str]:
@@ -89,7 +89,7 @@ class Inventory:
         return [each for each in self._names() if _is_period(each, base)]
 
     def begun(self, base: str) -> list[str]:
-        """Return which of `base` and its ``NAME-DATE`` a run has begun, but have no file except the lock."""
+        """Return which of `base` and its ``NAME-DATE`` are `without_generations`."""
         return [each for each in self.without_generations() if each == base or _is_period(each, base)]
 
 

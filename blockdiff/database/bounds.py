@@ -57,7 +57,7 @@ class _Socket(socket.socket):
 
     bounds: Bounds
 
-    def recv_into(self, buffer: "bytearray | memoryview", nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+    def recv_into(self, buffer: "bytearray | memoryview", nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]  # only our own code calls it
         return self.bounds.received(lambda: super(_Socket, self).recv_into(buffer, nbytes, flags))
 
 
@@ -78,7 +78,7 @@ def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
     import ssl  # not at the top of the file: most runs lock no database
 
     class Socket(ssl.SSLSocket):
-        def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+        def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # only our own code calls it
             return bounds.received(lambda: super(Socket, self).recv_into(buffer, nbytes, flags))
 
     file = tls.ca

@@ -42,7 +42,7 @@ class Files:
     """Absolute paths of files and directories.
 
     `needed` are those that recovery needs, the data directory first. `others` are those that it does not need, each
-    with what it is. `temporary` are those whose content is not needed at all.
+    with what it is. `temporary` are those that nothing needs.
     """
 
     needed: tuple[str, ...]
@@ -51,7 +51,7 @@ class Files:
 
 
 def read(rows: Rows) -> Files:
-    """Ask the server. Raises `DatabaseError`, for example if the login lacks PROCESS, which InnoDB's files need."""
+    """Ask the server. Raises `DatabaseError`; a login without PROCESS may not see the list of InnoDB's files."""
     wanted = ", ".join(f"'{name}'" for name in _VARIABLES)
     found = rows(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({wanted})")
     variables = {_text(row, "Variable_name"): _text(row, "Value") for row in found}

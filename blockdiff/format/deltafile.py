@@ -127,7 +127,7 @@ class _Cursor:
 
 
 class DeltaReader:
-    """Reads a delta of either version; the header at once, the records by `runs`. A context manager.
+    """Reads a delta of either version: the header when it is created, the records in `runs`. A context manager.
 
     If `pieces` is a generator, it is always closed. A generator that uses threads and was only partly read must not be
     left to the garbage collector, which may run at a place where waiting for a thread could block forever.
