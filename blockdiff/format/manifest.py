@@ -72,8 +72,8 @@ class SnapshotRecord:
 
     `took_s` is how many seconds it took to make the snapshot, with the commands before and after it and the other
     snapshots of the same run. `fill_percent` is the highest fill level seen (thick). `extents` says what was read: only
-    the ``mapped`` or the ``changed`` extents; everything, which was compared with the changed ones (``audited``);
-    everything (None). `apart_s` is the longest time in seconds between two snapshots of the run, None if it made one.
+    the ``mapped`` or the ``changed`` extents; everything, to check the list of changed extents (``audited``); or simply
+    everything (None). The snapshots of one run were made within `apart_s` seconds; None if it made only one.
     """
 
     uuid: str
@@ -89,7 +89,7 @@ class SnapshotRecord:
 class Quiesced:
     """What stopped writers, and for how long: `by` is ``mysql``, ``command`` (LVCREATE_PREFIX) or ``freeze``.
 
-    `waited_s` is how long it took to get the lock of a database.
+    `waited_s` is how long it took to get the lock of a database; None for the others.
     """
 
     by: str
