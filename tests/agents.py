@@ -1,4 +1,4 @@
-"""Talk to the real agent, as it is shipped, without the server's checks in between."""
+"""Talk to the real agent, as it is shipped, without the checks of the server."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from blockdiff.transport.advice import Place
 from blockdiff.transport.child import ChildConnection
 from blockdiff.transport.connection import push_agent
 
-#: What belongs to the request, and not to the order to scan.
+#: The fields of the request; all others belong to the order to scan.
 REQUEST_FIELDS = (
     *("paths", "directories", "before", "after", "low_priority"),
     *("snapshot", "snapshot_size", "keep", "owners", "chains", "kept"),
 )
 
-#: How long an agent may take for what it should do at once, in seconds.
+#: How long an agent may take to do what it should do immediately, in seconds.
 PROMPTLY_S = 30.0
 
 
 @dataclass
 class Outcome:
-    """What an agent sent: `runs` are (offset, length, bytes or None for zeros).
+    """What an agent sent. `runs` are (offset, length, bytes or None for zeros).
 
-    `table_bytes` is how much of the digest table it wanted.
+    `table_bytes` is how many bytes of the digest table it asked for.
     """
 
     source: dict[str, object] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Outcome:
     table_bytes: int = 0
 
     def applied_to(self, image: bytes = b"") -> bytes:
-        """Return the image that the runs make of the one before."""
+        """Return the image after the runs are written to `image`, the previous one."""
         size = self.source["size"]
         assert isinstance(size, int)
         result = bytearray(image[:size].ljust(size, b"\xee"))
@@ -57,9 +57,9 @@ class Conversation:
         self.hello = self.link.read_json(self.expect(wire.HELLO))
 
     def expect(self, kind: int) -> wire.Frame:
-        """Return the next frame, which must be of this kind; what the agent reports is raised.
+        """Return the next frame, which must be of this kind; raise the error that the agent reports.
 
-        What comes before SOURCE in any case is taken on the way to it.
+        For SOURCE, it first takes the frames that always come before it.
         """
         for other in (wire.READY, wire.TAKEN) if kind == wire.SOURCE else ():
             self.link.read_json(self.expect(other))
@@ -68,25 +68,25 @@ class Conversation:
         return frame
 
     def next(self) -> wire.Frame:
-        """Return the next frame; what the agent reports is raised."""
+        """Return the next frame; raise the error that the agent reports."""
         frame = self.link.receive()
         if frame.kind == wire.ERROR:
             raise from_wire(self.link.read_json(frame), "host")
         return frame
 
     def request(self, path: str | bytes | Path, **fields: object) -> None:
-        """Ask for a dump, from the request to the order to scan; `fields` change whatever is asked by that name."""
+        """Ask for a dump: send the request and all orders up to that to scan. `fields` replace those of these names."""
         request: dict[str, object] = {"paths": [os.fsencode(path).hex()], "directories": []}
         scan: dict[str, object] = {"block_size": 4096, "digest": "sha256", "full": "table_blocks" not in fields}
         request.update({name: value for name, value in fields.items() if name in REQUEST_FIELDS})
         scan.update({name: value for name, value in fields.items() if name not in REQUEST_FIELDS})
-        with suppress(ConnectionLost):  # it may have ended at the first: what it reports is still to be received
+        with suppress(ConnectionLost):  # it may have ended after the first; the caller still receives what it reports
             self.link.send_json(wire.REQUEST, request)
             self.link.send_json(wire.TAKE, {})
             self.link.send_json(wire.SCAN, scan)
 
     def receive(self, table: bytes = b"", digest_size: int = 32) -> Outcome:
-        """Take everything from READY to END, and send the digest table as far as it is wanted."""
+        """Take everything from READY to END, and send as much of the digest table as the agent asks for."""
         outcome = Outcome(self.link.read_json(self.expect(wire.SOURCE)))
         sent = 0
         while True:
@@ -112,7 +112,7 @@ class Conversation:
                 return outcome
 
     def failure(self) -> BlockdiffError:
-        """Return the error that the agent reports, whatever it sends before."""
+        """Return the error that the agent reports; what it sends before is ignored."""
         try:
             self.receive()
         except BlockdiffError as error:
@@ -121,13 +121,13 @@ class Conversation:
 
 
 def command(python: str | Path = sys.executable) -> list[str]:
-    """Return what starts the agent under an interpreter."""
+    """Return the command that starts the agent under an interpreter."""
     return [str(python), *bundle.local_command()[1:]]
 
 
 @contextmanager
 def conversation(arguments: Sequence[str] | None = None) -> Iterator[Conversation]:
-    """Start the agent, under this interpreter where nothing else is said, and leave nothing of it."""
+    """Start the agent, under this interpreter by default; at the end, nothing of it is left."""
     child = ChildConnection(arguments or command(), Place("host", "host"))
     with child:
         yield Conversation(child)
@@ -136,7 +136,7 @@ def conversation(arguments: Sequence[str] | None = None) -> Iterator[Conversatio
 def dump(
     path: str | bytes | Path, arguments: Sequence[str] | None = None, table: bytes | None = None, **fields: object
 ) -> Outcome:
-    """Dump a source, incrementally where there is a table, and see the agent end well."""
+    """Dump a source, incrementally if there is a table, and check that the agent ends with status 0."""
     with conversation(arguments) as talk:
         if table is not None:
             fields["table_blocks"] = len(table) // 32
@@ -148,7 +148,7 @@ def dump(
 
 
 def failure(path: str | bytes | Path, arguments: Sequence[str] | None = None, **fields: object) -> BlockdiffError:
-    """Ask for a dump that must fail; return what the agent says, and see it end with status 1."""
+    """Ask for a dump that must fail; return the agent's error, and check that it ends with status 1."""
     with conversation(arguments) as talk:
         talk.request(path, **fields)
         error = talk.failure()

@@ -1,4 +1,4 @@
-"""Small chains, made quickly in this process, and what verify and restore make of them."""
+"""Small chains, made quickly in this process, and the results of verify and restore for them."""
 
 import random
 import shutil
@@ -13,12 +13,12 @@ from blockdiff.progress import Progress
 from blockdiff.shared.errors import BlockdiffError
 from blockdiff.transport.address import Address
 
-#: Bytes of a block in small chains.
+#: Block size of small chains, in bytes.
 BLOCK = 64
 
 
 def image_of(*letters: str) -> bytes:
-    """Return an image with a block for each word: its letters over and over, zeros for ``0``; ``x*3`` is 3 bytes."""
+    """Return an image with a block for each word: the word repeated, zeros for ``0``; ``x*3`` is 3 bytes of x."""
     parts = []
     for word in letters:
         text, _, length = word.partition("*")
@@ -37,7 +37,7 @@ DAYS = (
 
 
 class MemoryTarget:
-    """An image in memory that counts what is written to it: `writes` has (offset, length) of each."""
+    """An image in memory. `writes` and `zeros` have (offset, length) of everything that was written to it."""
 
     def __init__(self) -> None:
         self.image = bytearray()
@@ -67,7 +67,7 @@ class MemoryTarget:
 
 @dataclass
 class SmallChain:
-    """A chain in a directory of its own, and the source that it is made of."""
+    """A chain in its own directory, and its source."""
 
     directory: Path
     source: Path
@@ -85,18 +85,18 @@ class SmallChain:
     def add(
         self, image: bytes | None = None, options: backup.Options | None = None, progress: Progress | None = None
     ) -> backup.Result:
-        """Back up the source, after it was given the content `image`."""
+        """Write `image` to the source, if it is given, and back up the source."""
         if image is not None:
             self.source.write_bytes(image)
         chosen = options or backup.Options(block_size=BLOCK)
         result = backup.backup(self.name, Address(None, str(self.source)), chosen, progress)
         self.images[result.manifest.generation] = self.source.read_bytes()
         for path in self.directory.glob(f"{self.base}.*"):
-            path.chmod(0o600)  # tests do harm to them, and not everybody who runs them is root
+            path.chmod(0o600)  # tests damage the files, and are not always run by root
         return result
 
     def files(self) -> dict[str, bytes]:
-        """Return what the directory holds, but for locks."""
+        """Return the files in the directory with their contents, without locks."""
         return {path.name: path.read_bytes() for path in sorted(self.directory.iterdir()) if path.suffix != ".lock"}
 
     def temporary(self) -> list[str]:
@@ -112,12 +112,12 @@ class SmallChain:
         return bytes(target.image)
 
     def verdicts(self) -> dict[int, BlockdiffError | None]:
-        """Return what `verify` finds wrong with each generation."""
+        """Return the error that `verify` reports for each generation, or None."""
         with Chain(self.name) as chain, verify.Verifier(chain) as verifier:
             return {verdict.number: verdict.error for verdict in verifier.all()}
 
     def verdict(self, number: int) -> BlockdiffError | None:
-        """Return what `verify NAME@N` finds wrong."""
+        """Return the error that `verify NAME@N` reports, or None."""
         with Chain(self.name) as chain, verify.Verifier(chain) as verifier:
             return verifier.one(number).error
 
@@ -135,12 +135,12 @@ class SmallChain:
         return SmallChain(directory, self.source, self.base, dict(self.images))
 
     def assert_sound(self) -> None:
-        """Every generation verifies and restores exactly, and no temporary file is left."""
+        """Check that every generation is sound and restores exactly, and that no temporary file is left."""
         self.assert_restores()
         assert self.temporary() == []
 
     def assert_restores(self) -> None:
-        """Every generation verifies and restores exactly."""
+        """Check that every generation is sound and restores exactly."""
         assert self.bad() == []
         for number in range(1, self.last() + 1):
             assert self.restored(number) == self.images[number], number
@@ -182,7 +182,7 @@ def harm(path: Path, chooser: random.Random) -> None:
 
 
 def without_manifests(chain: SmallChain) -> SmallChain:
-    """Remove the manifests: with format 1 and MD5, what is left is a chain as the original writes it."""
+    """Remove the manifests. With format 1 and MD5, the rest is a chain as the original writes it."""
     for path in chain.directory.glob("*.json"):
         path.unlink()
     return chain

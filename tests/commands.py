@@ -1,4 +1,4 @@
-"""Run the real commands in processes of their own."""
+"""Run the real commands, each in its own process."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BIN = Path(__file__).resolve().parent.parent / "bin"
-#: Finds the commands by their names, and for them the Python that runs the tests.
+#: A PATH with which the commands are found by their names, and find the Python that runs the tests.
 PATH = f"{BIN}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
@@ -23,7 +23,7 @@ def run(
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run a command of ``bin/`` (its first word) and return what it printed; the caller checks the exit status.
 
-    `under` is a command to run it under, such as prlimit(1).
+    `under` is a command that runs it, such as prlimit(1).
     """
     program = BIN / os.fsdecode(arguments[0])
     return subprocess.run(
@@ -39,7 +39,7 @@ def run(
 
 
 def done(*arguments: str | bytes | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> bytes:
-    """Run a command that must exit 0 and say nothing on standard error; return its standard output."""
+    """Run a command that must exit with 0 and print nothing on standard error; return its standard output."""
     result = run(*arguments, cwd=cwd, env=env)
     assert (result.returncode, result.stderr) == (0, b""), result
     return result.stdout
@@ -49,7 +49,7 @@ def done(*arguments: str | bytes | Path, cwd: Path | None = None, env: Mapping[s
 def started(
     *arguments: str | bytes | Path, env: Mapping[str, str] | None = None
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """Yield a command of ``bin/`` that runs; one that still does at the end is killed."""
+    """Yield a running command of ``bin/``; it is killed if it still runs at the end."""
     program = BIN / os.fsdecode(arguments[0])
     with subprocess.Popen(
         [sys.executable, program, *arguments[1:]],

@@ -1,4 +1,4 @@
-"""What the tests share: how a test says that it needs something, and the fixtures that start real programs."""
+"""What the tests share: how a test says what it needs, and the fixtures that start real programs."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ from tests.mariadb import MariaDB
 from tests.sshd import Sshd
 
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) == signal.SIG_IGN:  # nohup and shells hand that down, and our commands respect it
+    if signal.getsignal(number) == signal.SIG_IGN:  # inherited from nohup or a shell; our commands would respect it
         signal.signal(number, handler)
 
-# A machine that stands still for a moment is no reason to fail, nor is a case that was drawn by chance: each run draws
-# the same ones, and `make explore` draws others.
+# A test must not fail because the machine was slow for a moment, or because of a random case: each run draws the same
+# cases, and `make explore` draws others.
 settings.register_profile(
     "any speed",
     deadline=None,
@@ -30,8 +30,8 @@ settings.register_profile(
 settings.load_profile("any speed")
 
 _SHM = Path("/dev/shm")
-#: Where large images go: memory, where the machine offers enough of it as a file system (containers often do not).
-#: A plain directory among the devices is none: nothing is restored there.
+#: The directory for large images: a file system in memory, if it is large enough (in containers it often is not). If
+#: /dev/shm is only a directory in /dev, it cannot be used: blockdiff refuses to restore there.
 LARGE = _SHM if _SHM.is_mount() and shutil.disk_usage(_SHM).free >= 8 << 30 else None
 
 #: Files whose tests take more than about 10 s in all: `make quick` leaves them out.
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def require(present: object, what: str) -> None:
-    """Skip the test where `what` is missing; fail it where the environment says that nothing may be (CI)."""
+    """Skip the test if `what` is not `present`. If BLOCKDIFF_REQUIRE is 1, as in CI, let it fail instead."""
     if present:
         return
     if os.environ.get("BLOCKDIFF_REQUIRE") == "1":
@@ -68,7 +68,7 @@ def require_program(name: str) -> str:
 
 
 def require_strace() -> str:
-    """Return the path of strace, or skip the test where processes cannot be traced."""
+    """Return the path of strace, or skip the test if processes cannot be traced."""
     path = require_program("strace")
     probe = subprocess.run([path, "-o", os.devnull, "true"], capture_output=True, timeout=60, check=False)
     require(probe.returncode == 0, "the right to trace processes")
@@ -77,7 +77,7 @@ def require_strace() -> str:
 
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    """A real sshd on loopback that lets this user in with a key of its own."""
+    """A real sshd on loopback to which this user can log in, with a key made for the tests."""
     require(Sshd.available(), "the programs sshd, ssh and ssh-keygen")
     with Sshd(tmp_path_factory.mktemp("sshd")) as server:
         yield server
@@ -94,7 +94,7 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
 
 @pytest.fixture
 def backup_account(mariadb: MariaDB) -> Iterator[Account]:
-    """An account of that server without any privilege, and with a password that is hard to write."""
+    """An account of that server without any privilege, and with a password that is hard to quote."""
     mariadb.run("""CREATE USER backup@localhost IDENTIFIED BY 'it''s # "hushed" é'""")
     yield Account("backup", 'it\'s # "hushed" é', socket=str(mariadb.socket))
     mariadb.run("DROP USER backup@localhost")
@@ -102,14 +102,14 @@ def backup_account(mariadb: MariaDB) -> Iterator[Account]:
 
 @pytest.fixture
 def short_tmp_path() -> Iterator[Path]:
-    """A directory with a short path: a tag of LVM has room for it and any name of this machine; gone after the test."""
+    """A directory, removed after the test. Its path is so short that an LVM tag has room for it and the host's name."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path).resolve()
 
 
 @pytest.fixture
 def large_tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A directory for large images, in memory where possible; gone after the test."""
+    """A directory for large images, in memory if possible; removed after the test."""
     if LARGE is None:
         yield tmp_path
         return

@@ -1,6 +1,6 @@
 """`make demo`: back up a sample disk image twice, look at the chain, restore both days and compare.
 
-Prints each command as it would be typed, and its output. Exits 0 when all is well.
+Prints each command as a user would type it, and its output. Exits with 0 if all is well.
 """
 
 import filecmp
@@ -22,7 +22,7 @@ IMAGE_SIZE = 64 << 20
 
 
 class Failed(Exception):  # noqa: N818
-    """A step of the demo did not do what it should."""
+    """A step of the demo failed."""
 
 
 def say(text: str) -> None:
@@ -39,7 +39,7 @@ def shell(directory: Path, *words: str) -> None:
 
 
 def make_image(path: Path, noise: random.Random) -> None:
-    """Write a sample disk image: some data, some of it compressible, and much that was never written."""
+    """Write a sample disk image: some data, of which some is compressible, and large parts that were never written."""
     with path.open("wb") as file:
         file.write(noise.randbytes(4 << 20))
         file.seek(16 << 20)
@@ -48,7 +48,7 @@ def make_image(path: Path, noise: random.Random) -> None:
 
 
 def change_image(path: Path, noise: random.Random) -> None:
-    """Do to the image what a day of use does: a few blocks here and there."""
+    """Change a few blocks of the image, as a day of use does."""
     with path.open("r+b") as file:
         for place in (1 << 20, 17 << 20, 40 << 20):
             file.seek(place + 12_345)
@@ -56,7 +56,7 @@ def change_image(path: Path, noise: random.Random) -> None:
 
 
 def transport(stack: ExitStack, directory: Path, image: Path) -> tuple[str, list[str]]:
-    """Return the image as SOURCE on the command line, and the options that go with it; says which way it takes."""
+    """Return the SOURCE for the image, and the options that it needs. Print whether it is read over SSH."""
     if not Sshd.available():
         say("There is no sshd on this machine: the image is read by a local agent, the same one that SSH would start.")
         return str(image), []
@@ -69,7 +69,7 @@ def transport(stack: ExitStack, directory: Path, image: Path) -> tuple[str, list
 
 
 def demo(directory: Path) -> None:
-    """Do it all in `directory`."""
+    """Run all steps in `directory`."""
     noise = random.Random(2009)
     image = directory / "disk.img"
     (directory / "backup").mkdir(mode=0o700)
@@ -98,7 +98,7 @@ def demo(directory: Path) -> None:
 
 
 def main() -> int:
-    """Run the demo in a temporary directory that is gone afterwards; return the exit status."""
+    """Run the demo in a temporary directory, which is then removed; return the exit status."""
     with tempfile.TemporaryDirectory(prefix="blockdiff-demo-") as name:
         os.chdir("/")
         try:

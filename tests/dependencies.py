@@ -1,7 +1,7 @@
-"""Show that what setup.cfg says of the dependencies is true: ``python3 -m tests.dependencies oldest`` (or ``newest``).
+"""Check what setup.cfg says of the dependencies: ``python3 -m tests.dependencies oldest`` (or ``newest``).
 
-Makes a source distribution, and runs the smoke tests in it, in an environment of its own with the lower bounds that
-setup.cfg declares, or with the newest release of everything.
+It makes a source distribution, and runs the smoke tests in it, in a new environment with the lower bounds that
+setup.cfg declares, or with the newest releases.
 """
 
 import configparser

@@ -1,4 +1,4 @@
-"""See that nothing stays open."""
+"""Check that no descriptor stays open."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def all_closed(timeout_s: float = 20.0) -> Iterator[None]:
-    """What is opened within must be closed at the end, or soon after: some threads close what they read to its end."""
+    """Check that everything opened in the `with` statement is closed at its end, or soon after, by another thread."""
     before = set(os.listdir("/proc/self/fd"))
     yield
     deadline = time.monotonic() + timeout_s

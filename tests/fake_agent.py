@@ -1,4 +1,4 @@
-"""An agent that lies: it speaks the protocol in a thread of ours, as the script of a test tells it."""
+"""An agent that can break the rules: it runs in a thread of the test, and does what the test's script says."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ HELLO: dict[str, object] = {
 
 
 class Wire:
-    """The agent's end: whole frames, and bytes that are none."""
+    """The agent's end of the connection: sends frames, and bytes that are not frames."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._pipe = wire.Pipe(sock.fileno(), sock.fileno())
@@ -32,7 +32,7 @@ class Wire:
         self._sent = 0
 
     def begin(self) -> None:
-        """Take the agent's code, of which only the nonce matters, and answer with that."""
+        """Receive the agent's code, and answer with the nonce in it; the rest of the code is ignored."""
         expected = len(bundle.startup(bytes(bundle.NONCE_SIZE)))
         received = bytearray(expected)
         filled = 0
@@ -49,7 +49,7 @@ class Wire:
         self._pipe.write([data])
 
     def frame(self, kind: int, payload: bytes = b"", offset: int = 0, length: int | None = None) -> None:
-        """Send a frame; its header may announce another `length` than it has, under a CRC that fits."""
+        """Send a frame. Its header may announce another `length` than it has; the CRC is correct nevertheless."""
         fields = struct.pack("<B3xIIQ", kind, len(payload) if length is None else length, self._sent, offset)
         self._sent += 1
         self.raw(fields + struct.pack("<I", zlib.crc32(payload, zlib.crc32(fields))) + payload)
@@ -59,11 +59,11 @@ class Wire:
         self.frame(kind, json.dumps(fields).encode())
 
     def hello(self, **changes: object) -> None:
-        """Say hello, not necessarily as it should be."""
+        """Send HELLO, with `changes` to what it should be."""
         self.json(wire.HELLO, {**HELLO, **changes})
 
     def source(self, size: object, kind: object = "file", **hello: object) -> None:
-        """Say hello, take all orders up to that to scan, and say what the source is."""
+        """Send HELLO, take all orders up to that to scan, and send SOURCE."""
         self.hello(**hello)
         self.ordered(wire.REQUEST)
         self.json(wire.READY, {"sources": [{}], "directories": [], "notes": []})
@@ -73,7 +73,7 @@ class Wire:
         self.json(wire.SOURCE, {"kind": kind, "size": size})
 
     def ordered(self, kind: int) -> dict[str, object]:
-        """Take the server's next order, which must be of this kind."""
+        """Return the server's next order, which must be of this kind."""
         frame = self.link.receive()
         assert frame.kind == kind
         return self.link.read_json(frame)
@@ -100,7 +100,7 @@ class Wire:
         self.json(wire.TOTALS, {**totals, **more})
 
     def end(self, size: object, changed: object, read: object = 0, **more: object) -> None:
-        """Send the totals, and the end."""
+        """Send the totals and END."""
         self.totals(size, changed, read, **more)
         self.json(wire.END, {})
 
@@ -109,9 +109,9 @@ Script = Callable[[Wire], int | None]
 
 
 class FakeConnection(Connection):
-    """A connection to an agent that follows `script`, whose result is its exit status (None: 0).
+    """A connection to an agent that follows `script`. The result of `script` is its exit status (None: 0).
 
-    When the script is at its end so is the stream.
+    When the script ends, the stream ends.
     """
 
     def __init__(self, script: Script, login: str = "host") -> None:
@@ -130,20 +130,20 @@ class FakeConnection(Connection):
         try:
             self._status = script(Wire(self._theirs)) or 0
         except ConnectionLost:
-            pass  # the server has had enough
-        except BaseException as error:  # noqa: BLE001  # the test fails with it
+            pass  # the server has closed the connection
+        except BaseException as error:  # noqa: BLE001  # `close` raises it, so that the test fails
             self.failure = error
         finally:
             self._theirs.shutdown(socket.SHUT_WR)
 
     def readinto(self, view: memoryview, timeout_s: float) -> int:
-        with self._read_lock:  # no descriptor is closed while a thread reads from it
+        with self._read_lock:  # so that no descriptor is closed while a thread reads from it
             if self.closed:
                 raise ConnectionLost("the connection is closed")
             return self._pipe.readinto(view, timeout_s)
 
     def write(self, parts: Sequence[wire.Buffer]) -> None:
-        with self._write_lock:  # nor while a heartbeat writes: its number would soon be that of another connection
+        with self._write_lock:  # nor while a heartbeat writes: a new connection could get its number
             if self.closed:
                 raise ConnectionLost("the connection is closed")
             self._pipe.write(parts)
@@ -153,7 +153,7 @@ class FakeConnection(Connection):
         return None if self._thread.is_alive() else Exit(self._status)
 
     def close(self) -> None:
-        """End both sides; a script that still sends finds out."""
+        """Close both sides; a script that still sends gets an error."""
         if self.closed:
             return
         self.closed = True

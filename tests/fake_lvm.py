@@ -1,7 +1,7 @@
-"""A stand-in for LVM's commands, dmsetup and thin_delta: a state in a JSON file, and orders to fail, hang or lie.
+"""Fake commands of LVM, dmsetup and thin_delta. They have a state in a JSON file, and can be told to fail, hang or lie.
 
-`FakeLvm` makes a directory of commands for the PATH. Each of them runs this file, which needs the standard library
-alone.
+`FakeLvm` makes a directory of commands for the PATH. Each of them runs this file, which needs only the standard
+library.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ TERM = re.compile(r'(\w+)(=~|=)(\{?)"([^"]*)"\}?')
 
 
 class State(TypedDict):
-    """What the pretended host holds; `groups` are the free bytes of each, `orders` a behaviour and how many times."""
+    """The state of the fake host. `groups` has the free bytes of each group, `orders` behaviours and how many times."""
 
     groups: dict[str, int]
     volumes: list[Row]
@@ -38,7 +38,7 @@ class State(TypedDict):
 
 
 def new_uuid() -> str:
-    """Return a UUID in LVM's spelling."""
+    """Return a UUID as LVM writes it."""
     digits = uuid.uuid4().hex + uuid.uuid4().hex
     return "-".join(digits[i:j] for i, j in ((0, 6), (6, 10), (10, 14), (14, 18), (18, 22), (22, 26), (26, 32)))
 
@@ -49,7 +49,7 @@ def mapper(group: str, name: str) -> str:
 
 
 class FakeLvm:
-    """The state of a pretended host: groups and volumes, what the commands are ordered to do, and what was called."""
+    """The state of a fake host: groups and volumes, what the commands are ordered to do, and which were called."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -66,7 +66,7 @@ class FakeLvm:
 
     @contextmanager
     def state(self) -> Iterator[State]:
-        """The state, to be read and changed; nobody else changes it meanwhile."""
+        """Yield the state, to read and change it. A lock keeps the commands from changing it at the same time."""
         with (self.directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state: State = json.loads((self.directory / "state").read_text())
@@ -83,7 +83,7 @@ class FakeLvm:
             state["groups"][name] = free
 
     def add(self, group: str, name: str, **fields: str) -> Row:
-        """Add a volume of 100 MiB, active and plain but for the columns of `lvs` in `fields`; return its row."""
+        """Add a volume, and return its row. It is active, linear and has 100 MiB; `fields` change columns of `lvs`."""
         row = new_row(group, name, 100 << 20)
         row.update(fields)
         with self.state() as state:
@@ -91,7 +91,7 @@ class FakeLvm:
         return row
 
     def add_thin(self, group: str, name: str, **fields: str) -> Row:
-        """Add a volume in the thin pool ``pool``, which is made unless it is there."""
+        """Add a volume in the thin pool ``pool``, which is created if it does not exist."""
         with self.state() as state:
             there = any(row["vg_name"] == group and row["lv_name"] == "pool" for row in state["volumes"])
         if not there:
@@ -103,7 +103,7 @@ class FakeLvm:
         return self.add(group, name, **thin)
 
     def add_file(self, group: str, name: str, content: bytes, **fields: str) -> Path:
-        """Add a volume whose device is a plain file, of which a snapshot holds what it held; return its path."""
+        """Add a volume whose device is a plain file, and return its path. A snapshot of it is a copy of the file."""
         path = self.directory / group / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
@@ -111,7 +111,7 @@ class FakeLvm:
         return path
 
     def snapshots(self) -> list[str]:
-        """Return the names of the snapshots that are there, as volumes or as files."""
+        """Return the names of the snapshots that exist, as volumes or as files."""
         files = [path.name for path in self.directory.glob("*/bd_*")]
         return sorted({*files, *(name for name in self.names() if name.startswith("bd_"))})
 
@@ -123,7 +123,7 @@ class FakeLvm:
                     row.update(fields)
 
     def order(self, command: str, behaviour: str, times: int = 1000) -> None:
-        """Let the next `times` calls of a command do what `behaviour` names (the functions at the end of this file)."""
+        """Let the next `times` calls of a command behave like the function `behaviour` (at the end of this file)."""
         with self.state() as state:
             state["orders"][command] = (behaviour, times)
 
@@ -144,7 +144,7 @@ class FakeLvm:
         return [line[1:] if command else line for line in lines if command in ("", line[0])]
 
     def go(self) -> None:
-        """Let commands that were ordered to wait go on."""
+        """Let commands that were ordered to wait continue."""
         (self.directory / "go").touch()
 
 
@@ -159,7 +159,7 @@ def new_row(group: str, name: str, size: int) -> Row:
 
 
 class Fail(Exception):  # noqa: N818
-    """A command ends with its words and status 5."""
+    """A command prints this message and ends with status 5."""
 
 
 class Command:
@@ -176,7 +176,7 @@ class Command:
         return [after for before, after in zip(self.arguments, self.arguments[1:], strict=False) if before == name]
 
     def place(self) -> tuple[str, str]:
-        """Return the group and the volume (``""`` for all) that the last argument names; without one, all there are."""
+        """Return the group and the volume that the last argument names; ``""`` stands for all of them."""
         if self.arguments[-2:-1] == ["-o"]:
             return "", ""
         path = self.arguments[-1]
@@ -309,7 +309,7 @@ class Command:
 
 
 def wait_for_go(fake: FakeLvm) -> None:
-    """Say that the command has begun, and wait until `FakeLvm.go`; LVM gives up waiting on SIGINT."""
+    """Report that the command has begun, and wait for `FakeLvm.go`. Like LVM, it stops waiting on SIGINT."""
 
     def give_up(_number: int, _frame: object) -> None:
         raise Fail("  Giving up waiting for lock.")
@@ -326,13 +326,13 @@ def fail(fake: FakeLvm, run: Callable[[], None]) -> None:
 
 
 def fail_after(fake: FakeLvm, run: Callable[[], None]) -> None:
-    """Order: do it, and fail all the same."""
+    """Order: do it, and nevertheless fail."""
     run()
     raise Fail("  Something went wrong in the end.")
 
 
 def half(fake: FakeLvm, run: Callable[..., None]) -> None:
-    """Order: make the volume that is to hold what changes, not the snapshot out of it, and fail."""
+    """Order: create the volume for the changes, but do not turn it into a snapshot, and fail."""
     run(half=True)
 
 

@@ -1,4 +1,4 @@
-"""A server that speaks MySQL's protocol as a test tells it, and keeps all that it is sent."""
+"""A server that speaks MySQL's protocol as a test's script says, and records everything that it receives."""
 
 import socket
 import ssl
@@ -15,7 +15,7 @@ _PATIENCE_S = 60.0
 
 
 class Wire:
-    """One client: packets to it and from it."""
+    """The connection of one client: sends and receives packets."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -62,13 +62,13 @@ class Wire:
         return self.receive()
 
     def greet_encrypted(self, context: ssl.SSLContext) -> bytes:
-        """Greet, and go on encrypted as the client asks for; return its answer."""
+        """Greet, continue with TLS when the client asks for it, and return its answer."""
         self.greet(flags=_SSL)
         self._sock = context.wrap_socket(self._sock, server_side=True)
         return self.receive()
 
     def switch(self, plugin: str) -> bytes:
-        """Ask for another way to log in, and return the answer."""
+        """Ask for another method to log in, and return the answer."""
         self.send(b"\xfe" + plugin.encode() + b"\0" + SALT + b"\0")
         return self.receive()
 
@@ -80,7 +80,7 @@ class Wire:
 
 
 def cell(text: str) -> bytes:
-    """Return a text as it stands in a row."""
+    """Return a text as the protocol encodes it in a row."""
     data = text.encode()
     return (bytes([len(data)]) if len(data) < 251 else b"\xfd" + struct.pack("<I", len(data))[:3]) + data
 
@@ -98,7 +98,7 @@ def columns(name: str) -> list[bytes]:
 
 
 def usual(statement: str) -> list[bytes]:
-    """Return what a server answers to the statements of a login."""
+    """Return a real server's answer to the statements of a login."""
     if "CURRENT_USER" in statement:
         return table(["account"], ["u@%"])
     if "VERSION()" in statement:
@@ -107,7 +107,7 @@ def usual(statement: str) -> list[bytes]:
 
 
 class FakeServer:
-    """Listens while the `with` statement lasts; `script` is run for each client, in a thread."""
+    """Listens until the end of the `with` statement, and calls `script` for each client, in a thread."""
 
     def __init__(self, script: "Callable[[Wire], None]") -> None:
         self._script = script
@@ -130,7 +130,7 @@ class FakeServer:
 
     @property
     def received(self) -> list[bytes]:
-        """All packets that came, of all clients."""
+        """All packets that were received, of all clients."""
         return [packet for wire in self.clients for packet in wire.received]
 
     def _run(self) -> None:
@@ -145,6 +145,6 @@ class FakeServer:
             try:
                 self._script(wire)
             except OSError:
-                pass  # the client has gone, as it should
+                pass  # the client has closed the connection, as it should
             finally:
                 wire.close()

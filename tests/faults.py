@@ -1,4 +1,4 @@
-"""Let the operating system fail, or the process die, at a chosen step of what `durable` does."""
+"""Let a system call of `durable` fail, or the process die there, at a chosen step."""
 
 import os
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ import pytest
 
 from blockdiff.chain import durable
 
-#: What changes a directory or makes a change durable.
+#: The calls that change a directory, or make a change durable.
 STEPS = ("open", "write", "fsync", "link", "rename", "unlink")
 
 
 class Crash(BaseException):
-    """The process died here."""
+    """Simulates that the process died here."""
 
 
 class FaultyOs:
-    """Stands in for the module `os`. Of the calls that are named in `steps`, number `at` (from 1) fails.
+    """Replaces the module `os`. Of the calls whose names are in `steps`, number `at` (from 1) fails.
 
-    It does so with the error `number`, or, for None, by `Crash`, after which every other step does as well. `failed`
-    is the name of the call that failed.
+    It fails with the error `number`. If `number` is None, it raises `Crash`, and so does every later step. `failed` is
+    the name of the call that failed.
     """
 
     def __init__(self, at: int, number: int | None, steps: tuple[str, ...] = STEPS) -> None:
@@ -53,7 +53,7 @@ class FaultyOs:
 def at_step(
     monkeypatch: pytest.MonkeyPatch, at: int, number: int | None, steps: tuple[str, ...] = STEPS
 ) -> Iterator[FaultyOs]:
-    """Let what `durable` does fail as `FaultyOs` says."""
+    """Let the system calls of `durable` fail as described in `FaultyOs`."""
     faulty = FaultyOs(at, number, steps)
     with monkeypatch.context() as patch:
         patch.setattr(durable, "os", faulty)

@@ -1,7 +1,7 @@
-"""An `ssh` that runs the command on this machine, and does one thing wrong on the way.
+"""An `ssh` that runs the command on this machine, and makes one fault in the connection.
 
-`install` makes the program for the PATH; an ssh option ``Fault=`` that holds a `Fault` tells one run of it what to do.
-The program is this file, which needs the standard library alone.
+`install` makes the program for the PATH. The ssh option ``Fault=`` contains the `Fault` for one run of it. The program
+is this file, which needs only the standard library.
 """
 
 import io
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 UP, DOWN = "up", "down"
-#: Ends of a piece.
+#: The edges of a piece.
 BEGIN, END = "begin", "end"
 
-# What can go wrong. RECORD is nothing: it writes down what passed.
+# The kinds of faults. RECORD is not a fault: it records what passes.
 RECORD = "record"
 CUT = "cut"
 STALL = "stall"
@@ -29,13 +29,13 @@ DELAY = "delay"
 REPEAT_BYTE = "repeat byte"
 REPEAT_PIECE = "repeat piece"
 GARBLE = "garble"
-# Only one end of this direction is closed; the other end is never told:
+# Only one end of this direction is closed; the other end never learns of it:
 CLOSE_SERVER_SIDE = "close server side"
 CLOSE_HOST_SIDE = "close host side"
 
 DELAY_S = 0.3
 
-#: The same as `blockdiff.shared.wire.HEADER`, which is not to be found under ``python -S``; a test compares them.
+#: The same as `blockdiff.shared.wire.HEADER`, which cannot be imported under ``python -S``; a test compares them.
 HEADER = struct.Struct("<B3xIIQI")
 ALIVE = 1
 NONCE_SIZE = 16
@@ -44,7 +44,7 @@ BEGUN = b"blockdiff begins\n"
 
 
 class Point(NamedTuple):
-    """A place in the stream of one direction: `shift` bytes behind one edge of the piece number `piece`, from 0."""
+    """A place in the stream of one direction: `shift` bytes after an edge of the piece number `piece` (from 0)."""
 
     way: str
     piece: int
@@ -57,23 +57,23 @@ class Point(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What goes wrong, and where. `directory` takes a file `applied` once it has happened."""
+    """What goes wrong, and where. When it has happened, there is a file `applied` in `directory`."""
 
     kind: str
     point: Point
     directory: str
 
     def option(self) -> str:
-        """Return this for ``--ssh-option``."""
+        """Return this fault as a value of ``--ssh-option``."""
         return "Fault=" + json.dumps(self)
 
     @property
     def applied(self) -> Path:
-        """The file that says that it has happened."""
+        """The file that shows that the fault has happened."""
         return Path(self.directory, "applied")
 
     def recorded(self, way: str) -> Path:
-        """Return the file that RECORD writes."""
+        """Return the file that RECORD writes for a direction."""
         return Path(self.directory, way)
 
 
@@ -83,7 +83,7 @@ def from_option(text: str) -> Fault:
 
 
 class EndOfStreamError(Exception):
-    """The stream ended within a piece, after `rest`."""
+    """The stream ended inside a piece, of which `rest` had arrived."""
 
     def __init__(self, rest: bytes) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class EndOfStreamError(Exception):
 
 
 def pieces(way: str, read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield what has boundaries of its own: the parts of the start, then frames. `read` is that of a buffered file."""
+    """Yield the pieces of a stream: the parts of the start, then frames. `read` is that of a buffered file."""
 
     def take(count: int) -> bytes:
         data = read(count)
@@ -101,7 +101,7 @@ def pieces(way: str, read: Callable[[int], bytes]) -> Iterator[bytes]:
 
     if way == DOWN:
         yield take(NONCE_SIZE)
-    else:  # the loader behind a line for shells and its length, a line of JSON, and the archive
+    else:  # a line for shells, the loader's length, the loader, a line of JSON, and the archive
         yield (first := take(16))
         yield take(int(first[8:]))
         line = take(1)
@@ -116,7 +116,7 @@ def pieces(way: str, read: Callable[[int], bytes]) -> Iterator[bytes]:
 
 
 class Way(threading.Thread):
-    """Passes the bytes of one direction on from `source` to `target`, piece by piece."""
+    """Passes the bytes of one direction from `source` to `target`, piece by piece."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Way(threading.Thread):
     def run(self) -> None:
         try:
             number = 0
-            if self._way == DOWN:  # what comes first is noise to the server: nothing hangs on it
+            if self._way == DOWN:  # the server treats what comes before the nonce as noise
                 self._write(self._source.read(len(BEGUN)))
             for piece in pieces(self._way, self._source.read):
                 if self._blocked.is_set():
@@ -152,7 +152,7 @@ class Way(threading.Thread):
             self._write(end.rest)
             os.close(self._target)
         except OSError:
-            pass  # whoever should read this is gone
+            pass  # the reader has closed its end
 
     def _pass(self, number: int, piece: bytes) -> None:
         fault = self._fault
@@ -204,7 +204,7 @@ class Way(threading.Thread):
 
 
 def main(arguments: list[str]) -> None:
-    """Be ssh."""
+    """Do what ssh does."""
     if arguments[0] == "-G":  # it has no settings
         return
     (fault,) = [from_option(word) for word in arguments if word.startswith("Fault=")]
@@ -216,12 +216,12 @@ def main(arguments: list[str]) -> None:
     down.start()
     status = child.wait()
     down.join()
-    with deciding:  # what was to go wrong behind the last byte does, before we end
+    with deciding:  # a fault after the last byte must happen before this process ends
         os._exit(status if status >= 0 else 255)
 
 
 def install(directory: Path) -> Path:
-    """Make a directory for the PATH, below `directory`, that holds the program."""
+    """Make a directory for the PATH, below `directory`, with the program."""
     commands = directory / "commands"
     commands.mkdir()
     script = commands / "ssh"

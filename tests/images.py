@@ -1,11 +1,11 @@
-"""Random histories of images, for property tests."""
+"""Random histories of images, for tests of properties."""
 
 import random
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-#: From one byte to the largest there is; most of them small, so that a history of many blocks is made quickly.
+#: From one byte to the largest block size; most are small, so that a history of many blocks is made quickly.
 BLOCK_SIZES = (1, 2, 3, 7, 16, 100, 512, 4096, 5000, 16384, 65536, 1 << 20, 4 << 20)
 _MANY_BLOCKS_BYTES = 40_000
 _FEW_BLOCKS = 5
@@ -14,7 +14,7 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Edit:
-    """What a day does to an image: `where` and `much` are parts, 0 to 1, of the longest image of the history."""
+    """A change to an image: `where` is a part, 0 to 1, of the image; `much` is one of the longest possible image."""
 
     kind: str
     where: float
@@ -28,7 +28,7 @@ _EDITS = st.builds(Edit, st.sampled_from(["noise", "noise", "zeros", "grow", "sh
 
 @st.composite
 def histories(draw: st.DrawFn, block_size: int) -> list[bytes]:
-    """Draw one to five images, each the one before after a few edits, or after none; none of them is empty."""
+    """Draw one to five images, none of them empty. Each is the previous one with up to four edits."""
     longest = max(_FEW_BLOCKS * block_size, min(_MANY_BLOCKS_BYTES, 20_000 * block_size))
     longest = draw(st.integers(1, longest) if longest <= _MANY_BLOCKS_BYTES else st.integers(longest // 2, longest))
     noise = random.Random(draw(st.integers(0, 1 << 32)))
@@ -57,7 +57,7 @@ def _apply(edit: Edit, image: bytearray, longest: int, block_size: int, noise: r
 
 
 def write_sparse(path: str, image: bytes) -> None:
-    """Write an image as a new file in which whole pages of zeros are holes."""
+    """Write an image as a new file, in which pages of zeros are holes."""
     with open(path, "wb") as file:
         for offset in range(0, len(image), _PAGE):
             page = image[offset : offset + _PAGE]

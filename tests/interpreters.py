@@ -1,4 +1,4 @@
-"""The Pythons of this machine that a host could have: one of each version from 3.6 on."""
+"""The Pythons of this machine, one of each version from 3.6 on: the agent must run under each of them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ def _candidates() -> list[Path]:
 
 
 def _version(python: Path) -> tuple[int, int] | None:
-    """Return the version of an interpreter, None where it does not run: shims without a version behind them do not."""
+    """Return the version of an interpreter, None if it does not run (a pyenv shim may stand for no version)."""
     result = subprocess.run([python, "-V"], capture_output=True, text=True, timeout=60, check=False)
     match = re.match(r"Python (\d+)\.(\d+)", result.stdout)
     return (int(match[1]), int(match[2])) if match is not None and result.returncode == 0 else None

@@ -13,7 +13,7 @@ from tests.mariadb import wait_for
 
 @contextmanager
 def device(backing: Path) -> Iterator[Path]:
-    """Yield a loop device on a file of whole sectors; skips the test where this machine gives us none."""
+    """Yield a loop device on a file of whole sectors; skips the test if this machine refuses to make one."""
     losetup = shutil.which("losetup", path="/usr/sbin:/sbin:/usr/bin:/bin")
     conftest.require(losetup, "the program losetup")
     assert losetup is not None
@@ -30,7 +30,7 @@ def device(backing: Path) -> Iterator[Path]:
 
 @contextmanager
 def partition(disk: Path, first: int, count: int) -> Iterator[Path]:
-    """Yield a partition of a loop device, of `count` sectors from `first` on."""
+    """Yield a partition of a loop device: `count` sectors from sector `first` on."""
     subprocess.run([conftest.require_program("addpart"), disk, "1", str(first), str(count)], check=True, timeout=60)
 
     def remove() -> bool:
@@ -43,11 +43,11 @@ def partition(disk: Path, first: int, count: int) -> Iterator[Path]:
 
 
 def make_file_system(path: Path, size: int = 4 << 20) -> None:
-    """Make a file, or take the device that is there, and make a file system on it that writes nothing by itself."""
+    """Make a file system on the device `path`, or in a new file. The kernel then writes nothing to it automatically."""
     if not path.is_block_device():
         path.write_bytes(b"")
         os.truncate(path, size)
-    # what is not initialized now, the kernel would initialize once it is mounted
+    # otherwise the kernel would initialize the rest after it is mounted
     lazy = "lazy_itable_init=0,lazy_journal_init=0"
     subprocess.run([conftest.require_program("mkfs.ext4"), "-q", "-E", lazy, path], check=True, timeout=60)
 

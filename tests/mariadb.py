@@ -1,4 +1,4 @@
-"""A real MariaDB server in a directory of its own, reached by its own socket and a free port of the loopback."""
+"""A real MariaDB server in its own directory, with its own socket and a free port on loopback."""
 
 import getpass
 import shutil
@@ -32,16 +32,16 @@ class Server(ABC):
         """Return a new session; by default the superuser's. The caller closes it."""
 
     def run(self, *statements: str) -> Sequence[dict[str, object]]:
-        """Execute statements in a session of their own as the superuser; return the rows of the last one."""
+        """Execute statements in a new session as the superuser; return the rows of the last one."""
         with closing(self.connect()) as connection:
             return execute(connection, *statements)
 
     def sessions(self) -> int:
-        """Return the number of sessions, the asking one left out."""
+        """Return the number of sessions, without the one that asks."""
         return len([row for row in self.run("SHOW PROCESSLIST") if row["Info"] != "SHOW PROCESSLIST"])
 
     def kill_others(self) -> None:
-        """End every session but the one that does this."""
+        """End every session except the one that does this."""
         with closing(self.connect()) as connection:
             number = own_id(connection)
             for row in execute(connection, "SHOW PROCESSLIST"):
@@ -53,17 +53,17 @@ class Server(ABC):
                             raise
 
     def make_tables(self) -> None:
-        """Create the database `shop` with a table of one number for each engine, of the engine's name."""
+        """Create the database `shop`, with a table of numbers for each engine; its name is that of the engine."""
         self.run("CREATE DATABASE shop", *(f"CREATE TABLE shop.{name} (n INT) ENGINE={name}" for name in ENGINES))
 
     def assert_free(self) -> None:
-        """Writers of every engine are let through at once, and every session has ended or is about to."""
+        """Check that no lock stops writers to a table of any engine, and that every session has ended or soon ends."""
         self.run("SET SESSION lock_wait_timeout=20", *(f"INSERT INTO shop.{engine} VALUES (0)" for engine in ENGINES))
         wait_for(lambda: self.sessions() == 0, "the end of every session")
 
 
 class MariaDB(Server):
-    """Starts with the `with` statement, and stops at its end. The user who runs the tests is its superuser."""
+    """A server that runs until the end of the `with` statement. The user who runs the tests is its superuser."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.directory = directory
@@ -76,7 +76,7 @@ class MariaDB(Server):
 
     @staticmethod
     def available() -> bool:
-        """Whether the programs are installed."""
+        """Return whether the programs are installed."""
         return _daemon() is not None and shutil.which("mariadb-install-db") is not None
 
     def __enter__(self) -> "MariaDB":
@@ -134,7 +134,7 @@ class MariaDB(Server):
         self.stop()
 
     def connect(self, user: str | None = None, password: str = "") -> "pymysql.Connection[pymysql.cursors.DictCursor]":
-        """Return a new session, through the socket; by default the superuser's. The caller closes it."""
+        """Return a new session through the socket; by default the superuser's. The caller closes it."""
         sock = socket.socket(socket.AF_UNIX)
         connection = pymysql.Connection(
             user=user or self.user,
@@ -166,14 +166,14 @@ def execute(
 
 
 def own_id(connection: "pymysql.Connection[pymysql.cursors.DictCursor]") -> object:
-    """Return the number by which the server knows a session."""
+    """Return the server's number of a session."""
     return execute(connection, "SELECT CONNECTION_ID() AS id")[0]["id"]
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
     """Poll until `condition` holds; fails after `timeout_s` seconds.
 
-    At most half of the time goes into looking: in the lab's guest a look is dear, and slows what is waited for.
+    Checking takes at most half of the time: in the lab's guest a check is slow, and slows down what it waits for.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -185,7 +185,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) 
 
 
 class Running:
-    """A statement that runs in a session and a thread of its own; `done` tells whether it has come to its end."""
+    """A statement that runs in its own session and thread; `done` says whether it has ended."""
 
     def __init__(self, server: Server, *statements: str) -> None:
         self._connection = server.connect()
@@ -206,11 +206,11 @@ class Running:
         return not self._thread.is_alive()
 
     def wait_until_it_waits(self) -> None:
-        """Wait until the server says that the statement waits for a lock."""
+        """Wait until the server reports that the statement waits for a lock."""
         wait_for(lambda: "Waiting for" in str(self._row().get("State")), "a statement that waits")
 
     def wait_until_it_is(self, seconds: int) -> None:
-        """Wait until the statement is that old."""
+        """Wait until the statement has run for this many seconds."""
         wait_for(lambda: self._has_run_for(seconds), "a long statement")
 
     def _has_run_for(self, seconds: int) -> bool:
@@ -228,7 +228,7 @@ class Running:
         self._connection.close()
 
     def end(self) -> None:
-        """End the statement, whatever it does."""
+        """End the statement, even if it is still running."""
         self._server.run(f"KILL {self.id}")
         self._thread.join(30)
         self._connection.close()

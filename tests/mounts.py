@@ -1,4 +1,4 @@
-"""File systems of a test's own: small, full or read-only ones in memory, as context managers."""
+"""File systems for one test: small, full or read-only ones in memory, as context managers."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @contextmanager
 def tmpfs(path: Path, *options: str) -> Iterator[Path]:
-    """Mount a file system in memory at `path`, a new directory; options are like ``size=64k``. Skips without mount."""
+    """Mount a file system in memory at `path`, a new directory. An option is like ``size=64k``. Or skip the test."""
     path.mkdir()
     program = conftest.require_program("mount")
     words = [word for option in ("mode=700", *options) for word in ("-o", option)]
@@ -31,16 +31,16 @@ def remount(path: Path, option: str) -> None:
 
 
 def leave_pages(path: Path, count: int) -> None:
-    """Let a file system made by `tmpfs` have room for `count` more pages, or files of a page."""
+    """Leave room for only `count` more pages, or files of one page, in a file system made by `tmpfs`."""
     status = os.statvfs(path)
     used = (status.f_blocks - status.f_bfree) * status.f_frsize
     remount(path, f"size={used + count * PAGE}")
 
 
 def without_places(writable: Path | None = None) -> list[str]:
-    """Return the words before a command that finds no directory for temporary files, with TMPDIR=/proc; or skip.
+    """Return a prefix for a command that then finds no directory for temporary files; or skip the test.
 
-    `writable` is a directory that stays so.
+    The command must have TMPDIR=/proc. `writable` is a directory that stays writable.
     """
     script = (
         'stays="$1"; shift; [ -z "$stays" ] || mount --bind "$stays" "$stays" || exit 99; '

@@ -1,7 +1,7 @@
-"""A disk whose power may be cut: what is done to a directory is noted, and what may be found later is enumerated.
+"""Simulate power cuts: record what is done to a directory, and enumerate the states that may be found afterwards.
 
-The rules are those of POSIX, and no kinder: what was not synced is there, or is not, or in part. A file's bytes are
-durable after fsync(2) of the file, a directory's names after fsync(2) of the directory, and neither implies the other.
+The rules are the weakest that POSIX allows. What was not synced may exist, or not, or in part. The bytes of a file are
+durable after fsync(2) of the file, the names in a directory after fsync(2) of the directory; neither implies the other.
 """
 
 import os
@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import pytest
 
-#: Up to so many names that were not synced, each subset of them is tried: 2^8.
+#: For up to this many changes of names that were not synced, every subset of them is tried: 2^8.
 _ALL_SUBSETS = 8
 
 
 class Write(NamedTuple):
-    """Bytes of a file; a file grows by zeros up to `offset`."""
+    """Bytes are written to a file. If it is shorter than `offset`, it first grows with zeros."""
 
     file: int
     offset: int
@@ -35,20 +35,20 @@ class Cut(NamedTuple):
 
 
 class SyncFile(NamedTuple):
-    """What was written to the file is durable."""
+    """Everything written to the file is now durable."""
 
     file: int
 
 
 class Enter(NamedTuple):
-    """A name leads to a file: it was created, or linked."""
+    """A file gets a name: it was created or linked."""
 
     name: str
     file: int
 
 
 class Move(NamedTuple):
-    """A file has a new name."""
+    """A file is renamed."""
 
     name: str
     new_name: str
@@ -56,13 +56,13 @@ class Move(NamedTuple):
 
 
 class Remove(NamedTuple):
-    """A name is gone."""
+    """A name is removed."""
 
     name: str
 
 
 class SyncNames(NamedTuple):
-    """What was done to names is durable."""
+    """All changes of names are now durable."""
 
 
 Change = Write | Cut
@@ -72,12 +72,12 @@ Step = Change | NameChange | SyncFile | SyncNames
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in the directory after the power was cut: names with the file that each leads to, and its content."""
+    """The state of the directory after a power cut: each name, with the number and the content of its file."""
 
     files: frozenset[tuple[str, int, bytes]]
 
     def put(self, directory: Path) -> None:
-        """Make it real in a new directory; names of one file are hard links."""
+        """Create this state in a new directory; several names of one file are hard links."""
         directory.mkdir()
         first: dict[int, Path] = {}
         for name, file, content in sorted(self.files):
@@ -90,22 +90,22 @@ class Found:
 
 @dataclass(frozen=True)
 class History:
-    """What was done to a directory, step by step, from a state on that is durable."""
+    """The steps that changed a directory, and its state before them, which is durable."""
 
     names: dict[str, int]
     contents: dict[int, bytes]
     steps: list[Step] = field(default_factory=list)
 
     def syncs(self) -> list[int]:
-        """Return which of the steps make something durable."""
+        """Return the indices of the steps that make something durable."""
         return [at for at, step in enumerate(self.steps) if isinstance(step, SyncFile | SyncNames)]
 
     def without(self, at: int) -> "History":
-        """Return the same without one step."""
+        """Return the same history without one step."""
         return History(self.names, self.contents, self.steps[:at] + self.steps[at + 1 :])
 
     def found(self, done: int) -> set[Found]:
-        """Return all that may be found where the power was cut after `done` steps."""
+        """Return all states that may be found if the power is cut after `done` steps."""
         names, contents = dict(self.names), dict(self.contents)
         loose_names: list[NameChange] = []
         loose: dict[int, list[Change]] = {}
@@ -158,7 +158,7 @@ def _subsets(changes: list[NameChange]) -> Iterator[list[NameChange]]:
         for count in range(len(changes) + 1):
             yield from map(list, combinations(changes, count))
         return
-    for at in range(len(changes) + 1):  # each prefix, each without one, and each alone
+    for at in range(len(changes) + 1):  # each prefix, all without one, and each alone
         yield changes[:at]
         yield changes[:at] + changes[at + 1 :]
         yield changes[at : at + 1]
@@ -177,7 +177,7 @@ def _written(content: bytes, changes: list[Change]) -> bytes:
 
 
 def _variants(content: bytes, changes: list[Change]) -> set[bytes]:
-    """Return what a file may hold: each change there, missing, torn in the middle, or zeros in its place."""
+    """Return the possible contents of a file: each change may be complete, missing, half done, or zeros instead."""
     found = {content, _written(content, changes)}
     for at, change in enumerate(changes):
         others = changes[:at], changes[at + 1 :]
@@ -192,7 +192,7 @@ def _variants(content: bytes, changes: list[Change]) -> set[bytes]:
 
 
 class Recorder:
-    """Stands in for the module `os`, and notes what is done to one directory. Locks are not looked at."""
+    """Replaces the module `os`, and records the changes to one directory. It ignores locks."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = os.stat(directory)
@@ -285,7 +285,7 @@ class Recorder:
 
 @contextmanager
 def recorded(monkeypatch: pytest.MonkeyPatch, directory: Path, *modules: ModuleType) -> Iterator[History]:
-    """Note what `modules` do to a directory, through their name ``os``. Fails where something else changed it."""
+    """Record what `modules` do to a directory through their name ``os``. Fails if something else changes it."""
     recorder = Recorder(directory)
     with monkeypatch.context() as patch:
         for module in modules:
@@ -296,9 +296,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, directory: Path, *modules: ModuleT
 
 
 def each_state(history: History, told: int, check: Callable[[Found, bool], None]) -> int:
-    """Give `check` every state that may be found, and whether success may have been told; return how many there were.
+    """Call `check` with every state that may be found, and whether success was already reported; return their number.
 
-    `told` is after how many steps that was. The latest states come first: where something is wrong, it is there.
+    `told` is the number of steps after which success was reported. The latest states come first, because most errors
+    are found there.
     """
     seen: set[tuple[Found, bool]] = set()
     for done in range(len(history.steps), -1, -1):

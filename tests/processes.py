@@ -1,4 +1,4 @@
-"""Find processes by a mark in their environment, which they hand down to whatever they start."""
+"""Find processes by a mark in their environment, which all processes that they start inherit."""
 
 import os
 import secrets
@@ -21,13 +21,13 @@ def new_mark() -> str:
 
 
 def environment(mark: str) -> dict[str, str]:
-    """Return the mark as what is added to an environment."""
+    """Return the mark as a dictionary to add to an environment."""
     name, _, value = mark.partition("=")
     return {name: value}
 
 
 def marked(mark: str) -> dict[int, str]:
-    """Return the pids of the processes that carry the mark, with their command lines."""
+    """Return the pids of the processes with the mark, with their command lines."""
     found = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -36,12 +36,12 @@ def marked(mark: str) -> dict[int, str]:
             if mark.encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
                 found[int(name)] = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
-            pass  # it ended meanwhile, or is a zombie, or another user's
+            pass  # the process has ended, or is a zombie or another user's
     return found
 
 
 def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
-    """Wait until no process carries the mark any more; fails after `timeout_s` seconds."""
+    """Wait until no process has the mark; fails after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while left := marked(mark):
         assert time.monotonic() < deadline, f"still running: {left}"
@@ -50,7 +50,7 @@ def wait_until_gone(mark: str, timeout_s: float = 20.0) -> None:
 
 @contextmanager
 def leaving_none(monkeypatch: "pytest.MonkeyPatch") -> Iterator[str]:
-    """Mark whatever the test starts, and see to it that none of it outlives the test; yields the mark."""
+    """Mark all processes that the test starts, and check that they end with the test; yields the mark."""
     mark = new_mark()
     for name, value in environment(mark).items():
         monkeypatch.setenv(name, value)
@@ -77,9 +77,9 @@ def interrupting(number: int) -> Iterator[None]:
 
 
 def interrupt_main_thread(number: int, timeout_s: float = 20.0) -> None:
-    """Send the signal to this process until its handler has run and ignores it, as `blockdiff.shared.signals` does.
+    """Send the signal to this process until its handler has run; the handler then lets the signal be ignored.
 
-    One that comes just before a system call does not end it.
+    One signal may not be enough: if it comes just before a system call, it does not interrupt the call.
     """
     deadline = time.monotonic() + timeout_s
     while signal.getsignal(number) != signal.SIG_IGN:
@@ -89,7 +89,7 @@ def interrupt_main_thread(number: int, timeout_s: float = 20.0) -> None:
 
 
 def peak_rss(pid: int) -> int:
-    """Return the most memory that a running process has held so far, in bytes; 0 where it has ended."""
+    """Return the most memory that a running process has used so far, in bytes; 0 if it has ended."""
     try:
         status = Path("/proc", str(pid), "status").read_text()
     except OSError:
@@ -99,7 +99,7 @@ def peak_rss(pid: int) -> int:
 
 
 def end(mark: str) -> None:
-    """Kill whatever still carries the mark."""
+    """Kill all processes that still have the mark."""
     for pid in marked(mark):
         try:
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The original's descriptor protocol from outside, what its dump writes, and the examples of `docs/format.md`."""
+"""The original's commands, run with its descriptors; what its dump writes; and the examples of `docs/format.md`."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ BLOCK = 512
 
 
 def example(name: str) -> bytes:
-    """Return the bytes that the document shows as ``hex NAME``: two digits and a blank each, up to the wide gap."""
+    """Return the bytes of the example ``hex NAME`` in the document: pairs of digits, up to three blanks in a line."""
     (block,) = re.findall(rf"^```hex {re.escape(name)}\n(.*?)^```", FORMAT, re.MULTILINE | re.DOTALL)
     return b"".join(bytes.fromhex(line.split("   ")[0]) for line in str(block).splitlines())
 
@@ -46,9 +46,9 @@ def run(
     stdout: Path | None = None,
     caller: str = "",
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a command of ``bin/`` with the old digest table on descriptor 5 and the new one on 6, where they are given.
+    """Run a command of ``bin/`` with the old digest table on descriptor 5 and the new one on 6, if they are given.
 
-    A path as `stdin` becomes standard input itself, bytes come through a pipe. `caller` are further redirections.
+    If `stdin` is a path, standard input is this file; bytes come through a pipe. `caller` is a further redirection.
     """
     redirections = ["5<$OLD" if old else "5<&-", "6>$NEW" if new else "6>&-", *([">$OUT"] if stdout else []), caller]
     words = [sys.executable, commands.BIN / program, *arguments]
@@ -63,5 +63,5 @@ def run(
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """Return the files in a directory with their contents, but for locks."""
+    """Return the files in a directory with their contents, without locks."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".lock"}

@@ -1,4 +1,4 @@
-"""The README's recipe for a restore without blockdiff, as it stands there."""
+"""The README's recipe for a restore without blockdiff, read from the README."""
 
 import re
 import subprocess
@@ -17,13 +17,13 @@ def section() -> str:
 
 
 def code(language: str) -> str:
-    """Return the section's one block of code in this language."""
+    """Return the section's only block of code in this language."""
     (block,) = re.findall(rf"^```{language}\n(.*?)^```", section(), re.MULTILINE | re.DOTALL)
     return str(block)
 
 
 def apply(delta: bytes, image: Path, table: Path) -> "subprocess.CompletedProcess[bytes]":
-    """Apply one decompressed delta to an image that is there, by the recipe's program."""
+    """Apply one decompressed delta to an existing image, with the recipe's program."""
     return subprocess.run(
         [sys.executable, "-I", "-S", "-c", code("python"), image, table],
         input=delta,

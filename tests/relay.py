@@ -1,19 +1,19 @@
-"""A TCP relay on loopback that passes bytes on until it is told to cut the connection or to go silent."""
+"""A TCP relay on loopback, which can cut its connections or stop passing bytes."""
 
 import select
 import socket
 import threading
 from collections.abc import Callable
 
-#: What `Relay.act` does: close both sockets, or keep them open and pass nothing on.
+#: What `Relay.act` does: close both sockets, or keep them open and pass nothing.
 CUT, SILENCE = "cut", "silence"
 
 
 class Relay:
-    """Passes connections to `port` of `host` on, from a `port` of its own. A context manager.
+    """Accepts connections on its own `port`, and passes them to `port` of `host`. A context manager.
 
-    `limit_up` and `limit_down` are bytes from the client and to it; when one has passed, `act` happens, to every
-    connection. `on_bytes` is told the totals (up, down) whenever something has passed; the relay's thread calls it.
+    `limit_up` and `limit_down` are numbers of bytes, from the client and to it. When one is reached, `act` happens to
+    every connection. `on_bytes` is called with the totals (up, down) after bytes have passed, by the relay's thread.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Relay:
         self._listener.close()
 
     def act(self) -> None:
-        """Cut the connections, or go silent, now."""
+        """Cut the connections, or stop passing bytes, now."""
         self.acted.set()
 
     def reset(self) -> None:
-        """Forget what was done, once the connections so far have ended, and pass new ones on."""
+        """Wait until all connections have ended, set the totals to 0, and pass new connections."""
         for thread in self._threads:
             thread.join()
         self._threads.clear()
@@ -91,7 +91,7 @@ class Relay:
                         return
 
     def _pass_some(self, source: socket.socket, way: int, target: socket.socket) -> bool:
-        """Pass on what is there, up to the limit; False when the connection has ended."""
+        """Pass the bytes that have arrived, up to the limit; return False if the connection has ended."""
         limit = self._limits[way]
         room = (1 << 16) if limit is None else max(0, min(1 << 16, limit - self.passed[way]))
         data = source.recv(room) if room else b""

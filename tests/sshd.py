@@ -1,4 +1,4 @@
-"""A private sshd on loopback: started by the tests that need one and stopped by its own pid."""
+"""A private sshd on loopback, which the tests start and stop."""
 
 import getpass
 import os
@@ -13,10 +13,10 @@ from tests import processes
 
 
 class Sshd:
-    """A running sshd with keys of its own, as a context manager.
+    """A running sshd with its own keys. A context manager.
 
-    `options` make either transport find and trust it, `login` is ``user@127.0.0.1``, and `extra` are lines for its
-    configuration. `url(path)` is a SOURCE on it. Everything that it starts carries `mark` in its environment.
+    `options` are the ssh options to log in to it and to trust it; `login` is ``user@127.0.0.1``. `extra` are lines for
+    its configuration. `url(path)` is a SOURCE on it. Every process of a login has `mark` in its environment.
     """
 
     def __init__(self, directory: Path, extra: Sequence[str] = ()) -> None:
@@ -51,7 +51,7 @@ class Sshd:
         return f"ssh://{self.login}:{port or self.port}{path}"
 
     def trust(self, port: int, known_hosts: Path | None = None) -> None:
-        """Let `known_hosts` know this sshd's key under another port of 127.0.0.1."""
+        """Add this sshd's key to `known_hosts` for another port of 127.0.0.1."""
         kind, key = self.host_key.with_suffix(".pub").read_text().split()[:2]
         with (known_hosts or self.known_hosts).open("a") as file:
             file.write(f"[127.0.0.1]:{port} {kind} {key}\n")
@@ -134,7 +134,7 @@ def _make_key(path: Path) -> None:
 
 
 def _punishes() -> bool:
-    """Return whether this sshd (9.8 and newer) would lock out an address whose connections broke too often."""
+    """Return whether this sshd (9.8 or newer) can refuse an address after too many of its connections have failed."""
     program = shutil.which("sshd", path=_PATH)
     assert program is not None
     tried = subprocess.run([program, "-G", "-f", os.devnull, "-o", "PerSourcePenalties no"], capture_output=True)

@@ -1,4 +1,4 @@
-"""Run a command on a terminal of its own."""
+"""Run a command on its own terminal."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ from tests.commands import BIN, PATH
 
 
 def run(*arguments: str | Path, timeout_s: float = 60, stdout: Path | None = None) -> tuple[int, str]:
-    """Run a command of ``bin/`` with all three standard streams on a terminal; return exit status and what it shows.
+    """Run a command of ``bin/`` on a terminal; return its exit status and what the terminal shows.
 
-    With `stdout`, standard output is that file instead.
+    All three standard streams are the terminal; with `stdout`, standard output is that file instead.
     """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
@@ -37,7 +37,7 @@ def run(*arguments: str | Path, timeout_s: float = 60, stdout: Path | None = Non
             while part := os.read(master, 65536):
                 shown += part
         except OSError:
-            pass  # the last one who held the other end is gone
+            pass  # the last process that had the other end open has closed it
         finally:
             os.close(master)
         return process.wait(timeout_s), shown.decode("utf-8", "replace")

@@ -1,1 +1,1 @@
-"""The files of chains in a directory: who may add to them, in what order, and what they say."""
+"""The files of chains in a directory: who may add to them, in what order they are written, and what they contain."""

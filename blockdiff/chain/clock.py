@@ -1,9 +1,9 @@
-"""The time, in the one form that manifests have; and clocks that go back."""
+"""The time, in the form that manifests use; and clocks that go back."""
 
 import time
 from datetime import datetime, timezone
 
-#: How far clocks may differ, in seconds, before it is reported.
+#: Differences between clocks are reported if they are larger than this, in seconds.
 TOLERANCE_S = 300.0
 
 
@@ -18,7 +18,7 @@ def iso(seconds: float) -> str:
 
 
 def seconds(text: str | None) -> float | None:
-    """Return a time of a manifest in seconds since the epoch; None for what is not one."""
+    """Return a time from a manifest in seconds since the epoch; None if the text is not a time."""
     try:
         found = datetime.fromisoformat(text or "")
         return (found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)).timestamp()
@@ -27,9 +27,9 @@ def seconds(text: str | None) -> float | None:
 
 
 def went_back(started: str | None, finished: str | None, before: str | None) -> str | None:
-    """Return in words that the clock went back during or before a run, as the times of its manifest say; or None.
+    """Return a phrase that says that the clock went back during or before a run; None if it did not.
 
-    `before` is when the generation before it was finished.
+    `started` and `finished` are from the run's manifest; `before` is when the previous generation was finished.
     """
     end = seconds(finished)
     for earlier, what in ((started, "it was started"), (before, "the generation before it was finished")):
@@ -40,7 +40,7 @@ def went_back(started: str | None, finished: str | None, before: str | None) -> 
 
 
 def shown_age(seconds: float) -> str:
-    """Return a length of time for people: the two largest units of it; "in the future" for one that is yet to pass."""
+    """Return an age for people, in its two largest units; "in the future" if it is below minus `TOLERANCE_S`."""
     if seconds < -TOLERANCE_S:
         return "in the future"
     minutes = max(0, int(seconds)) // 60

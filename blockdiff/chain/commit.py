@@ -1,6 +1,6 @@
-"""Add to a chain: the lock, what a crash left behind, and the order in which a new generation becomes part of it.
+"""Add to a chain: lock it, clean up after a crash, and commit a new generation in a safe order.
 
-The order of writing is what the safety of a chain rests on: see `NewGeneration.commit` and `docs/architecture.md`.
+The safety of a chain depends on the order of writing: see `NewGeneration.commit` and `docs/architecture.md`.
 """
 
 import errno
@@ -21,10 +21,10 @@ from blockdiff.shared.errors import BusyError, DamagedError, StorageError, Usage
 
 
 class WritableChain(Chain):
-    """A chain that we may add to, as far as that can be known without a lock: a run's rehearsal looks at it.
+    """A chain that this user may add to, as far as that can be known without the lock. A dry run uses it.
 
-    Raises `UsageError` for a NAME that readers would take for a generation of another chain, and `StorageError` if
-    others may write to the directory, or we may not.
+    Raises `UsageError` if readers would mistake NAME for a generation of another chain, and `StorageError` if other
+    users can write to the directory, or this user cannot.
     """
 
     is_written = True
@@ -40,10 +40,11 @@ class WritableChain(Chain):
 
 
 class LockedChain(WritableChain):
-    """A chain that this process alone may add to, after what a crash left was repaired.
+    """A chain that only this process may add to. It is repaired first if a crash left it incomplete.
 
-    Raises what `WritableChain` does, and `BusyError` if another run holds it. `notes` says what was repaired.
-    Without `recovers`, what is beyond the last complete generation stays, and so does ``NAME.ver``.
+    Raises what `WritableChain` raises, and `BusyError` if another run has the lock. `notes` says what was repaired.
+    Without `recovers`, ``NAME.ver`` is not corrected, and of the generations after the last complete one only those
+    files are set aside whose temporary names show that their commit was cut off.
     """
 
     def __init__(self, name: str, recovers: bool = True) -> None:
@@ -53,7 +54,7 @@ class LockedChain(WritableChain):
         try:
             self._set_uncommitted_aside()
             self._remove_temporary()
-            self.directory.check_abilities(self._lock_name, self.temporary_version)  # now, not after hours of reading
+            self.directory.check_abilities(self._lock_name, self.temporary_version)  # now, not after the image was read
             if recovers:
                 self._recover()
         except BaseException:
@@ -66,7 +67,7 @@ class LockedChain(WritableChain):
 
     def _read_inventory(self, inventory: Inventory) -> None:
         super()._read_inventory(inventory)
-        self._begun = []  # the lock is ours, and may be new
+        self._begun = []  # the lock file is of this run, and may be new
 
     def __enter__(self) -> "LockedChain":
         return self
@@ -75,7 +76,7 @@ class LockedChain(WritableChain):
         """Release the lock and close the directory."""
         if self._lock_fd >= 0:
             with suppress(OSError):
-                # a child that another thread is just starting has the descriptor as well, until its program begins
+                # a child that another thread is starting also has the descriptor, until its program begins
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -96,9 +97,10 @@ class LockedChain(WritableChain):
             ) from error
 
     def _set_uncommitted_aside(self) -> None:
-        """Move away what a run linked and died before it linked the manifest: its temporary names say so.
+        """Set aside the files that a run linked before it died, if it died before it linked the manifest.
 
-        In a first generation nothing else does: no ``NAME.ver`` says yet that there is no complete generation.
+        The temporary names of these files, which still exist, show this. If it was the first generation, nothing else
+        does: there is no ``NAME.ver`` yet that says which generation is the last complete one.
         """
         moved = False
         for generation in list(self.generations.values()):
@@ -114,7 +116,7 @@ class LockedChain(WritableChain):
             self.directory.sync()
 
     def _remove_temporary(self) -> None:
-        # the known suffixes only: .NAME.1.2.tmp belongs to a chain called NAME.1
+        # only the known suffixes: .NAME.1.2.tmp belongs to a chain called NAME.1
         suffixes = "|".join(map(re.escape, (*DELTA_SUFFIXES, *TABLE_SUFFIXES, MANIFEST_SUFFIX)))
         pattern = re.compile(re.escape(f".{self.base}.") + rf"(ver|[1-9][0-9]*({suffixes}))\.tmp")
         for name in self.directory.names():
@@ -136,18 +138,18 @@ class LockedChain(WritableChain):
             self.directory.sync()
 
     def _check_reachable(self, generation: Generation, suffix: str) -> None:
-        """Raise `StorageError` if a file cannot be looked at now: its generation may be complete nevertheless."""
+        """Raise `StorageError` if a file cannot be reached now: its generation may nevertheless be complete."""
         try:
             self.directory.size_of(generation.name(suffix))
         except DamagedError:
-            pass  # it is there, and not a file
+            pass  # something has this name, but it is not a file
 
     def _set_aside(self, generation: Generation, suffix: str) -> None:
         new_name = self.set_aside(generation.name(suffix))
         self.notes.append(f"{generation.path(suffix)} was never completed; it was moved to {new_name}")
 
     def set_aside(self, name: str) -> str:
-        """Rename a file to ``….aside-1``, or the next number that is free, and return that name."""
+        """Rename a file to ``….aside-1``, or the next free number, and return the new name."""
         taken, count = set(self.directory.names()), 1
         while f"{name}.aside-{count}" in taken:
             count += 1
@@ -155,7 +157,7 @@ class LockedChain(WritableChain):
         return f"{name}.aside-{count}"
 
     def replace(self, name: str, write: Callable[[OutputFile], object]) -> None:
-        """Give `name` to a new file, durable when it gets it, that `write` writes; what has that name is set aside."""
+        """Let `write` write a new file, make it durable, and give it `name`. An existing file `name` is set aside."""
         temporary = f".{name}.tmp"
         with ExitStack() as stack:
             file = stack.enter_context(self.directory.create(temporary))
@@ -168,7 +170,7 @@ class LockedChain(WritableChain):
             self.directory.sync()
 
     def write_version(self, number: int) -> None:
-        """Let ``NAME.ver`` say that `number` is the last complete generation."""
+        """Write into ``NAME.ver`` that `number` is the last complete generation."""
         try:
             self.prepare_version(number)
             self.publish_version(number)
@@ -198,20 +200,20 @@ class LockedChain(WritableChain):
         self.version = number
 
     def chain_id(self) -> str:
-        """Return the identifier that the chain's manifests share; a new one if there is no manifest yet."""
+        """Return the identifier in all of the chain's manifests; a new one if there is no manifest yet."""
         known = [(number, generation.manifest) for number, generation in self.generations.items()]
         newest = max(((n, found.chain) for n, found in known if found is not None), default=None)
         return newest[1] if newest is not None else os.urandom(16).hex()
 
     def begin(self, delta_suffix: str, table_suffix: str) -> "NewGeneration":
-        """Return the next generation, to be written."""
+        """Return the next generation, which the caller then writes."""
         return NewGeneration(self, self.last() + 1, delta_suffix, table_suffix)
 
 
 class NewGeneration:
-    """A generation that is being written: under temporary names, until it is committed.
+    """A generation that is being written. Its files have temporary names until it is committed.
 
-    A context manager: without `commit` nothing of it stays.
+    A context manager: without `commit` its files are removed.
     """
 
     def __init__(self, chain: LockedChain, number: int, delta_suffix: str, table_suffix: str) -> None:
@@ -247,11 +249,11 @@ class NewGeneration:
         return f".{self._final(suffix)}.tmp"
 
     def open_table(self, digest_size: int) -> TableReader:
-        """Return the new digest table as it is so far, for reading."""
+        """Return the new digest table, as far as it was written, for reading."""
         return TableReader(os.dup(self.table.fileno()), "the new digest table", digest_size)
 
     def stored(self) -> tuple[manifest.StoredFile, manifest.StoredFile]:
-        """Return what the manifest says of delta and digest table; both are complete and durable from here on."""
+        """Make the delta and the digest table, which are complete, durable; return what the manifest says of them."""
         delta_suffix, table_suffix, _ = self._suffixes
         self.delta.finish()
         self.table.finish()
@@ -261,12 +263,12 @@ class NewGeneration:
         )
 
     def commit(self, content: Manifest) -> None:
-        """Make the generation a part of the chain. The link of the manifest is the moment that decides.
+        """Make the generation a part of the chain. It is complete at the moment when its manifest is linked.
 
-        Every content is durable before any name appears, and so are the temporary names, which say what is not
-        complete; delta and table have their names before the manifest has, and ``NAME.ver`` follows: whenever the power
-        fails, what is found later is complete or not there. What takes room is written before, so that a full disk
-        cannot stop a commit halfway.
+        First, the contents of all files are made durable, and their temporary names, which show that a generation is
+        not complete. Then delta and digest table get their names, then the manifest, then ``NAME.ver``. So whenever the
+        power fails, the next run finds a complete generation, or can see that it is not complete. Everything that takes
+        space on the disk is written before the first link, so that a full disk cannot stop a commit in the middle.
         """
         delta_suffix, table_suffix, manifest_suffix = self._suffixes
         with self._create(manifest_suffix) as file:
@@ -279,7 +281,7 @@ class NewGeneration:
         self._directory.sync()
         self._link(manifest_suffix)
         self._directory.sync()
-        self._committed = True  # before the rename: a signal in between must not undo what NAME.ver may already say
+        self._committed = True  # before the rename: after it, a signal must not undo a generation that NAME.ver names
         try:
             self._chain.publish_version(self.number)
         except StorageError:
@@ -292,9 +294,9 @@ class NewGeneration:
         self._linked.append(suffix)
 
     def _undo(self) -> None:
-        """Remove the temporary names, and the final ones that this very object made and did not commit.
+        """Remove the temporary names, and the final names that this object made but did not commit.
 
-        What cannot be removed is left to the next run: the error that brought us here is the one to report.
+        The next run removes what cannot be removed now: the error that led here is the one to report.
         """
         for file in self._files:
             file.close()
@@ -308,7 +310,7 @@ class NewGeneration:
                 pass
 
     def _undo_link(self, suffix: str) -> None:
-        # a signal may have come just after the link; and not every file system can see that two names are one file
+        # after a signal just after the link, `_linked` lacks it; on some file systems `are_same` cannot find out
         try:
             if suffix in self._linked or self._directory.are_same(self._final(suffix), self._temporary(suffix)):
                 self._directory.unlink(self._final(suffix))

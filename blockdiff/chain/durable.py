@@ -1,8 +1,8 @@
-"""The file system operations that a chain's safety rests on: the only place that writes into a backup directory.
+"""The file system operations that a chain's safety depends on. Only this module writes into a backup directory.
 
 Every name is relative to one open directory. Failures become `StorageError` with the path and the reason. A failed
-write, fsync or close is final: the same descriptor is never tried again, because after an error the kernel may have
-dropped the data and report success the next time.
+write, fsync or close is final, and the same descriptor is not used again: after an error the kernel may have dropped
+the data, and may report success the next time.
 """
 
 import errno
@@ -44,9 +44,9 @@ def _named(action: str, path: str) -> Iterator[None]:
 
 
 class OutputFile:
-    """A new file that is being written; counts what is written to it, and knows its checksum. A context manager.
+    """A new file that is being written. It calculates the size and the checksum of its content. A context manager.
 
-    `size` is in bytes; `checksum()` is that of everything written so far, by `algorithm`.
+    `size` is in bytes; `checksum()`, by `algorithm`, is that of everything that was written so far.
     """
 
     def __init__(self, fd: int, path: str, algorithm: str = checksum.OF_OTHERS) -> None:
@@ -83,7 +83,7 @@ class OutputFile:
         return self._fd
 
     def read_back(self) -> None:
-        """Count what another process has written through the descriptor, with its checksum; raises `StorageError`."""
+        """Read what another process wrote through the descriptor, to set size and checksum; raises `StorageError`."""
         self._checksum, self.size = Checksum(self._checksum.algorithm), 0
         with _named("read", self.path):
             while data := os.pread(self.fileno(), _READ_SIZE, self.size):
@@ -110,15 +110,15 @@ def _change_mode(fd: int, mode: int) -> None:
     try:
         os.fchmod(fd, mode)
     except OSError:
-        pass  # a file system without modes; fsync reports whatever else is wrong
+        pass  # the file system has no modes; fsync reports other errors
 
 
 def _open_file(name: str, extra_flags: int, directory_fd: int) -> int:
-    """Open a file for reading, without waiting for the other end of what turns out to be a FIFO."""
+    """Open a file for reading. If it has become a FIFO, this does not wait for a writer."""
     flags = os.O_RDONLY | os.O_CLOEXEC | extra_flags
     try:
         fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=directory_fd)
-    except BlockingIOError:  # a regular file that another process has a lease on: the kernel makes sure that it ends
+    except BlockingIOError:  # another process has a lease on the file, which the kernel ends after a while
         return os.open(name, flags, dir_fd=directory_fd)
     os.set_blocking(fd, True)
     return fd
@@ -138,7 +138,7 @@ def _kind(mode: int) -> str:
 class Directory:
     """An open directory. A context manager; raises `StorageError` if it is missing or cannot be opened.
 
-    `is_written` says whether the user may want it to be made if it is missing.
+    With `is_written`, the error for a missing directory also says how to create it.
     """
 
     def __init__(self, path: str, is_written: bool = False) -> None:
@@ -165,19 +165,19 @@ class Directory:
             pass  # nothing was written through it: what was reported stays true
 
     def refuse_others(self) -> None:
-        """Raise `StorageError` if others than the owner may write to the directory, or replace it."""
+        """Raise `StorageError` if other users than the owner can write to the directory, or replace it."""
         with _named("look at", self.path):
             sharing.refuse_others(self.path)
 
     def refuse_read_only(self) -> None:
-        """Raise `StorageError` if we may not write to the directory, or nobody may."""
+        """Raise `StorageError` if this user may not write to the directory, or the file system is read-only."""
         with _named("write to", self.path):
             if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.fstatvfs(self._fd).f_flag & os.ST_RDONLY
                 raise OSError(number := errno.EROFS if read_only else errno.EACCES, os.strerror(number))
 
     def refuse_root_file_system(self) -> None:
-        """Raise `StorageError` if nothing is mounted on the way to the directory but the file system of ``/``."""
+        """Raise `StorageError` if the directory is in the mount of ``/``: then no other disk is mounted there."""
         with Directory("/") as root:
             if self._mount() != root._mount():
                 return
@@ -187,7 +187,7 @@ class Directory:
         )
 
     def _mount(self) -> str:
-        """Return what the kernel calls the mount that the directory is in; a bind mount is one of its own."""
+        """Return the kernel's identifier of the mount that the directory is in; a bind mount has its own."""
         with _named("look at", self.path), open(f"/proc/self/fdinfo/{self._fd}", encoding="ascii") as file:
             return next(line for line in file if line.startswith("mnt_id:"))
 
@@ -210,7 +210,7 @@ class Directory:
         return None if found is None else self._file(name, found).st_size
 
     def are_same(self, name: str, other: str) -> bool:
-        """Return whether both names are there and are those of one file."""
+        """Return whether both names exist and belong to the same file."""
         found, others = self._found(name), self._found(other)
         return found is not None and others is not None and os.path.samestat(found, others)
 
@@ -224,8 +224,8 @@ class Directory:
     def open(self, name: str) -> int:
         """Return a descriptor for reading.
 
-        A symbolic link is followed if nobody but the owner of the directory can have made it. Raises `DamagedError`
-        if the name is not that of a regular file, and `StorageError` if the file cannot be reached.
+        A symbolic link is followed if only the owner of the directory, root or this user can have made it. Raises
+        `DamagedError` if the name is not that of a regular file, and `StorageError` if the file cannot be reached.
         """
         found = self._found(name)
         if found is None:
@@ -236,13 +236,13 @@ class Directory:
         self._file(name, found)
         with _named("open", self.path_of(name)):
             fd = _open_file(name, 0 if stat.S_ISLNK(found.st_mode) else os.O_NOFOLLOW, self._fd)
-        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):  # it has been replaced since then
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):  # it was replaced since it was `found`
             os.close(fd)
             raise _not_a_file(self.path_of(name), mode)
         return fd
 
     def _found(self, name: str) -> os.stat_result | None:
-        """Return what has this name, None if nothing has; raises `StorageError`."""
+        """Return the status of what has this name, without following a link; None if nothing has it."""
         try:
             return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -251,14 +251,17 @@ class Directory:
             raise StorageError(f"cannot look at {self.path_of(name)}: {error.strerror}") from error
 
     def _file(self, name: str, found: os.stat_result) -> os.stat_result:
-        """Return the regular file that was `found`, or that the symbolic link that was found leads to."""
+        """Return the status of the regular file that was `found`, or that the link that was found leads to."""
         file = self._followed(name, found) if stat.S_ISLNK(found.st_mode) else found
         if not stat.S_ISREG(file.st_mode):
             raise _not_a_file(self.path_of(name), file.st_mode)
         return file
 
     def _followed(self, name: str, link: os.stat_result) -> os.stat_result:
-        """Return what a symbolic link leads to; raises `StorageError` for one that is not the owner's, or dangles."""
+        """Return the status of what a symbolic link leads to.
+
+        Raises `StorageError` if another user may have made the link, or what it leads to does not exist.
+        """
         path = self.path_of(name)
         with _named("look at", path):
             owners = (0, os.geteuid(), os.fstat(self._fd).st_uid)
@@ -282,7 +285,7 @@ class Directory:
             ) from error
 
     def read(self, name: str, limit: int = MAX_IMAGE_SIZE) -> bytes | None:
-        """Return the content of a small file, at most `limit` bytes of it; None if there is none."""
+        """Return the content of a small file, at most `limit` bytes of it; None if it does not exist."""
         found = self._found(name)
         if found is None:
             return None
@@ -290,7 +293,7 @@ class Directory:
             return file.read(limit)
 
     def open_lock(self, name: str) -> int:
-        """Return a descriptor of the file `name` to hold a lock on, made if there is none."""
+        """Return a descriptor of the file `name`, for a lock on it; the file is created if it does not exist."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with _named("open", self.path_of(name)):
             try:
@@ -303,14 +306,14 @@ class Directory:
         return fd
 
     def is_locked(self, name: str) -> bool:
-        """Return whether a process holds a lock on a file, as far as the system says; takes none."""
+        """Return whether a process holds a lock on a file, according to the system. It does not take the lock."""
         found = self._found(name)
         return found is not None and bool(locks.holders(found.st_ino, "FLOCK"))
 
     def create(self, name: str, algorithm: str = checksum.OF_OTHERS) -> OutputFile:
-        """Make a new file of mode 0600, with a checksum by `algorithm`; `StorageError` if the name is taken.
+        """Create a file of mode 0600, with a checksum by `algorithm`; raises `StorageError` if the name exists.
 
-        It belongs to the owner of the directory, as does a new lock, even if root makes it.
+        If root creates a file or a lock, it belongs to the owner of the directory.
         """
         with _named("create", self.path_of(name)):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -327,14 +330,14 @@ class Directory:
         return fd
 
     def link(self, name: str, new_name: str) -> None:
-        """Give a file a second name; raises `StorageError` if that is taken: nothing is ever overwritten."""
+        """Give a file a second name; raises `StorageError` if that exists: a link never replaces a file."""
         with _named("create", self.path_of(new_name)):
             os.link(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
 
     def check_abilities(self, name: str, spare_name: str) -> None:
-        """Raise `StorageError` if the file system lacks what a commit needs: hard links, and synced directories.
+        """Raise `StorageError` if the file system lacks what a commit needs: hard links, and fsync of a directory.
 
-        The file `name` has the name `spare_name`, which must be free, for a moment.
+        For a moment, the file `name` also has the name `spare_name`, which must not exist.
         """
         with _named("make a hard link in", self.path):
             try:
@@ -347,12 +350,12 @@ class Directory:
         self.sync()
 
     def rename(self, name: str, new_name: str) -> None:
-        """Move a file over whatever bears the new name."""
+        """Rename a file; it replaces a file that has the new name."""
         with _named("rename", self.path_of(name)):
             os.rename(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def unlink(self, name: str) -> None:
-        """Remove a name; one that no longer exists is fine."""
+        """Remove a name, if it exists."""
         with _named("remove", self.path_of(name)):
             try:
                 os.unlink(name, dir_fd=self._fd)

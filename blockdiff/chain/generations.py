@@ -1,6 +1,6 @@
-"""A chain as it is found: the files ``NAME.N.*`` and ``NAME.ver`` in one directory, and what they mean.
+"""A chain as it is on the disk: the files ``NAME.N.*`` and ``NAME.ver`` in one directory, and what they mean.
 
-Nothing here writes; `commit` does.
+Nothing here writes to the directory; `commit` does.
 """
 
 import copy
@@ -27,16 +27,16 @@ from blockdiff.shared.errors import (
     printable,
 )
 
-#: How many chains of `backup --chain` are named at most if one must be chosen: a year of months.
+#: A message names at most this many chains of `backup --chain` to choose from: one for each month of a year.
 _SHOWN_PERIODS = 12
 _COMPRESSION = {suffix: name for name, suffix in codec.SUFFIXES.items()}
 _TABLE_HINT = "`blockdiff repair` rebuilds it, if the deltas are sound"
 
 
 class Generation:
-    """The files of one generation, as far as they are there. Its manifest is read when it is asked for, once.
+    """The existing files of one generation. Its manifest is read once, when it is first needed.
 
-    `table` is what is read in place of its digest table.
+    `table`, if it is given, is read instead of the digest table in the directory.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Generation:
         self._table = table
 
     def with_table(self, table: UnnamedFile) -> "Generation":
-        """Return it as it will be when the digest table that its manifest knows is there again, with this content."""
+        """Return it as it will be when its lost digest table exists again, with the content of `table`."""
         assert self.manifest is not None, "only a manifest knows which table was lost"
         suffixes = self.suffixes | {self.manifest.table.suffix}
         return Generation(self.directory, self.base, self.number, suffixes, table)
 
     def bare(self) -> "Generation":
-        """Return it as it would be without a manifest, of two files with that one which the manifest names."""
+        """Return it without its manifest. If it has two deltas, or two digest tables, the manifest's one is kept."""
         suffixes = self.suffixes - {MANIFEST_SUFFIX}
         if self.manifest is not None:
             suffixes -= {*DELTA_SUFFIXES, *TABLE_SUFFIXES} - {self.manifest.delta.suffix, self.manifest.table.suffix}
@@ -87,7 +87,7 @@ class Generation:
 
     @property
     def manifest_sha256(self) -> str | None:
-        """The checksum by which the next generation's manifest knows this one's."""
+        """The SHA-256 of the manifest, which the next generation's manifest contains."""
         return self._read[1]
 
     @property
@@ -100,7 +100,7 @@ class Generation:
         return f"{self.base}.{self.number}{suffix}"
 
     def path(self, suffix: str = "") -> str:
-        """Return the path of the file with this suffix, fit for a message."""
+        """Return the path of the file with this suffix, made printable for a message."""
         return printable(self.directory.path_of(self.name(suffix)))
 
     @property
@@ -119,7 +119,7 @@ class Generation:
 
     @property
     def chain_id(self) -> str | None:
-        """What the manifests of one chain share; None if there is no manifest."""
+        """The identifier that all manifests of a chain contain; None if there is no manifest."""
         return None if self.manifest is None else self.manifest.chain
 
     @property
@@ -148,9 +148,9 @@ class Generation:
         return found[0]
 
     def check_files(self) -> None:
-        """Raise `DamagedError` unless delta and digest table are there with the sizes that the manifest has.
+        """Raise `DamagedError` if the manifest is damaged, or delta or table is missing or not of the size in it.
 
-        Raises `StorageError` if that cannot be known.
+        Raises `StorageError` if a file cannot be reached.
         """
         if self.manifest_error is not None:
             raise self.manifest_error
@@ -161,9 +161,9 @@ class Generation:
                 raise DamagedError(f"{self.path(suffix)} has {size} bytes instead of {stored.size}")
 
     def open_table(self) -> TableReader:
-        """Return the digest table; raises `DamagedError` if it cannot be the one that was written.
+        """Return the digest table; raises `DamagedError` if it is not the one that was written.
 
-        A manifest knows its checksum, which covers every byte; without one only its form can be checked.
+        The manifest has its checksum, which covers every byte. Without a manifest, only its form can be checked.
         """
         suffix = self.table_suffix
         fd = self.directory.open(self.name(suffix)) if self._table is None else os.dup(self._table.fileno())
@@ -180,7 +180,7 @@ class Generation:
         return self.directory.size_of(self.name(suffix))
 
     def size_of(self, suffix: str) -> int:
-        """Return the size of the file with this suffix in bytes, 0 if it is not a file that can be looked at."""
+        """Return the size of the file with this suffix in bytes, 0 if it is not a file or cannot be reached."""
         try:
             return self.stored_size(suffix) or 0
         except (DamagedError, StorageError):
@@ -194,12 +194,12 @@ class Generation:
 class Chain:
     """The generations that share a NAME, for reading. A context manager.
 
-    `name` is a path without ``.N`` and suffix; `inventory` is one of its directory, if there is one already. Raises
-    `StorageError` if that directory is missing. `generations` are by number, committed or not; `version` is what
-    ``NAME.ver`` says, None if it says nothing useful.
+    `name` is a path without ``.N`` and suffix; `inventory` is that of its directory, if the caller has one. Raises
+    `StorageError` if the directory is missing. `generations` has all generations by number, committed or not; `version`
+    is the number in ``NAME.ver``, None if there is no valid one.
     """
 
-    #: Whether its directory may be made if it is missing.
+    #: Whether the chain is written to: see `Directory`.
     is_written = False
 
     def __init__(self, name: str, inventory: Inventory | None = None) -> None:
@@ -218,7 +218,7 @@ class Chain:
             raise
 
     def _begin(self) -> None:
-        """Do what must be done before the directory is looked at: nothing, for who only reads."""
+        """Do what must be done before the directory is listed: nothing for a chain that is only read."""
 
     def __enter__(self) -> "Chain":
         return self
@@ -231,11 +231,11 @@ class Chain:
         self.directory.close()
 
     def path_of(self, suffix: str) -> str:
-        """Return the path of a file of the chain, fit for a message."""
+        """Return the path of a file of the chain, made printable for a message."""
         return printable(self.directory.path_of(self.base + suffix))
 
     def reload(self) -> None:
-        """Look at the directory again."""
+        """List the directory again."""
         self._read_inventory(Inventory(self.directory, [self.base]))
 
     def _read_inventory(self, inventory: Inventory) -> None:
@@ -249,7 +249,7 @@ class Chain:
         }
 
     def seen_with(self, generations: dict[int, Generation]) -> "Chain":
-        """Return the chain as if it had these generations; it is read through this one, which stays open."""
+        """Return a copy of the chain that has these generations. It shares the open directory with this one."""
         seen = copy.copy(self)
         seen.generations = generations
         return seen
@@ -257,8 +257,8 @@ class Chain:
     def last(self) -> int:
         """Return the number of the last complete generation, 0 for a chain that has none yet.
 
-        Manifests count if ``NAME.ver`` is missing, damaged, or older than they are: a manifest is what completes a
-        generation. Those of another chain do not. Raises `DamagedError` if it is not known.
+        A generation with its manifest is complete, even if ``NAME.ver`` is missing, damaged or older. Manifests of
+        another chain do not count. Raises `DamagedError` if neither ``NAME.ver`` nor a manifest shows the last one.
         """
         complete = {
             n: generation.manifest.chain
@@ -294,10 +294,10 @@ class Chain:
         return f"if generation {last} is complete (verify NAME@{last} says so): echo {last} > {path}"
 
     def spans(self, last: int) -> Iterator[tuple[int, int]]:
-        """Yield (n, n) for each generation that is there, up to `last`, and (first, last) for each gap.
+        """Yield (n, n) for each existing generation, up to `last`, and (first, last) for each gap.
 
-        What is not there before the oldest one is a gap as well, unless that one needs none before it. A stray file of
-        a huge number is one gap, not a million missing generations.
+        The missing generations before the oldest one are a gap, too, unless that one needs no older one. Before a stray
+        file with a huge number there is one gap, not a million missing generations.
         """
         oldest = next(iter(self.generations.values()), None)
         expected = 1 if oldest is None or self.needs_older(oldest) else oldest.number
@@ -315,7 +315,7 @@ class Chain:
     def needs_older(generation: Generation) -> bool:
         """Return whether a generation needs the one before it, as far as is known.
 
-        Without a manifest nothing but generation 1 is known to stand alone; one that is damaged says nothing of it.
+        Without a manifest, only generation 1 certainly needs none. With a damaged manifest it is not known: False.
         """
         if generation.number == 1 or generation.manifest_error is not None:
             return False
@@ -335,7 +335,7 @@ class Chain:
         parent = self.generations.get(generation.number - 1)
         if known is None or parent is None or parent.manifest is None:
             return
-        # a parent whose manifest was damaged when this one was made had no checksum to remember
+        # None if the parent's manifest was damaged when this generation was made
         expected = (manifest.Parent(parent.number, parent.manifest_sha256), manifest.Parent(parent.number, None))
         if known.chain != parent.manifest.chain or known.parent not in expected:
             raise DamagedError(
@@ -351,7 +351,11 @@ class Chain:
             raise DamagedError(f"{generation.path(MANIFEST_SUFFIX)} is missing", "restore it from a copy")
 
     def generation(self, number: int | None) -> Generation:
-        """Return a generation, the last complete one for None; raises `DamagedError` if it is not there."""
+        """Return a generation, the last complete one for None.
+
+        Raises `DamagedError` if it is missing or cannot be known, `ChainError` if the chain never had it or does not
+        exist, and `BusyError` if the first run of the chain is still running.
+        """
         wanted = self.last() if number is None else number
         if wanted in self.generations:
             return self.generations[wanted]
@@ -365,11 +369,11 @@ class Chain:
         raise ChainError(f"{printable(self.name)} has no generation {wanted}, the last one is {self.last()}")
 
     def is_busy(self) -> bool:
-        """Return whether a run is at work with the chain, as far as the system says."""
+        """Return whether a run holds the lock of the chain, according to the system."""
         return self.directory.is_locked(f".{self.base}.lock")
 
     def _nothing_here(self) -> BlockdiffError:
-        """Return the error for a chain without generations: why that may be."""
+        """Return the error for a chain without generations, with the reason."""
         name = printable(self.name)
         if self._periods:
             shown = [printable(os.path.join(self.directory.path, each)) for each in self._periods[-_SHOWN_PERIODS:]]
@@ -396,9 +400,9 @@ class Chain:
         )
 
     def needed(self, number: int) -> list[Generation]:
-        """Return the generations that generation `number` may be made of, newest first, down to the last full one.
+        """Return the generations that a restore of `number` may need, newest first, back to the last full one.
 
-        It ends early if a generation is missing: whether that one is needed shows only while restoring.
+        The list ends before a missing generation: only the restore finds out whether that one is needed.
         """
         found = []
         for n in range(number, 0, -1):
@@ -412,6 +416,6 @@ class Chain:
 
 
 def missing(first: int, last: int) -> DamagedError:
-    """Return the error for generations that are not there: what is wrong with generation `first`."""
+    """Return the error for generation `first` if it and all others up to `last` are missing."""
     what = "none of its files is" if first == last else f"none of the files of generations {first} to {last} is"
     return DamagedError(f"{what} there", "restore them from a copy")

@@ -1,4 +1,4 @@
-"""Which files of which chains are in a directory: one look at its names, however many chains there are."""
+"""Which files of which chains are in a directory. The directory is listed once, however many chains there are."""
 
 import re
 from collections.abc import Collection
@@ -22,16 +22,16 @@ _PERIOD = re.compile(r"-(19|20|21)[0-9]{2}((0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01
 
 
 class Inventory:
-    """The files of the chains in a directory, as they were found.
+    """The files of the chains in a directory, at the time when it was listed.
 
-    NAME is without its directory here. ``NAME.ver`` is read of the NAMEs `bases` alone, if they are given. Raises
-    `StorageError` if the directory cannot be read.
+    Here, a NAME is without its directory. ``NAME.ver`` is read for the NAMEs `bases`, or for all if that is None.
+    Raises `StorageError` if the directory cannot be read.
     """
 
     def __init__(self, directory: Directory, bases: Collection[str] | None = None) -> None:
         if bases is None:
             bases = _with_version(directory)
-        # before the names, so that a run that ends while we read is found by its manifest
+        # before the directory is listed: if a run ends in between, its manifest shows its generation
         self._versions = {base: _version(directory, base) for base in bases if directory.has(base + _VERSION_SUFFIX)}
         self._found: dict[str, dict[int, set[str]]] = {}
         self._locks: list[str] = []
@@ -45,7 +45,7 @@ class Inventory:
 
     @classmethod
     def of_periods(cls, directory: Directory, base: str) -> "Inventory":
-        """Return an inventory for `periods(base)`: it reads no ``.ver`` of other chains. Raises `StorageError`."""
+        """Return an inventory for `periods(base)`, which reads no ``.ver`` of other chains. Raises `StorageError`."""
         return cls(directory, [each for each in _with_version(directory) if _is_period(each, base)])
 
     def has_version(self, base: str) -> bool:
@@ -53,24 +53,24 @@ class Inventory:
         return base in self._versions
 
     def version(self, base: str) -> int | None:
-        """Return what ``NAME.ver`` says, None if it says nothing useful; raises `StorageError`."""
+        """Return the number in ``NAME.ver``, None if there is no valid one; raises `StorageError`."""
         found = self._versions.get(base)
         if isinstance(found, StorageError):
             raise found
         return found
 
     def generations(self, base: str) -> dict[int, set[str]]:
-        """Return the suffixes of the files that are there, by the number of their generation, in ascending order."""
+        """Return the suffixes of the existing files, by the number of their generation, in ascending order."""
         return dict(sorted(self._found.get(base, {}).items()))
 
     def has(self, base: str) -> bool:
-        """Return whether anything is there of a chain."""
+        """Return whether a chain has a ``NAME.ver``, or a file of a generation."""
         return base in self._versions or base in self._found
 
     def bases(self) -> list[str]:
         """Return the NAMEs of all chains, sorted.
 
-        ``backup.log.1.gz`` is a log far more often than what is left of a chain: a delta alone does not make one.
+        A name that only has deltas is not a chain: ``backup.log.1.gz`` is usually a log, not the rest of a chain.
         """
         return [base for base in self._names() if base in self._versions or self._has_more_than_deltas(base)]
 
@@ -81,15 +81,15 @@ class Inventory:
         return any(suffixes.difference(DELTA_SUFFIXES) for suffixes in self._found[base].values())
 
     def without_generations(self) -> list[str]:
-        """Return the NAMEs of chains that a run has begun, and of which nothing is there."""
+        """Return the NAMEs of chains that a run has begun (they have a lock), but that have no generation yet."""
         return [base for base in self._locks if not self.has(base)]
 
     def periods(self, base: str) -> list[str]:
-        """Return the ``NAME-DATE`` that are there and that ``backup --chain`` may have begun of the NAME `base`."""
+        """Return the existing chains ``NAME-DATE`` that ``backup --chain`` may have begun for the NAME `base`."""
         return [each for each in self._names() if _is_period(each, base)]
 
     def begun(self, base: str) -> list[str]:
-        """Return what of `base` itself and its ``NAME-DATE`` a run has begun, and nothing is there of."""
+        """Return which of `base` and its ``NAME-DATE`` are `without_generations`."""
         return [each for each in self.without_generations() if each == base or _is_period(each, base)]
 
 
@@ -106,15 +106,15 @@ def _with_version(directory: Directory) -> list[str]:
 def _version(directory: Directory, base: str) -> int | StorageError | None:
     try:
         match = _VERSION.fullmatch(directory.read(base + _VERSION_SUFFIX, 64) or b"")
-    except DamagedError:  # what is not a file says nothing
+    except DamagedError:  # it is not a file
         return None
-    except StorageError as error:  # for who asks for this chain: it must not hide the others
+    except StorageError as error:  # raised only when this chain is asked for: it must not hide the others
         return error
     return int(match[1]) if match else None
 
 
 def _parts(name: str) -> tuple[str, int, str]:
-    """Return NAME, number and suffix of a chain's file, an empty NAME for any other."""
+    """Return NAME, number and suffix of a file of a chain; NAME is empty for any other file."""
     stem, dot, last = name.rpartition(".")
     suffix = dot + last
     if suffix not in _SUFFIXES:

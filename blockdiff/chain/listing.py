@@ -1,4 +1,4 @@
-"""What `blockdiff list` says of a chain: one entry for each generation, from a cheap look at its files."""
+"""What `blockdiff list` shows of a chain: one entry for each generation. Deltas and digest tables are not read."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ MISSING = "missing"
 
 @dataclass(frozen=True)
 class Entry:
-    """One generation; sizes are in bytes, None if it is not known. `problem` explains a state that is not ``ok``."""
+    """One generation, or a gap. Sizes are in bytes; what is not known is None. `problem` explains a bad state."""
 
     generation: int
     when: str | None
@@ -41,7 +41,7 @@ class Entry:
 
 
 def entries(chain: Chain) -> list[Entry]:
-    """Return an entry for each generation from the first that is there to the last, committed or not."""
+    """Return an entry for each existing generation, committed or not, and for each gap (see `Chain.spans`)."""
     if not chain.generations:
         return []
     last = _last(chain)
@@ -94,7 +94,7 @@ def _state(chain: Chain, generation: Generation, last: int) -> tuple[str, str | 
         generation.check_files()
         chain.check_parent(generation)
         chain.check_manifest(generation)
-    except (DamagedError, StorageError) as error:  # one file that cannot be read must not hide the other generations
+    except (DamagedError, StorageError) as error:  # a file that cannot be read must not hide the other generations
         return DAMAGED, error.message
     return (NO_MANIFEST, None) if generation.manifest is None else (OK, None)
 

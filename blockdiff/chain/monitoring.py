@@ -1,6 +1,6 @@
-"""How chains are doing, for monitoring: a state in the words of Nagios plug-ins, and its figures.
+"""The status of chains, for monitoring: a state as Nagios plug-ins have it, and numbers.
 
-From a cheap look at the files, as `listing` has it: what they hold is for `verify`.
+It is found as in `listing`: the deltas and digest tables are not read. `verify` reads them.
 """
 
 import os
@@ -13,7 +13,7 @@ from blockdiff.chain.generations import Chain
 from blockdiff.chain.periods import Place
 from blockdiff.shared.errors import BlockdiffError, BusyError, DamagedError, printable
 
-#: What of a generation's consistency is a warning, and what to do.
+#: The values of a generation's consistency that cause a warning: the reason, and what to do.
 _TORN = {
     "live": "the source was in use while it was read; use --lvm, or freeze it with --before and --after",
     "changing": "it was written to while it was read; back up a snapshot, with --lvm",
@@ -29,18 +29,18 @@ class State(IntEnum):
     UNKNOWN = 3
 
 
-#: From good to bad: a failure that is known is worse than what could not be looked at.
+#: From good to bad: a known failure is worse than a state that is not known.
 _ORDER = (State.OK, State.WARNING, State.UNKNOWN, State.CRITICAL)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How the chain of the NAME `name` is doing; `text` says it in words.
+    """The status of the chain of the NAME `name`; `text` says it in words.
 
-    `chain` is NAME itself, or the ``NAME-DATE`` of ``backup --chain`` that is looked at. `generation` is the last
-    complete one, finished at `finished`, in seconds since the epoch, and `age_s` seconds ago; `succeeded` is when the
-    last one was finished whose files are all there. `stored_bytes` is what all generations take. All are None if
-    that is not known.
+    `chain` is NAME itself, or the newest ``NAME-DATE`` of ``backup --chain``. `generation` is the last complete one. It
+    was finished at `finished`, in seconds since the epoch, which was `age_s` seconds ago. `succeeded` is when the last
+    generation was finished that has all its files. `stored_bytes` is the size of all generations. What is not known is
+    None.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Status:
 
 
 def look_at_all(names: Iterable[str], max_age_s: float, now: float) -> list[Status]:
-    """Return how the chains of each NAME are doing; each directory is looked at once."""
+    """Return the status of each NAME; each directory is listed once."""
     places: dict[str, Place | BlockdiffError] = {}
     found = []
     for name in names:
@@ -68,9 +68,10 @@ def look_at_all(names: Iterable[str], max_age_s: float, now: float) -> list[Stat
 
 
 def look(name: str, max_age_s: float, now: float) -> Status:
-    """Return how the chain `name` is doing: of NAME itself and its ``NAME-DATE`` (``backup --chain``), the newest one.
+    """Return the status of the NAME `name`: that of the newest of NAME itself and its ``NAME-DATE``.
 
-    Its last generation must not be older than `max_age_s`, at the time `now`, in seconds since the epoch.
+    The state is critical if its last generation is more than `max_age_s` seconds older than `now`, which is in seconds
+    since the epoch.
     """
     return _look_in(_place(os.path.dirname(name)), name, max_age_s, now)
 
@@ -100,7 +101,7 @@ def _words(error: BlockdiffError) -> str:
 
 
 def _without_generations(place: Place, name: str) -> Status:
-    """Return the status of a NAME that no generation is there of."""
+    """Return the status of a NAME without generations."""
     with place.chain(name) as chain:
         try:
             chain.generation(None)
@@ -150,7 +151,10 @@ def _judge(found: list[listing.Entry], newest: listing.Entry, age_s: float, max_
 
 
 def _doubt(found: list[listing.Entry], newest: listing.Entry) -> str | None:
-    """Return what a careful operator needs to know of a newest generation that is there and young enough."""
+    """Return the reason for a warning about a newest generation that exists and is young enough; None if there is none.
+
+    The reason continues a sentence.
+    """
     before = next((entry.when for entry in found if entry.generation == newest.generation - 1), None)
     if (why := clock.went_back(newest.started, newest.when, before)) is not None:
         return f"but {why}"
@@ -164,7 +168,7 @@ def _doubt(found: list[listing.Entry], newest: listing.Entry) -> str | None:
 
 
 def nagios(found: list[Status], max_age_s: float) -> str:
-    """Return the line of a Nagios plug-in: the worst first, and the ages as performance data."""
+    """Return the line of a Nagios plug-in: the worst status first, and the ages as performance data."""
     state = worst(found)
     ordered = sorted(found, key=lambda status: _ORDER.index(status.state), reverse=True)
     shown = [status for status in ordered if status.state != State.OK] if state != State.OK else ordered
@@ -175,7 +179,7 @@ def nagios(found: list[Status], max_age_s: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that has none of the characters that mean something in the line of a plug-in."""
+    """Return a text without the characters that have a meaning in the line of a plug-in."""
     return printable(text).replace("|", "/").replace("'", "").replace("=", "-")
 
 
@@ -217,7 +221,7 @@ def _labels(status: Status) -> str:
 
 
 def _label(text: str) -> str:
-    """Return the value of a label: UTF-8, in which bytes that are not become ``\\xNN``."""
+    """Return the value of a label as UTF-8; bytes that are not UTF-8 become ``\\xNN``."""
     clean = os.fsencode(text).decode("utf-8", "backslashreplace")
     escaped = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
     return "".join(escaped.get(c) or printable(c).replace("\\", "\\\\") for c in clean)

@@ -1,4 +1,4 @@
-"""What `blockdiff list DIRECTORY` says: one entry for each chain in a directory, from a cheap look at its files."""
+"""What `blockdiff list DIRECTORY` shows: one entry for each chain. Deltas and digest tables are not read."""
 
 import os
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from blockdiff.chain.generations import Chain
 from blockdiff.chain.periods import Place
 from blockdiff.shared.errors import DamagedError, StorageError
 
-#: The state of a chain whose first run has not ended.
+#: The state of a chain whose first run is still running.
 AT_WORK = "first run at work"
 
 
 @dataclass(frozen=True)
 class ChainEntry:
-    """One chain: its last complete generation, when that was finished, and how many seconds ago that is.
+    """One chain: its last complete generation, when that was finished (`when`), and how many seconds ago (`age_s`).
 
-    `stored` is what all generations take, in bytes; all but `name` and `state` are None if it is not known.
+    `stored` is the size of all generations in bytes. What is not known is None; `name` and `state` never are.
     """
 
     name: str
@@ -37,7 +37,7 @@ def chains_in(directory: str, now: float) -> list[ChainEntry]:
     for base in place.inventory.bases():
         try:
             found.append(_entry(place, base, now))
-        except StorageError as error:  # one chain that cannot be read must not hide the others
+        except StorageError as error:  # a chain that cannot be read must not hide the others
             found.append(ChainEntry(os.path.join(directory, base), listing.DAMAGED, error.message))
     for base in place.inventory.without_generations():
         with place.chain(os.path.join(directory, base)) as chain:

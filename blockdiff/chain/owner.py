@@ -1,4 +1,4 @@
-"""Whose a chain is: root may run a backup in another user's directory, and what it makes there becomes that user's."""
+"""The owner of a chain: if root runs a backup in another user's directory, new files there belong to that user."""
 
 import os
 import pwd
@@ -6,10 +6,10 @@ import shlex
 
 
 def give(fd: int, directory_fd: int) -> None:
-    """Give a new file that root has made to the owner of its directory, who could not continue the chain otherwise.
+    """Give a new file that root has created to the owner of its directory, who otherwise could not continue the chain.
 
-    Only for a file that is new for certain: the owner of the directory can have planted any other. Raises `OSError`
-    if the file system does not let us.
+    Use it only for a file that is certainly new: any other may be one that the owner of the directory put there. Raises
+    `OSError` if the file system refuses.
     """
     directory = os.fstat(directory_fd)
     if os.geteuid() == 0 and directory.st_uid != 0 and os.fstat(fd).st_uid == 0:
@@ -17,7 +17,7 @@ def give(fd: int, directory_fd: int) -> None:
 
 
 def hint(path: str) -> str | None:
-    """Return what to do if we may not reach `path`, because it is another user's in a directory of ours."""
+    """Return a hint if `path` cannot be opened because another user owns it, in a directory of this user; else None."""
     try:
         file, directory = os.lstat(path), os.stat(os.path.dirname(path) or ".")
     except OSError:

@@ -1,4 +1,4 @@
-"""The chains that one NAME stands for: NAME itself, and the ``NAME-DATE`` that ``backup --chain`` begins of it."""
+"""The chains that belong to one NAME: NAME itself, and each ``NAME-DATE`` that ``backup --chain`` begins for it."""
 
 import os
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from blockdiff.shared.errors import DamagedError, StorageError
 
 
 class Place:
-    """The directory of a chain called `name`, looked at once, for all the chains in it. Raises `StorageError`."""
+    """The directory `path`, which is listed once for all the chains in it. Raises `StorageError`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -23,9 +23,9 @@ class Place:
         return Chain(name, self.inventory)
 
     def names(self, name: str) -> list[str]:
-        """Return the chains that are there of the NAME `name`: itself, then its periods.
+        """Return the existing chains of the NAME `name`: NAME itself, then its periods.
 
-        If NAME itself is there, a ``NAME-DATE`` of another source has its name by chance.
+        If NAME itself exists, a ``NAME-DATE`` of another source is left out: it has its name by chance.
         """
         base = os.path.basename(name)
         periods = [os.path.join(self.path, each) for each in self.inventory.periods(base)]
@@ -35,9 +35,9 @@ class Place:
         return [name, *(each for each in periods if None in (source, found := self._source(each)) or found == source)]
 
     def newest(self, names: Iterable[str], now: float) -> str | None:
-        """Return the chain whose last generation is the youngest at the time `now`, in seconds; None for none.
+        """Return the chain with the newest last generation; None if there is no chain. `now` is in seconds.
 
-        One from the future, which a wrong clock once made, is the youngest only if all are.
+        A generation from the future, made while a clock was wrong, counts only if all are from the future.
         """
 
         def youth(name: str) -> tuple[bool, float]:
@@ -47,7 +47,7 @@ class Place:
         return max(names, key=youth, default=None)
 
     def _source(self, name: str) -> tuple[str | None, str] | None:
-        """Return host and path of what the last generation is of, None if it is not known."""
+        """Return host and path of the source in the last manifest, None if there is none or it is a command."""
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 known = generation.manifest
@@ -56,7 +56,10 @@ class Place:
         return None
 
     def _finished(self, name: str) -> float:
-        """Return when the last generation was finished, in seconds since the epoch, 0 if it is not known."""
+        """Return when the last generation was finished, in seconds since the epoch; 0 if it is not known.
+
+        If the chain has no manifest, it is when the newest of its files was written.
+        """
         with self.chain(name) as chain:
             for generation in reversed(chain.generations.values()):
                 if generation.manifest is not None:
@@ -65,7 +68,7 @@ class Place:
 
 
 def written(generation: Generation) -> float | None:
-    """Return when the files of a generation were written last, in seconds; None if none can be looked at."""
+    """Return when the newest file of a generation was written, in seconds; None if no file can be reached."""
     times = []
     for suffix in generation.suffixes:
         try:
@@ -76,9 +79,9 @@ def written(generation: Generation) -> float | None:
 
 
 def later(name: str, period: str) -> str | None:
-    """Return the last of the chains beside ``NAME-DATE`` (`name`, which ends in `period`) that are of a later period.
+    """Return the last chain of a later period than that of `name`, in the same directory; None if there is none.
 
-    None if there is none. Raises `StorageError`.
+    `name` is a ``NAME-DATE`` and ends in `period`. Raises `StorageError`.
     """
     if not period:
         return None

@@ -1,4 +1,4 @@
-"""Who else may replace what is in a directory: all who may write to it, or to a directory on the way to it."""
+"""Which other users can replace files in a directory: those who may write to it, or to a directory on its path."""
 
 import errno
 import grp
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 
 from blockdiff.shared.errors import StorageError, printable
 
-#: Symbolic links that are followed on the way to a directory; the kernel follows as many.
+#: How many symbolic links are followed on the path to a directory; the kernel has the same limit.
 _MAX_LINKS = 40
 
 
 def refuse_others(path: str) -> None:
-    """Raise `StorageError` if others than its owner may write to the directory `path`, or put another in its place.
+    """Raise `StorageError` if other users than its owner may write to the directory `path`, or replace it.
 
-    A directory with the sticky bit, such as /tmp, may be on the way: what is in it is safe if it belongs to us or to
-    root. So may one that a group may write to which nobody else is in: root's, or its owner's own, as many systems make
-    one for each user. Raises `OSError` if a directory cannot be looked at.
+    Directories on its path must not be writable for others, with two exceptions. In one with the sticky bit, such as
+    /tmp, an entry is safe if it belongs to this user or to root. And a group may write if it is root's, or the owner's
+    private group, which has the owner's name on many systems. Raises `OSError` if a directory cannot be reached.
     """
     found = os.stat(path)
     if _is_shared(found):
@@ -33,7 +33,7 @@ def refuse_others(path: str) -> None:
 
 
 def _check(directory: str, entry: str) -> None:
-    """Raise `StorageError` if others may put something in the place of `entry`, which is in `directory`."""
+    """Raise `StorageError` if other users can replace `entry`, which is in `directory`."""
     found = os.stat(directory)
     if not _is_shared(found) or _is_of_own_group(found):
         return
@@ -53,7 +53,7 @@ def _check(directory: str, entry: str) -> None:
 
 
 def _hint(directory: str, found: os.stat_result) -> str:
-    """Return what to do; what is shared on purpose, as sticky and setgid bits show, is left as it is."""
+    """Return what to do. A directory with the sticky or setgid bit is shared on purpose, and should stay so."""
     if found.st_mode & (stat.S_ISVTX | stat.S_ISGID) or found.st_uid != os.geteuid():
         return "that directory is shared: use your own, such as /var/backup (mkdir -m 700 /var/backup)"
     return f"chmod go-w {shlex.quote(printable(directory))}"
@@ -64,7 +64,7 @@ def _is_shared(found: os.stat_result) -> bool:
 
 
 def _is_of_own_group(found: os.stat_result) -> bool:
-    """Return whether only a group may write to a directory, and that is root's or has the name of the owner."""
+    """Return whether others cannot write to a directory, and its group is root's or has the name of its owner."""
     if found.st_mode & stat.S_IWOTH:
         return False
     try:
@@ -78,7 +78,7 @@ def _mode(found: os.stat_result) -> str:
 
 
 def _steps(path: str) -> Iterator[tuple[str, str]]:
-    """Yield each directory on the way to `path`, and the name that is looked up in it."""
+    """Yield each directory on the path to `path`, and the name that is looked up in it."""
     current, links = "/", 0
     left = os.path.join(os.getcwd(), path).split("/")[::-1]
     while left:

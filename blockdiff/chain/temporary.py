@@ -1,4 +1,4 @@
-"""Temporary files and directories of the server, which end when they are closed, or when we do."""
+"""Temporary files and directories of the server. The files have no name, so none is left if blockdiff is killed."""
 
 import os
 import tempfile
@@ -10,9 +10,9 @@ from blockdiff.shared.errors import BlockdiffError
 
 
 class UnnamedFile:
-    """A new file that has no name, without a buffer. A context manager.
+    """A new file without a name and without a buffer. A context manager.
 
-    Raises `BlockdiffError` if it cannot be made, or if the room for it runs out.
+    Raises `BlockdiffError` if it cannot be created, or if there is no space left for it.
     """
 
     def __init__(self) -> None:
@@ -28,19 +28,19 @@ class UnnamedFile:
         self.close()
 
     def close(self) -> None:
-        """Close it, which ends it."""
+        """Close it, which deletes it."""
         self._file.close()
 
     def fileno(self) -> int:
-        """Return its descriptor."""
+        """Return the descriptor."""
         return self._file.fileno()
 
     def seek(self, offset: int) -> None:
-        """Read or write next at `offset` in bytes."""
+        """Continue to read or write at `offset`, in bytes."""
         self._file.seek(offset)
 
     def read(self, count: int = -1) -> bytes:
-        """Return up to `count` bytes, or all that are left; none at the end."""
+        """Return up to `count` bytes, by default all that are left; b"" at the end."""
         return self._file.read(count)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -55,7 +55,10 @@ class UnnamedFile:
 
 @contextmanager
 def directory() -> Iterator[str]:
-    """Yield the path of a new directory of ours alone. Raises `BlockdiffError` if there is no place for it."""
+    """Yield the path of a new directory that only this user can read. It is removed at the end of the `with` statement.
+
+    Raises `BlockdiffError` if it cannot be created.
+    """
     try:
         made = tempfile.TemporaryDirectory(prefix="blockdiff-")
     except OSError as error:
@@ -65,7 +68,7 @@ def directory() -> Iterator[str]:
 
 
 def _failed(error: OSError) -> BlockdiffError:
-    """Return what to say if a temporary file cannot be made or written."""
+    """Return the error for a temporary file that cannot be created or written."""
     try:
         place = tempfile.gettempdir()
     except OSError:

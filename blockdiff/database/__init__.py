@@ -1,1 +1,1 @@
-"""Sessions with MySQL and MariaDB: where its account, its files and its place in the binary log are."""
+"""Sessions with MySQL and MariaDB: accounts, logins, the server's files, and its position in the binary log."""

@@ -1,4 +1,4 @@
-"""Who logs in to a database, and where: from a URL, the word ``ssh``, or the options of the original's mysqllock."""
+"""The login of a database, and its server: from a URL, the word ``ssh``, or the options of the original's mysqllock."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from blockdiff.shared.errors import UsageError, printable
 
 DEFAULT_PORT = 3306
 
-#: Where distributions put the socket of the server.
+#: The paths of the server's socket in the common distributions.
 SOCKETS = ("/run/mysqld/mysqld.sock", "/var/run/mysqld/mysqld.sock", "/tmp/mysql.sock")
 
 _KEY_LIMIT = 1 << 16
@@ -18,11 +18,11 @@ _HOME_FILE = "~/.my.cnf"
 _GROUPS = ("client", "client-server", "client-mariadb", "mysqllock")
 _ENCODE = "in a URL the characters / ? # @ : % of a user or path are written %2F %3F %23 %40 %3A %25"
 
-#: What a URL can say of a network, by the names of option files.
+#: The parameters of a URL that are about the network, by their names in option files.
 _IN_URLS = ("ssl-ca", "ssl-capath", "ssl-cert", "ssl-key", "ssl-mode", "server-public-key-path")
 _ENCRYPTED = ("REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
 _MODES = ("", "PREFERRED", "DISABLED", *_ENCRYPTED)
-#: What would weaken or narrow the check of the server, and is not passed over in silence.
+#: Options that change how the server's certificate is checked. They are refused, because ignoring them could mislead.
 _REFUSED = (
     *("skip_ssl_verify_server_cert", "disable_ssl_verify_server_cert"),
     *("ssl_crl", "ssl_crlpath", "ssl_fp", "ssl_fplist"),
@@ -31,10 +31,11 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Tls:
-    """How a connection over a network is encrypted: always with a server that proves who it is.
+    """How a connection over a network is encrypted. The server's certificate is always checked.
 
-    `ca` and `capath` are file and directory of the authorities that are believed, both None for those of this machine;
-    `cert` and `key` are files of our own certificate. With `checks_name` the certificate must be of the host's name.
+    `ca` and `capath` are the file and the directory of the trusted authorities; if both are None, those of this machine
+    are trusted. `cert` and `key` are the files of the client's certificate. With `checks_name`, the server's
+    certificate must be for the name of the host.
     """
 
     ca: str | None = None
@@ -46,11 +47,11 @@ class Tls:
 
 @dataclass(frozen=True)
 class Account:
-    """A login. `socket` is the path of a Unix socket, used in place of `host` and `port` if it is not None.
+    """A login. `socket` is the path of a Unix socket, used instead of `host` and `port` if it is not None.
 
     With `through_ssh` the session goes through the SSH connection to the host that is backed up: to `socket` there, or,
-    if that is None, to whichever of `SOCKETS` exists there. `tls` and `public_key` (a file with the server's key for
-    caching_sha2_password) are for networks; None without.
+    if that is None, to the first of `SOCKETS` that exists there. `tls` and `public_key` (a file with the server's key
+    for caching_sha2_password) are only for networks, and may be None.
     """
 
     user: str
@@ -65,7 +66,7 @@ class Account:
 
     @property
     def is_of_network(self) -> bool:
-        """Whether the server is reached by TCP, from here."""
+        """Whether this machine connects to the server by TCP."""
         return self.socket is None and not self.through_ssh
 
     def server_key(self) -> bytes | None:
@@ -87,7 +88,7 @@ class Account:
 
     @property
     def place(self) -> str:
-        """The server in words, for messages."""
+        """A phrase for the server, for messages."""
         if self.through_ssh:
             return "the host's own database"
         if self.socket is not None:
@@ -97,9 +98,9 @@ class Account:
 
 @dataclass(frozen=True)
 class LoginOptions:
-    """What a command line says of a login; None and an empty host if it says nothing.
+    """What a command line says of a login. What it does not say is None; `host` may also be empty.
 
-    `network` has options about TLS and the server's key, by their names in an option file.
+    `network` has options for TLS and the server's key, by their names in an option file.
     """
 
     user: str | None = None
@@ -115,8 +116,9 @@ class LoginOptions:
 def from_options(given: LoginOptions) -> Account:
     """Return the account for the options of the command ``mysqllock``.
 
-    What is not given comes from the option file, if one is named, then from ``MYSQL_PWD`` and ``USER``, then it is root
-    at localhost. Raises `UsageError` for an option file that cannot be used, or a socket of another host.
+    What is not given comes from the option file, if there is one, then from ``MYSQL_PWD`` and ``USER``; the defaults
+    are root and localhost. Raises `UsageError` if the option file cannot be used, or a socket is given with the name of
+    another host.
     """
     return _complete(given, {} if given.defaults_file is None else _read(given.defaults_file))
 
@@ -125,10 +127,11 @@ def from_url(text: str) -> Account:
     """Return the account for ``mysql://[USER@]HOST[:PORT]/[DATABASE][?socket=PATH&defaults-file=PATH]``.
 
     Other parameters are ``ssl-ca``, ``ssl-capath``, ``ssl-cert``, ``ssl-key``, ``ssl-mode`` and
-    ``server-public-key-path``. A password is not taken: others see it in the list of processes. ``USER:@`` stands for
-    an empty one. A URL without that has the rest from the option file that it names, or else from ``~/.my.cnf``, where
-    there is one. ``mysql+ssh://`` goes through the SSH connection to the host's own socket, and the word ``ssh`` does
-    so without a password; an empty user is the one of the SSH login. Raises `UsageError`; no message quotes the URL.
+    ``server-public-key-path``. A password in the URL is refused, because other users can see it in the list of
+    processes; ``USER:@`` means an empty password. What the URL does not say comes from the option file that it names,
+    or else, unless it has ``USER:@``, from ``~/.my.cnf`` if that exists. ``mysql+ssh://`` goes through the SSH
+    connection to the socket on the host, with the option file only if it names one. The word ``ssh`` means the same
+    without a password. An empty user is that of the SSH login. Raises `UsageError`; no message quotes the URL.
     """
     if text == "ssh":
         return Account("", "", through_ssh=True)
@@ -153,7 +156,7 @@ def from_url(text: str) -> Account:
 
 
 def _given(url: SplitResult, port: int | None) -> LoginOptions:
-    """Return what a URL says."""
+    """Return the options in a URL."""
     try:
         query = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=True)) if url.query else {}
     except ValueError:
@@ -180,7 +183,7 @@ def _given(url: SplitResult, port: int | None) -> LoginOptions:
 
 
 def _options_for(given: LoginOptions) -> Mapping[str, str | None]:
-    """Return the options for a URL: from the file that it names, or else, if it has no password, from the user's."""
+    """Return the options from the file that a URL names, or else, if it has no password, from the user's file."""
     if given.defaults_file is not None:
         return _read(given.defaults_file)
     home = os.path.expanduser(_HOME_FILE)
@@ -192,7 +195,7 @@ def _read(path: str) -> Mapping[str, str | None]:
 
 
 def _complete(given: LoginOptions, options: Mapping[str, str | None]) -> Account:
-    """Return the account where the option file and the environment fill the gaps."""
+    """Return the account; what is not given comes from the option file and the environment."""
     host = given.host or options.get("host") or "localhost"
     socket = given.socket
     if host == "localhost" and given.port is None and socket is None:
@@ -213,7 +216,7 @@ def _complete(given: LoginOptions, options: Mapping[str, str | None]) -> Account
 
 
 def _tls(options: Mapping[str, str | None]) -> Tls | None:
-    """Return how to encrypt, by options of the clients; None if they ask for nothing, or forbid it."""
+    """Return how to encrypt, from the options of the clients; None if they do not ask for encryption, or forbid it."""
     for name in options:
         if name in _REFUSED or (name == "ssl_verify_server_cert" and _is_off(options[name])):
             raise UsageError(
@@ -238,12 +241,12 @@ def _path(text: str | None) -> str | None:
 
 
 def _is_off(value: str | None) -> bool:
-    """Whether an option that is named is off: without a value it is on."""
+    """Return whether the value of an option means off. An option without a value is on."""
     return value is not None and value.lower() in ("0", "off", "false")
 
 
 def _password(given: LoginOptions, options: Mapping[str, str | None]) -> str:
-    """Return the password: given, or of the option file, or of the environment, as with the clients; or none."""
+    """Return the given password, or that of the option file, or of the environment, as the clients do; else ""."""
     if given.password is not None:
         return given.password
     value = options.get("password")

@@ -1,6 +1,6 @@
-"""The connection to a database, in the clear or by TLS, and how much may come through it, and for how long.
+"""The connection to a database, with or without TLS, and its limits.
 
-The server is not believed: what it sends for one statement is bounded in bytes and in seconds.
+The server is not trusted: the answer to one statement is limited in bytes and in seconds.
 """
 
 import socket
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     import ssl
 
 CONNECT_TIMEOUT_S = 10.0
-#: Most bytes of an answer: tens of thousands of sessions fit.
+#: Most bytes of an answer: enough for a list of tens of thousands of sessions.
 ANSWER_LIMIT = 4 << 20
 
 
 class TimedOut(DatabaseError):  # noqa: N818
-    """A statement was not done within its time; nothing waits for it any more."""
+    """A statement took longer than its limit. blockdiff no longer waits for it."""
 
 
 class Bounds:
-    """What may still come: `ANSWER_LIMIT` bytes within `seconds` of the last `begin`."""
+    """The limits of an answer: `ANSWER_LIMIT` bytes, within `seconds` after the last `begin`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.begin()
 
     def begin(self) -> None:
-        """Begin another answer."""
+        """Start the limits again, for the next answer."""
         self._left = ANSWER_LIMIT
         self._deadline = time.monotonic() + self._seconds
 
     def received(self, receive: Callable[[], int]) -> int:
-        """Receive some bytes, and return how many; raises `TimedOut`, and `DatabaseError` if they are too many."""
+        """Receive some bytes, and return how many; raises `TimedOut`, and `DatabaseError` if the answer is too long."""
         try:
             count = receive()
         except TimeoutError as error:
@@ -53,16 +53,16 @@ class Bounds:
 
 
 class _Socket(socket.socket):
-    """A socket that keeps to `bounds`."""
+    """A socket that enforces `bounds`."""
 
     bounds: Bounds
 
-    def recv_into(self, buffer: "bytearray | memoryview", nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+    def recv_into(self, buffer: "bytearray | memoryview", nbytes: int = 0, flags: int = 0) -> int:  # type: ignore[override]  # only our own code calls it
         return self.bounds.received(lambda: super(_Socket, self).recv_into(buffer, nbytes, flags))
 
 
 def bounded(sock: socket.socket, bounds: Bounds) -> socket.socket:
-    """Return a socket that keeps to `bounds` in the place of `sock`, which is closed."""
+    """Return a socket for the connection of `sock` that enforces `bounds`; `sock` can no longer be used."""
     timeout = sock.gettimeout()
     ours = _Socket(fileno=sock.detach())
     ours.bounds = bounds
@@ -71,20 +71,20 @@ def bounded(sock: socket.socket, bounds: Bounds) -> socket.socket:
 
 
 def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
-    """Return what makes an encrypted connection to a server that proves who it is, and keeps it to `bounds`.
+    """Return a context for encrypted connections, which checks the server's certificate and enforces `bounds`.
 
     Raises `UsageError` if a file for it cannot be used.
     """
-    import ssl  # here: most runs lock no database
+    import ssl  # not at the top of the file: most runs lock no database
 
     class Socket(ssl.SSLSocket):
-        def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # ours alone call it
+        def recv_into(self, buffer: "bytearray | memoryview", nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]  # only our own code calls it
             return bounds.received(lambda: super(Socket, self).recv_into(buffer, nbytes, flags))
 
     file = tls.ca
     try:
         made = ssl.create_default_context(cafile=tls.ca, capath=tls.capath)
-        made.verify_flags &= ~ssl.VERIFY_X509_STRICT  # what MySQL makes for itself lacks what that demands
+        made.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the certificates that MySQL creates for itself do not meet it
         made.check_hostname = tls.checks_name
         if tls.cert is not None:
             file = tls.cert
@@ -99,7 +99,7 @@ def context(tls: Tls, bounds: Bounds) -> "ssl.SSLContext":
 
 
 def connected(account: Account) -> socket.socket:
-    """Return a connection to the server. PyMySQL's own way leaves a socket open if it fails."""
+    """Return a connection to the server. PyMySQL's own code leaves a socket open if it fails."""
     try:
         if account.socket is None:
             sock = socket.create_connection((account.host, account.port), CONNECT_TIMEOUT_S)
@@ -114,7 +114,7 @@ def connected(account: Account) -> socket.socket:
             sock.close()
             raise
         return sock
-    except (OSError, UnicodeError) as error:  # the latter for host names that cannot be
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host name is not valid
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DatabaseError(
             f"cannot reach {account.place}: {printable(str(reason), 200)}",

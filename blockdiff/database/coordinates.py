@@ -1,4 +1,4 @@
-"""Where a database stood in its binary log, and in those that it replicates, at the moment of a snapshot."""
+"""A database's position in its binary log, and in those of its replication sources, at the moment of a snapshot."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -10,13 +10,13 @@ Row = Mapping[str, object]
 #: Executes a statement and returns its rows, by the names of their columns.
 Rows = Callable[[str], list[Row]]
 
-#: Most characters of what a database says of its version, and of all else.
+#: Most characters of a version that a database reports, and of any other text.
 _VERSION_LENGTH = 200
 _LENGTH = 1000
-#: Of sets of GTIDs, which may have line ends in them, and where these stand.
+#: Most characters of a set of GTIDs, which may contain line ends, and the columns that have such sets.
 _GTID_LENGTH = 1 << 20
 _GTIDS = ("gtid", "Value", "Gtid_Slave_Pos", "Executed_Gtid_Set")
-#: Most digits of a number: of 64 bits.
+#: Most digits of a number of 64 bits.
 _DIGITS = 19
 #: Most sources of a replica.
 _CHANNELS = 1000
@@ -28,7 +28,7 @@ MYSQL = "mysql"
 
 @dataclass(frozen=True)
 class Version:
-    """What a server says of itself: the whole text, the flavour (`MARIADB` or `MYSQL`), and three numbers."""
+    """The version of a server: its whole text, the flavour (`MARIADB` or `MYSQL`), and the three numbers."""
 
     text: str
     flavour: str
@@ -36,11 +36,11 @@ class Version:
 
     @classmethod
     def parse(cls, text: str) -> "Version":
-        """Return the version in what ``SELECT VERSION()`` gives; raises `DatabaseError`."""
+        """Return the version from the result of ``SELECT VERSION()``; raises `DatabaseError`."""
         if len(text) > _VERSION_LENGTH or not text.isprintable():
             raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not a version")
         flavour = MARIADB if "mariadb" in text.lower() else MYSQL
-        # some proxies put before MariaDB's version what its protocol shows old clients
+        # MariaDB's protocol shows old clients its version with this prefix, and some proxies pass it on
         numbers = text.removeprefix("5.5.5-").partition("-")[0].split(".")
         if len(numbers) < 3 or not all(_is_number(number, 3) for number in numbers[:3]):
             raise DatabaseError(f"the database calls its version {printable(text, 100)!r}, which is not understood")
@@ -57,7 +57,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Channel:
-    """How far a replica had come with one of its sources: executed up to `position` (bytes) of the source's `file`."""
+    """The progress of a replica with one source: it has executed everything up to `position` (bytes) of its `file`."""
 
     name: str
     source_host: str
@@ -69,7 +69,7 @@ class Channel:
 
 @dataclass(frozen=True)
 class Applier:
-    """What applies the changes of one source, by the name of its channel: whether it runs, and whether they arrive."""
+    """The thread that applies the changes of one source: its channel, whether it runs, and whether changes arrive."""
 
     channel: str
     is_running: bool
@@ -78,10 +78,10 @@ class Applier:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where the server stood: `binlog_position` in bytes, and None, as the file, if it writes no binary log.
+    """The server's position. `binlog_position` is in bytes; it and `binlog_file` are None if there is no binary log.
 
-    `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None if it uses no GTIDs.
-    `dataclasses.asdict` makes JSON of it, and `from_fields` reads that back.
+    `gtid` is MariaDB's ``gtid_binlog_pos`` or MySQL's ``gtid_executed``, and None if the server uses no GTIDs or writes
+    no binary log. A manifest contains the fields as `dataclasses.asdict` returns them; `from_fields` reads them.
     """
 
     server_version: str
@@ -93,7 +93,7 @@ class Coordinates:
 
 
 def read(rows: Rows) -> Coordinates:
-    """Ask the server for its position. Raises `DatabaseError`: the privileges it names are needed for this."""
+    """Ask the server for its position. Raises `DatabaseError`, for example if the login lacks a privilege for this."""
     version = Version.parse(_text(rows("SELECT VERSION() AS version")[0], "version"))
     file, place = position(rows, version)
     channels = rows(_replica_status(version))
@@ -110,13 +110,13 @@ def read(rows: Rows) -> Coordinates:
 
 
 def position(rows: Rows, version: Version) -> tuple[str | None, int | None]:
-    """Ask for file and position of the binary log alone, None for both if there is none; raises as `read`."""
+    """Ask only for file and position of the binary log; both are None if there is none. Raises what `read` raises."""
     log = _log(rows, version)
     return (_text(log[0], "File"), _number(log[0], "Position")) if log else (None, None)
 
 
 def appliers(rows: Rows, version: Version) -> list[Applier]:
-    """Return what applies the changes of each source that the server replicates; raises as `read`."""
+    """Return the applier of each source that the server replicates. Raises what `read` raises."""
     return [
         Applier(
             _text(row, "Connection_name", "Channel_Name", default=""),
@@ -128,7 +128,7 @@ def appliers(rows: Rows, version: Version) -> list[Applier]:
 
 
 def applier_statement(verb: str, version: Version, channel: str) -> str:
-    """Return what does START or STOP (`verb`) to the applier of a channel, in the dialect of the server."""
+    """Return the statement that starts or stops (`verb`: START or STOP) the applier of a channel, for this version."""
     if version.flavour == MARIADB:
         return f"{verb} SLAVE {_quoted(channel)} SQL_THREAD"
     noun = "REPLICA" if version.is_mysql(8, 0, 22) else "SLAVE"
@@ -168,14 +168,14 @@ def _channel(row: Row) -> Channel:
 
 
 def _joined(gtid: str) -> str | None:
-    """Return a set of GTIDs on one line: MySQL breaks long ones."""
+    """Return a set of GTIDs on one line, because MySQL breaks long ones; None if it is empty."""
     return "".join(gtid.split()) or None
 
 
 def _text(row: Row, *names: str, default: str | None = None) -> str:
-    """Return a column by the first of its names that is there: they changed from version to version.
+    """Return a column by the first of `names` that the row has: they differ between versions.
 
-    What is too long, or would not be fit for a terminal, is refused: a manifest must be readable, and be shown.
+    A text that is too long or not printable is refused, because a manifest contains it, and commands show it.
     """
     for name in names:
         if name in row:
@@ -202,7 +202,7 @@ def _is_number(text: str, digits: int) -> bool:
 
 
 def from_fields(given: Fields) -> Coordinates:
-    """Return the coordinates that a manifest holds; what is wrong is refused by its name."""
+    """Return the coordinates in a manifest. The error for a field that is not valid names it."""
     _have_exactly(given, Coordinates, "coordinates")
     flavour = given.text("flavour")
     given.check("flavour", flavour in (MARIADB, MYSQL))
@@ -230,16 +230,16 @@ def _channel_from_fields(given: Fields) -> Channel:
 
 
 def _have_exactly(given: Fields, kind: type[Coordinates] | type[Channel], name: str) -> None:
-    """Refuse a JSON object that has not just the fields of a dataclass."""
+    """Refuse a JSON object whose fields are not exactly those of a dataclass."""
     given.check(name, set(given.names()) == {field.name for field in fields(kind)})
 
 
 def replica_statement(coordinates: Coordinates) -> str:
     """Return the SQL that makes a server restored from this generation a replica of the server that was backed up.
 
-    It ends with a line end, begins with comments, and is in the dialect of the server. Which server is the source, with
-    user and password, has to be said before it is executed: a comment says how. Raises `UsageError` if the server
-    wrote no binary log.
+    It begins with comments and ends with a line end, and is for the version of that server. Host, user and password of
+    the source must be set before it is executed; a comment shows how. Raises `UsageError` if the server wrote no binary
+    log, and `DatabaseError` if the coordinates contain control characters.
     """
     if coordinates.binlog_file is None or coordinates.binlog_position is None:
         raise UsageError(
@@ -247,7 +247,7 @@ def replica_statement(coordinates: Coordinates) -> str:
             "set log_bin and server_id there; the next generation then has coordinates",
         )
     version = Version.parse(coordinates.server_version)
-    # one of an older version of this program may have them, and no escape in SQL stands for most of them
+    # a manifest of an older version of blockdiff may contain control characters; SQL has no escapes for most of them
     if not (coordinates.binlog_file + (coordinates.gtid or "")).isprintable():
         raise DatabaseError("the coordinates of this generation contain control characters", _ODD)
     new_words = version.is_mysql(8, 0, 23)
@@ -261,7 +261,7 @@ def replica_statement(coordinates: Coordinates) -> str:
     if coordinates.gtid and version.flavour == MARIADB:
         lines.append(f"SET GLOBAL gtid_slave_pos={_quoted(coordinates.gtid)};")
         settings.append("MASTER_USE_GTID=slave_pos")
-    elif coordinates.gtid:  # gtid_executed came with the data: the copy knows what it has
+    elif coordinates.gtid:  # gtid_executed is in the data: the copy knows which transactions it has
         lines.append(f"-- its gtid_executed must be {printable(coordinates.gtid, 100_000)}")
         settings.append(f"{prefix}_AUTO_POSITION=1")
     else:

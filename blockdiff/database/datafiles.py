@@ -1,8 +1,7 @@
-"""Where a database keeps its files, by the server's own word.
+"""Where a database keeps its files, as the server reports it.
 
-Nothing that it says is all there is: of tables that nobody has opened since the start MariaDB says nothing, and of
-those of other engines a login sees only what it may read. The agent looks on the host as well
-(`blockdiff.host.datadir`).
+The server does not report everything: MariaDB does not list tables that were not opened since its start, and for other
+engines a login sees only the tables that it may read. So the agent also looks on the host (`blockdiff.host.datadir`).
 """
 
 import os
@@ -11,25 +10,25 @@ from dataclasses import dataclass
 
 from blockdiff.database.coordinates import Row, Rows
 
-#: Where data and logs of the storage engines are; empty or relative ones are in the data directory.
+#: Variables with the directories of the storage engines' data and logs; empty or relative: in the data directory.
 _DIRECTORIES = (
     *("innodb_data_home_dir", "innodb_log_group_home_dir", "innodb_undo_directory", "innodb_doublewrite_dir"),
     *("aria_log_dir_path", "rocksdb_datadir", "rocksdb_wal_dir", "tokudb_data_dir", "tokudb_log_dir"),
 )
-#: What a server starts without, and what that is.
+#: Variables with files that a server can start without, and what these are.
 _OTHERS = {
     "log_bin_basename": "the binary logs",
     "relay_log_basename": "the relay logs",
     "file_key_management_filename": "the keys of encrypted tables",
     "keyring_file_data": "the keys of encrypted tables",
 }
-#: Of these the directory counts, since the value is the beginning of the names of files.
+#: The values of these are the beginning of file names, so only their directory is used.
 _BASENAMES = ("log_bin_basename", "relay_log_basename")
 _UNLOGGED = ("MyISAM", "Aria", "CSV", "ARCHIVE")
 _SYSTEM = ("mysql", "sys", "performance_schema", "information_schema")
 _TEMPORARY = ("tmpdir", "innodb_tmpdir", "slave_load_tmpdir", "replica_load_tmpdir")
 _VARIABLES = ("datadir", "innodb_data_file_path", *_DIRECTORIES, *_OTHERS, *_TEMPORARY)
-#: Tables and columns that have the paths of InnoDB's files, from version to version, and which of the rows count.
+#: Tables and columns with the paths of InnoDB's files (they differ between versions), and a condition for the rows.
 _TABLESPACES = {
     "INNODB_SYS_TABLESPACES.FILENAME": "NAME <> 'innodb_temporary'",
     "INNODB_SYS_DATAFILES.PATH": "TRUE",
@@ -40,10 +39,10 @@ _TABLESPACES = {
 
 @dataclass(frozen=True)
 class Files:
-    """Absolute paths, of files and directories.
+    """Absolute paths of files and directories.
 
-    `needed` is what recovery needs, the data directory first. `others` is what it does not need: path, and what that
-    is. `temporary` is what nobody misses.
+    `needed` are those that recovery needs, the data directory first. `others` are those that it does not need, each
+    with what it is. `temporary` are those that nothing needs.
     """
 
     needed: tuple[str, ...]
@@ -52,7 +51,7 @@ class Files:
 
 
 def read(rows: Rows) -> Files:
-    """Ask the server. Raises `DatabaseError`: it lists InnoDB's files only for a login with PROCESS."""
+    """Ask the server. Raises `DatabaseError`; a login without PROCESS may not see the list of InnoDB's files."""
     wanted = ", ".join(f"'{name}'" for name in _VARIABLES)
     found = rows(f"SHOW GLOBAL VARIABLES WHERE Variable_name IN ({wanted})")
     variables = {_text(row, "Variable_name"): _text(row, "Value") for row in found}
@@ -76,9 +75,9 @@ def read(rows: Rows) -> Files:
 
 
 def unlogged(rows: Rows) -> bool | None:
-    """Return whether there are tables, besides the server's own, of engines that do not undo what was not committed.
+    """Return whether there are tables, besides the server's own, of engines without transactions.
 
-    None if the login sees too little to say no. Raises `DatabaseError`.
+    None if it sees no such table but may not see all tables. Raises `DatabaseError`.
     """
     engines, system = (", ".join(f"'{name}'" for name in names) for names in (_UNLOGGED, _SYSTEM))
     found = rows(
@@ -91,7 +90,7 @@ def unlogged(rows: Rows) -> bool | None:
 
 
 def _tablespaces(rows: Rows) -> list[str]:
-    """Return the directories of InnoDB's files that the server says are not below the data directory."""
+    """Return the directories of those InnoDB files that the server lists by a path that does not begin with ``./``."""
     names = ", ".join(f"'{name}'" for name in _TABLESPACES)
     columns = rows(
         "SELECT CONCAT(TABLE_NAME, '.', COLUMN_NAME) AS name FROM information_schema.COLUMNS"

@@ -1,8 +1,9 @@
 """Read option files of MySQL and MariaDB (``my.cnf``) by the rules of their own clients.
 
-The rules: groups in brackets; `#` begins a comment anywhere outside quotes, `;` only at the beginning of a line; a
-value may be in quotes of either kind; the escapes ``\\b \\t \\n \\r \\\\ \\s \\' \\"`` are known, other backslashes
-stay; dashes and underscores in names are one; ``!include FILE`` and ``!includedir DIRECTORY`` (its ``*.cnf``, sorted).
+The rules: groups are in brackets. `#` begins a comment anywhere outside quotes, `;` only at the beginning of a line. A
+value may be in single or double quotes. The escapes are ``\\b \\t \\n \\r \\\\ \\s \\' \\"``; other backslashes stay.
+In names, dashes and underscores mean the same. ``!include FILE`` includes a file, ``!includedir DIRECTORY`` its
+``*.cnf``, sorted.
 """
 
 import os
@@ -12,7 +13,7 @@ from collections.abc import Collection
 
 from blockdiff.shared.errors import UsageError, printable
 
-#: How deep files may include each other: as in the clients.
+#: How deep files may include each other; the clients have the same limit.
 _DEPTH_LIMIT = 10
 _SIZE_LIMIT = 1 << 20
 _WHITE = " \t\n\v\f\r"
@@ -22,7 +23,7 @@ _INCLUDE = re.compile(r"!\s*(include|includedir)\s+(.*)", re.DOTALL)
 
 
 class _Reader:
-    """Collects the options of the groups that are asked for."""
+    """Collects the options of the requested groups."""
 
     def __init__(self, groups: Collection[str]) -> None:
         self._groups = groups
@@ -35,7 +36,7 @@ class _Reader:
                 text = file.read(_SIZE_LIMIT).decode("utf-8", "surrogateescape")
         except OSError as error:
             if depth:
-                return  # the clients pass over an included file that they cannot read, too
+                return  # the clients also ignore an included file that they cannot read
             raise UsageError(f"cannot read the option file {printable(path)}: {error.strerror}") from error
         group: str | None = None
         for number, line in enumerate(text.split("\n"), 1):
@@ -66,7 +67,7 @@ class _Reader:
     def _include(self, line: str, place: str, depth: int) -> None:
         match = _INCLUDE.fullmatch(line)
         if match is None:
-            return  # what the clients do not know they pass over
+            return  # the clients ignore what they do not know
         if depth >= _DEPTH_LIMIT:
             raise UsageError(f"{place}: files include each other more than {_DEPTH_LIMIT} deep")
         if "\0" in match[2]:
@@ -84,11 +85,11 @@ class _Reader:
 
 
 def read(path: str, groups: Collection[str]) -> dict[str, str | None]:
-    """Return the options of `groups` in a file and in what it includes, the later before the earlier.
+    """Return the options of `groups` in a file and in the files that it includes. If one is repeated, the last counts.
 
-    Names have underscores for dashes and no ``loose_``; an option without ``=`` has the value None. Bytes that are no
-    UTF-8 are kept as surrogates. Raises `UsageError` if the file cannot be read or has a fault in it, and if a
-    file with a password in one of the groups can be read by others than its owner. No message quotes a line.
+    Names have underscores instead of dashes, and no ``loose_``; an option without ``=`` has the value None. Bytes that
+    are not UTF-8 are kept as surrogates. Raises `UsageError` if the file cannot be read or is not valid, and if a file
+    with a password in one of the groups can be read by other users. No message quotes a line.
     """
     reader = _Reader(groups)
     reader.read(path)
@@ -96,7 +97,7 @@ def read(path: str, groups: Collection[str]) -> dict[str, str | None]:
 
 
 def _option(line: str) -> tuple[str, str | None]:
-    """Return name and value of a line that is neither empty nor a group."""
+    """Return name and value of a line with an option."""
     line = _without_comment(line)
     name, equals, value = line.partition("=")
     name = name.rstrip(_WHITE).replace("-", "_").removeprefix("loose_")
@@ -109,7 +110,7 @@ def _option(line: str) -> tuple[str, str | None]:
 
 
 def _without_comment(line: str) -> str:
-    """Return what is before the first `#` outside quotes; a backslash protects a quote only inside of quotes."""
+    """Return what is before the first `#` outside quotes. Only inside quotes, a backslash escapes a quote."""
     quote, escaped = "", False
     for position, character in enumerate(line):
         if character in "'\"" and not escaped:

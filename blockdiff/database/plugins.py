@@ -1,8 +1,8 @@
-"""The ways to log in to a database: which of them are safe on a connection that may be intercepted.
+"""The methods to log in to a database (authentication plug-ins), and which are safe if a connection can be intercepted.
 
-A server says which way it wants, and so does an attacker in between. Some ways give it the password itself. What is
-trusted is TLS with a server that has proven who it is, and a socket: that of this machine, or of the host through SSH.
-Elsewhere only those ways are followed that prove that we know the password, and do not send it.
+The server chooses the method, and so can an attacker in between. Some methods send the password itself. A connection is
+trusted if it has TLS with a checked certificate, or uses a socket: that of this machine, or of the host through SSH. On
+other connections, only those methods are used that prove that the client knows the password without sending it.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from typing import NoReturn, Protocol
 
 from blockdiff.shared.errors import DatabaseError
 
-#: Ways that give the password away: by a hash that is easily undone, in clear, or to any server that offers a key.
+#: Methods that reveal the password: by a hash that is easy to break, as clear text, or to any server that sends a key.
 _REVEALING = ("mysql_old_password", "mysql_clear_password", "dialog", "sha256_password")
-#: In caching_sha2_password: the server has seen the proof, and needs nothing more.
+#: In caching_sha2_password: the server accepts the proof and does not need the password.
 _PROVEN = 3
 _HINT = (
     "?ssl-ca=FILE encrypts the connection and lets the server prove who it is, mysql+ssh://USER@/ goes through SSH to"
@@ -22,29 +22,29 @@ _HINT = (
 
 
 class Packet(Protocol):
-    """What PyMySQL makes of what the server sends in a login."""
+    """A packet of the server during a login, as PyMySQL has it."""
 
     def is_auth_switch_request(self) -> bool:
-        """Whether the server names another way to log in."""
+        """Return whether the server asks for another method."""
 
     def is_extra_auth_data(self) -> bool:
-        """Whether the server has more to say on this way."""
+        """Return whether the server sends more data for this method."""
 
     def check_error(self) -> None:
-        """Raise what the server says went wrong."""
+        """Raise the error that the server reports, if it does."""
 
     def read_all(self) -> bytes:
-        """Return what is left."""
+        """Return all remaining bytes."""
 
     def read_uint8(self) -> int:
         """Return the next byte."""
 
     def advance(self, length: int) -> None:
-        """Pass over some bytes."""
+        """Skip this many bytes."""
 
 
 class Connection(Protocol):
-    """A connection of PyMySQL's, as it is given to what takes the place of its own code."""
+    """A connection of PyMySQL, as it gives it to a handler."""
 
     def write_packet(self, payload: bytes) -> None:
         """Send an answer."""
@@ -53,7 +53,7 @@ class Connection(Protocol):
 
 
 class _Refuse:
-    """Stands in for a way to log in that is not followed."""
+    """The handler of a method that is refused."""
 
     def __init__(self, name: str, _connection: Connection) -> None:
         self._name = name
@@ -64,7 +64,7 @@ class _Refuse:
 
 
 class _CachingSha2:
-    """Logs in by caching_sha2_password as long as the server knows the password: then it is only proven."""
+    """Logs in by caching_sha2_password if a proof is enough, which it is if the server has cached the password."""
 
     def __init__(self, password: bytes, connection: Connection) -> None:
         self._password = password
@@ -91,10 +91,10 @@ class _CachingSha2:
 
 
 def handlers(password: bytes, trusted: bool, key_is_known: bool) -> dict[str, Callable[[Connection], object]]:
-    """Return what takes the place of PyMySQL's own code for some ways to log in, by their names.
+    """Return the handlers that replace PyMySQL's own code for some methods, by the names of the methods.
 
-    If the server's public key is known (`key_is_known`), only that server can decrypt what caching_sha2_password
-    sends, and PyMySQL takes no other key for it.
+    If the server's public key is known (`key_is_known`), caching_sha2_password needs no handler: PyMySQL encrypts the
+    password with this key and accepts no other, so only that server can decrypt it.
     """
     names = _REVEALING[:1] if trusted else _REVEALING
     found: dict[str, Callable[[Connection], object]] = {name: partial(_Refuse, name) for name in names}

@@ -1,7 +1,7 @@
-"""Wait for InnoDB's redo log: with ``innodb_flush_log_at_trx_commit=0`` commits are written to it once a second only.
+"""Wait for InnoDB's redo log: with ``innodb_flush_log_at_trx_commit=0``, commits are written to it once a second.
 
-A snapshot that is taken before lacks what was committed last, and the binary log has it: a replica that is seeded
-with the coordinates of that moment would never get it. Statements such as ``FLUSH ENGINE LOGS`` do not help.
+A snapshot that is taken before that lacks the last commits, but the binary log has them. A replica that begins at the
+coordinates of that moment would never get them. Statements such as ``FLUSH ENGINE LOGS`` do not help.
 """
 
 import re
@@ -16,13 +16,13 @@ _NUMBERS = re.compile(r"Log sequence number\s+([0-9]+)\b.*\bLog flushed up to\s+
 
 
 def is_late(rows: Rows) -> bool:
-    """Return whether commits are reported before they are written. Raises `DatabaseError`."""
+    """Return whether the server reports commits before it writes them. Raises `DatabaseError`."""
     found = rows("SHOW GLOBAL VARIABLES LIKE 'innodb\\_flush\\_log\\_at\\_trx\\_commit'")
     return any(str(row["Value"]) == "0" for row in found)
 
 
 def check(rows: Rows, hold_s: float) -> None:
-    """Raise `DatabaseError` if it would be waited for longer than the lock can be held, `hold_s` seconds at most."""
+    """Raise `DatabaseError` if the wait could be longer than `TIMEOUT_S`, or than the lock can be held (`hold_s`)."""
     if not is_late(rows):
         return
     found = rows("SHOW GLOBAL VARIABLES LIKE 'innodb\\_flush\\_log\\_at\\_timeout'")
@@ -37,7 +37,7 @@ def check(rows: Rows, hold_s: float) -> None:
 
 
 def wait(rows: Rows) -> None:
-    """Wait until all that is committed now is written. Raises `DatabaseError` if that takes too long."""
+    """Wait until everything that is committed now is written. Raises `DatabaseError` if that takes too long."""
     deadline = time.monotonic() + TIMEOUT_S
     committed, written = _numbers(rows)
     while written < committed:
@@ -51,7 +51,7 @@ def wait(rows: Rows) -> None:
 
 
 def _numbers(rows: Rows) -> tuple[int, int]:
-    """Return the sequence numbers up to which there is a log, and up to which it is written."""
+    """Return the sequence number at the end of the log, and that up to which the log is written."""
     for row in rows("SHOW ENGINE INNODB STATUS"):
         match = _NUMBERS.search(str(row["Status"]))
         if match is not None:

@@ -1,4 +1,4 @@
-"""One session with a MySQL or MariaDB server: log in, execute, and say in words what the server refused."""
+"""One session with a MySQL or MariaDB server: log in, execute statements, and turn its errors into messages."""
 
 import ipaddress
 import math
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     import pymysql
 
-#: How long a session may be idle while no lock is held, in seconds: a run prepares its snapshot in that time.
+#: How long a session may be idle without a lock, in seconds: a run prepares its snapshot in that time.
 _IDLE_TIMEOUT_S = 600
 
 _TIMED_OUT = (1205, 1969, 3024)
 #: Most rows of an answer.
 _ROWS_LIMIT = 100_000
-#: What PyMySQL raises if a server sends what it should not, a request for a file of ours among that.
+#: What PyMySQL raises if a server breaks the protocol, or asks for a file of this machine.
 _GARBLED = (
     *(AssertionError, AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
     struct.error,
@@ -62,16 +62,16 @@ class Lacking(DatabaseError):  # noqa: N818
 
 
 class SqlSession:
-    """A session, ended by the end of the `with` statement. Not for more than one thread."""
+    """A session. The end of the `with` statement ends it. Only one thread may use it."""
 
     def __init__(self, account: Account, statement_timeout_s: float, sock: socket.socket | None = None) -> None:
         """Log in. Raises `DatabaseError`, and `UsageError` if a file that the account names cannot be used.
 
-        No answer takes much longer than `statement_timeout_s` seconds. `sock` is a connection to the server that is
-        there already, and is the session's from now on. `is_open` says whether a password was used on a network
-        where others may read and change what is sent.
+        No answer may take much longer than `statement_timeout_s` seconds. `sock` is an existing connection to the
+        server; the session now owns it. `is_open` says whether a password was used on a network where others may read
+        and change what is sent.
         """
-        import pymysql  # here: it takes as long as all the rest of a start, and most runs lock no database
+        import pymysql  # not at the top: it takes as long as the rest of the start, and most runs lock no database
         from pymysql.cursors import Cursor
 
         self._errors = pymysql.err
@@ -115,7 +115,7 @@ class SqlSession:
             raise
 
     def _log_in(self, sock: socket.socket) -> None:
-        import ssl  # as PyMySQL has done by now
+        import ssl  # PyMySQL has imported it by now
 
         refused = f"cannot log in to {self.place} as {printable(self._user, 100)}"
         try:
@@ -128,7 +128,7 @@ class SqlSession:
             raise DatabaseError(f"{refused}: {said}", _HINTS.get(number)) from error
         except DatabaseError as error:
             raise DatabaseError(f"{refused}: {error.message}", error.hint) from error
-        except RuntimeError as error:  # of a way to log in that needs a package
+        except RuntimeError as error:  # from a method that needs another package
             raise DatabaseError(f"{refused}: {printable(str(error), 200)}", "install it beside blockdiff") from error
         except _GARBLED as error:
             raise DatabaseError(f"{refused}: it does not follow MySQL's protocol", _PROTOCOL_HINT) from error
@@ -142,7 +142,7 @@ class SqlSession:
         self.close()
 
     def close(self) -> None:
-        """End the session, if it is not ended yet: the server gives up its locks."""
+        """End the session, if it has not ended; the server then releases its locks."""
         try:
             self._connection.close()
         except self._errors.Error:
@@ -151,8 +151,8 @@ class SqlSession:
     def rows(self, statement: str) -> list[Row]:
         """Execute a statement and return its rows.
 
-        Raises `TimedOut` if it was not done in time, and `DatabaseError` for all else that the server says, if it
-        sends too much, or if the session has ended.
+        Raises `TimedOut` if it took too long, and `DatabaseError` if the server reports another error or sends too
+        much, or if the session has ended.
         """
         self._bounds.begin()
         try:
@@ -171,17 +171,17 @@ class SqlSession:
         return [dict(zip(columns, row)) for row in found]
 
     def execute(self, statement: str) -> None:
-        """Execute a statement that returns nothing of interest; raises as `rows`."""
+        """Execute a statement whose rows are not needed. Raises what `rows` raises."""
         self.rows(statement)
 
     def number(self, statement: str) -> int:
-        """Return the one number that a statement selects; raises as `rows`."""
+        """Return the one number that a statement selects. Raises what `rows` raises."""
         (row,) = self.rows(statement)
         (value,) = row.values()
         return int(str(value))
 
     def limit(self, hold_s: float) -> None:
-        """Let the server end the session once it was idle for `hold_s` seconds; raises as `rows`."""
+        """Let the server end the session after it was idle for `hold_s` seconds. Raises what `rows` raises."""
         seconds = math.ceil(hold_s)
         self.execute(f"SET SESSION wait_timeout={seconds}, net_read_timeout={seconds}, net_write_timeout={seconds}")
 
@@ -207,14 +207,14 @@ class SqlSession:
 
 
 def _parts(error: "pymysql.err.MySQLError") -> tuple[int, str]:
-    """Return the number of an error and its words; neither ever holds a password."""
+    """Return the number and the text of an error; neither contains a password."""
     if len(error.args) > 1 and isinstance(error.args[0], int):
         return error.args[0], printable(str(error.args[1]), 500) or "the connection is closed"
     return 0, printable(str(error), 500) or "the connection is closed"
 
 
 def _is_loopback(sock: socket.socket) -> bool:
-    """Whether the other end is this machine."""
+    """Return whether the other end is this machine."""
     return ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0]).is_loopback
 
 

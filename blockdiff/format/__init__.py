@@ -1,1 +1,1 @@
-"""The bytes of a generation's files (`docs/format.md`): nothing here knows of chains."""
+"""The bytes of a generation's files (`docs/format.md`). Nothing here depends on chains."""

@@ -1,9 +1,9 @@
-"""Compression: independent members written, any number of them read, on several threads.
+"""Compression and decompression, on several threads.
 
-A compressed file is a sequence of members (gzip) or frames (zstd) of a few MiB, each of which can be decompressed by
-itself; `gunzip` and `zstd -d` read them as always. Each says how long it is (`docs/format.md`), so that a reader can
-hand the next one to another thread without decompressing this one. Files without those marks, such as the original's,
-are read as well, on one thread.
+A compressed file is a sequence of members (gzip) or frames (zstd) of a few MiB. Each can be decompressed without the
+others, and `gunzip` and `zstd -d` read the file as any other. Each states its size (`docs/format.md`), so that a reader
+can give the next one to another thread without decompressing this one first. Files whose members do not state their
+size, such as the original's, are read on one thread.
 """
 
 import struct
@@ -19,24 +19,25 @@ from blockdiff.format import lzop
 from blockdiff.shared import pipeline
 from blockdiff.shared.errors import BlockdiffError, DamagedError, ProcessError, StorageError, UsageError
 
-#: The suffix of a delta by the name of its compression.
+#: The suffix of a delta, by the name of its compression.
 SUFFIXES = {"gzip": ".gz", "zstd": ".zst", "lzop": ".lzop", "none": ""}
-#: What `--compression` may be, with the levels and the default level of each.
+#: The values of `--compression`, each with its lowest, highest and default level.
 LEVELS = {"gzip": (1, 9, 2), "zstd": (1, 19, 1), "none": (0, 0, 0)}
 
-#: Largest member that is decompressed in one piece, in bytes before compression. We write much smaller ones.
+#: Largest member that is decompressed in one piece, in bytes before compression. blockdiff writes smaller ones.
 MAX_MEMBER = 16 << 20
 _CHUNK = 1 << 20
-# Members that are under way or wait, decompressed, for who uses them: some take ten times as long as others, and so
-# does what is done with them. With 3, as for 2 CPUs elsewhere, restores and verify take 5 to 10 % longer.
+# How many members are being decompressed, or wait, decompressed, to be used. Some members take ten times as long as
+# others, to decompress and to use. With 3, which is what `in_order` has for 2 CPUs, restore and verify take 5 to 10 %
+# longer.
 _AHEAD = 6
 
-#: Longest stored block of deflate; how many samples of a member decide whether it is worth compressing, and their size.
+#: Longest stored block of deflate; the number and size of the samples that decide whether a member is compressed.
 _STORED_LIMIT = 0xFFFF
 _SAMPLES = 4
 _SAMPLE_SIZE = 8 << 10
 
-_GzipError = cast("type[Exception]", igzip_lib.IsalError)  # its stub takes the class for an instance
+_GzipError = cast("type[Exception]", igzip_lib.IsalError)  # the stub declares an instance
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
@@ -49,10 +50,10 @@ _ZSTD_HEADER_SIZE = len(_ZSTD_SIZED) + 4
 
 
 def compressor(name: str, level: int | None = None) -> Callable[[bytes | memoryview], bytes]:
-    """Return a function that makes one member of some bytes; threads may share it.
+    """Return a function that compresses some bytes into one member; threads may share it.
 
-    gzip levels 1 to 3 are isal's (level 2 has about the ratio of ``gzip -1`` at seven times its speed), 4 to 9 zlib's;
-    zstd has 1 to 19. Raises `UsageError` for another level.
+    gzip levels 1 to 3 are isal's (level 2 has about the ratio of ``gzip -1`` at seven times its speed), 4 to 9 are
+    zlib's; zstd has 1 to 19. Raises `UsageError` for another level.
     """
     if name not in LEVELS:
         raise UsageError(f"unknown compression {name}", f"choose one of {', '.join(LEVELS)}")
@@ -64,7 +65,7 @@ def compressor(name: str, level: int | None = None) -> Callable[[bytes | memoryv
         return bytes
     if name == "gzip":
         return lambda data: _gzip_member(data, chosen)
-    local = threading.local()  # a compressor may not be shared, and a new one for each frame costs fresh memory
+    local = threading.local()  # threads may not share a compressor, and one for each frame allocates memory again
 
     def compress(data: bytes | memoryview) -> bytes:
         if not hasattr(local, "zstd"):
@@ -93,7 +94,7 @@ def _deflated(data: bytes | memoryview, level: int) -> bytes:
 
 
 def _is_incompressible(data: bytes | memoryview) -> bool:
-    """Look at samples: what does not shrink there is stored as it is, an order of magnitude faster."""
+    """Return whether samples do not shrink; then the data is stored uncompressed, which is ten times as fast."""
     step = len(data) // _SAMPLES
     if step < _SAMPLE_SIZE:
         return False
@@ -102,7 +103,7 @@ def _is_incompressible(data: bytes | memoryview) -> bool:
 
 
 def _stored(view: memoryview) -> Iterator[bytes | memoryview]:
-    """Yield the stored blocks of RFC 1951: 3 bits that say so, the length, its complement, and the bytes."""
+    """Yield the stored blocks of RFC 1951: a byte that is 1 for the last, the length, its complement, and the data."""
     for start in range(0, len(view), _STORED_LIMIT):
         piece = view[start : start + _STORED_LIMIT]
         is_last = start + len(piece) == len(view)
@@ -118,7 +119,7 @@ class Readable(Protocol):
 
 
 class _Input:
-    """A file that is read forwards, with room to put back what was read too far."""
+    """A file that is read forwards; what was read too far can be put back."""
 
     def __init__(self, file: Readable, where: str) -> None:
         self._file = file
@@ -147,7 +148,7 @@ class _Input:
 
     @property
     def waiting(self) -> int:
-        """How many bytes were put back."""
+        """How many bytes were put back and not read again."""
         return len(self._back)
 
     def cut_off(self, what: str) -> DamagedError:
@@ -163,10 +164,10 @@ Task = Callable[[], bytes]
 
 
 def decompressed(file: Readable, where: str, name: str | None = None) -> Iterator[bytes]:
-    """Yield the content of a compressed file in pieces of at most `MAX_MEMBER` bytes, members on several threads.
+    """Yield the content of a compressed file in pieces of at most `MAX_MEMBER` bytes. Threads decompress the members.
 
-    `name` is the compression; None looks at the first bytes. `where` names the file in messages. Raises `DamagedError`
-    for a file that is cut off or damaged, at its place in the order.
+    `name` is the compression; with None, the first bytes of the file show it. `where` names the file in messages. If
+    the file is cut off or damaged, raises `DamagedError` after the sound pieces before that place.
     """
     source = _Input(file, where)
     if name is None:
@@ -182,7 +183,7 @@ def decompressed(file: Readable, where: str, name: str | None = None) -> Iterato
 class Sound(NamedTuple):
     """A piece of a damaged file that can be decompressed.
 
-    `begins_file` and `begins_member` say where it does not continue the piece before it.
+    `begins_file` is true for the first piece of the file, `begins_member` for the first piece of a member.
     """
 
     data: bytes
@@ -191,9 +192,10 @@ class Sound(NamedTuple):
 
 
 def sound_pieces(file: BinaryIO, where: str, name: str) -> Iterator[Sound]:
-    """Yield what can be decompressed of a file, whatever is wrong with the rest; raises nothing but `StorageError`.
+    """Yield what can be decompressed of a damaged file.
 
-    After damage it continues at the next member that says how long it is; if none does, there is nothing more.
+    After damage it continues at the next member that states its size, and ends if there is none. Raises `StorageError`
+    if the file cannot be read, and `UsageError` if it needs lzop and there is none.
     """
     begin, end = -1, 0
     while end > begin:
@@ -215,7 +217,7 @@ def _at(file: BinaryIO, offset: int, where: str) -> _Input:
 
 
 def _next_member(source: _Input, name: str) -> Iterator[bytes]:
-    """Yield the pieces of the next member; all pieces if the compression has none."""
+    """Yield the pieces of the next member; all pieces of the file if the compression has no members."""
     if name in ("none", "lzop"):
         yield from _lzop_pieces(source) if name == "lzop" else (task() for task in _plain_tasks(source))
         return
@@ -234,7 +236,7 @@ def _next_member(source: _Input, name: str) -> Iterator[bytes]:
 
 
 def _find_sized(file: BinaryIO, offset: int, where: str, name: str) -> int:
-    """Return where the next member seems to begin that says how long it is, from `offset` on; -1 for nowhere."""
+    """Return the offset of the next header of a member that states its size, from `offset` on; -1 if there is none."""
     sized = {"gzip": _GZIP_SIZED, "zstd": _ZSTD_SIZED}.get(name)
     source = _at(file, offset, where)
     while sized is not None and len(data := source.read(_CHUNK)) >= len(sized):
@@ -247,7 +249,7 @@ def _find_sized(file: BinaryIO, offset: int, where: str, name: str) -> int:
 
 
 def _with_errors(tasks: Iterator[Task]) -> Iterator[Task]:
-    """Make an error of the reading a task like others: what was read before it is still used."""
+    """Yield the tasks; a read error becomes a last task that raises it, so that the tasks before it are still done."""
     try:
         yield from tasks
     except (DamagedError, StorageError) as error:
@@ -298,10 +300,10 @@ def _gzip_tasks(source: _Input) -> Iterator[Task]:
 
 
 def _sized_gzip(source: _Input, rest: bytes) -> Task:
-    """`rest` is what follows the header of a member.
+    """Return the task that decompresses a member; `rest` is all that follows its header.
 
-    Its last bytes are the CRC-32 and the size of the content: a buffer of that size is filled at once, while one that
-    grows costs a third more.
+    The last bytes of `rest` are the CRC-32 and the size of the content. With the size, the buffer is allocated once; a
+    buffer that grows takes a third more time.
     """
 
     def task() -> bytes:
@@ -323,7 +325,7 @@ def _sized_gzip(source: _Input, rest: bytes) -> Task:
 
 
 def _gzip_stream(source: _Input) -> Iterator[bytes]:
-    """Yield the content of one member whose size is not known beforehand, and put back what follows it."""
+    """Yield the content of one member that does not state its size, and put back what follows it."""
     inflate = isal_zlib.decompressobj(wbits=31)
     data = source.read(_CHUNK)
     while True:
@@ -364,7 +366,7 @@ def _sized_zstd(source: _Input, frame: bytes) -> Task:
     def task() -> bytes:
         try:
             size = zstandard.frame_content_size(frame)
-            if not 0 < size <= MAX_MEMBER:  # we write no empty ones, and `decompress` does not look into them
+            if not 0 < size <= MAX_MEMBER:  # blockdiff writes no empty ones, and `decompress` does not check them
                 raise source.damaged("a zstd frame has an impossible size")
             return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
@@ -374,10 +376,10 @@ def _sized_zstd(source: _Input, frame: bytes) -> Task:
 
 
 def _zstd_stream(source: _Input) -> Iterator[bytes]:
-    """Yield the content of one frame whose size is not known beforehand, and put back what follows it.
+    """Yield the content of one frame that does not state its size, and put back what follows it.
 
-    A few bytes of zstd may hold 128 KiB, and `decompressobj` has no limit: small inputs bound what it returns, and
-    smaller ones keep that small while it continues.
+    A few bytes of zstd may decompress to 128 KiB, and `decompressobj` has no limit for its output. So the input is cut
+    into small pieces, and into smaller ones while the output is large.
     """
     least, most = 16, 512
     count = least

@@ -1,4 +1,4 @@
-"""Deltas: bytes to records and back. The only place that knows their layout (`docs/format.md`)."""
+"""Deltas: from records to bytes and back. Only this module contains their layout (`docs/format.md`)."""
 
 import struct
 from collections.abc import Generator, Iterable, Iterator
@@ -21,34 +21,34 @@ _DATA, _ZEROS, _END = 1, 2, 3
 HEAD_SIZE = _RECORD.size
 _SHA256_SIZE = 32
 
-# Neighbouring records of a version 1 delta are handed on as one run of at most this many bytes and blocks.
+# Neighbouring records of a version 1 delta are joined into one run, up to about this many bytes and blocks.
 _RUN_BYTES = 1 << 20
 _RUN_BLOCKS = 8192
 
 
 class Sink(Protocol):
-    """What a delta is written to, or its digest table."""
+    """What a delta or a digest table is written to."""
 
     def write(self, data: bytes) -> object:
-        """Take all of `data`."""
+        """Write all of `data`."""
 
 
 def header(delta_format: int, block_size: int, image_size: int | None) -> bytes:
-    """Return what a delta begins with; only version 2 knows the image's size."""
+    """Return the header of a delta; only that of version 2 contains the image's size."""
     if delta_format == 1:
         return _U32.pack(block_size)
     return _HEADER_2.pack(_MAGIC, block_size, image_size)
 
 
 def put_head(buffer: memoryview, position: int, run: Run) -> None:
-    """Write the head of a version 2 record, `HEAD_SIZE` bytes; the run's data follows, zeros have none."""
+    """Write the head of a version 2 record, `HEAD_SIZE` bytes. The run's data follows it; a run of zeros has none."""
     _RECORD.pack_into(buffer, position, _ZEROS if run.data is None else _DATA, run.offset, run.length)
 
 
 def records_1(run: Run, block_size: int) -> list[bytes | memoryview]:
-    """Return the parts that joined are the version 1 records of a run.
+    """Return the version 1 records of a run, in parts that are to be joined.
 
-    There are no zero records: the bytes of a zero run are written out.
+    Version 1 has no zero records: the bytes of a run of zeros are written out.
     """
     data = memoryview(bytes(min(run.length, block_size))) if run.data is None else run.data
     parts: list[bytes | memoryview] = []
@@ -59,16 +59,16 @@ def records_1(run: Run, block_size: int) -> list[bytes | memoryview]:
 
 
 def end(delta_format: int, blocks: int, carried: int, table_sha256: str) -> bytes:
-    """Return what a delta ends with: nothing in version 1."""
+    """Return the end mark of a delta; version 1 has none."""
     if delta_format == 1:
         return b""
     return _RECORD.pack(_END, blocks, carried) + bytes.fromhex(table_sha256)
 
 
 def together(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Yield the runs of a `DeltaReader` in groups, in order: those of one decompressed member, `_RUN_BLOCKS` at most.
+    """Yield the runs of a `DeltaReader` in groups, in order: those of one decompressed member, at most `_RUN_BLOCKS`.
 
-    Scattered blocks make short runs: to hand each alone to a thread would cost more than what the thread does.
+    Scattered blocks make short runs. To give each of them to a thread would take longer than the thread's work.
     """
     group: list[Run] = []
     piece: object = None
@@ -84,7 +84,7 @@ def together(runs: Iterable[Run]) -> Iterator[list[Run]]:
 
 
 class _Cursor:
-    """The pieces of a decompressed delta as one stream; gives views of a piece if it can, copies if it must."""
+    """The pieces of a decompressed delta as one stream. It returns a view of a piece, or a copy if it needs several."""
 
     def __init__(self, pieces: Iterable[bytes], where: str) -> None:
         self._pieces = iter(pieces)
@@ -93,12 +93,12 @@ class _Cursor:
         self.position = 0
 
     def close(self) -> None:
-        """End what makes the pieces."""
+        """Close the generator of the pieces, if it is a generator."""
         if isinstance(self._pieces, Generator):
             self._pieces.close()
 
     def read(self, count: int, what: str) -> memoryview:
-        """Return exactly `count` bytes; raises `DamagedError` that names `what` if the delta ends before."""
+        """Return exactly `count` bytes; raises `DamagedError`, which names `what`, if the delta has fewer left."""
         view = self.read_up_to(count)
         if len(view) < count:
             raise self.damaged(f"it ends in the middle of {what}")
@@ -127,14 +127,14 @@ class _Cursor:
 
 
 class DeltaReader:
-    """Reads a delta of either version; the header at once, the records by `runs`. A context manager.
+    """Reads a delta of either version: the header when it is created, the records in `runs`. A context manager.
 
-    If `pieces` is a generator, it is closed in any case: one that uses threads and was left half read must
-    not be left to the garbage collector, which may run where a thread cannot be waited for.
+    If `pieces` is a generator, it is always closed. A generator that uses threads and was only partly read must not be
+    left to the garbage collector, which may run at a place where waiting for a thread could block forever.
 
-    `format`, `block_size` and, in version 2 only, `image_size` are known from the start (None otherwise);
-    `blocks_carried` and, in version 2 only, `table_sha256` once `runs` is at its end. Raises `DamagedError` for
-    whatever breaks a rule of the format; `where` names the delta in messages.
+    `format` and `block_size` are known from the start, as is `image_size` of version 2 (None in version 1).
+    `blocks_carried` is known when `runs` has ended, as is `table_sha256` of version 2. Raises `DamagedError` if the
+    delta breaks a rule of the format; `where` names the delta in messages.
     """
 
     def __init__(self, pieces: Iterable[bytes], where: str) -> None:
@@ -173,11 +173,11 @@ class DeltaReader:
         self.format = 2
 
     def runs(self) -> Iterator[Run]:
-        """Yield the runs of blocks that the delta carries, ascending, to its end."""
+        """Yield the runs of blocks in the delta, in ascending order, up to its end."""
         return self._runs_1() if self.format == 1 else self._runs_2()
 
     def _runs_1(self) -> Iterator[Run]:
-        """Neighbouring blocks are joined: few large steps work on runs.
+        """Yield neighbouring blocks as one run, because a few large steps are faster than many small ones.
 
         A record that is shorter than a block can only be the last one: there is nothing left to read after it.
         """
@@ -238,10 +238,11 @@ class DeltaReader:
 
 
 class Salvager:
-    """Takes the records out of what is left of a damaged delta, piece by piece, as far as they make sense.
+    """Finds the plausible records in what is left of a damaged delta, piece by piece.
 
-    What it yields proves nothing: its user compares the digest of every block. Format 2 is recognised by its
-    header; if that is lost, `delta_format` says so. A record that does not make sense ends the member that it is in.
+    Nothing proves what it yields: the caller must compare the digest of every block. The header shows the format of the
+    delta; if the header is lost, it is `delta_format`. After a record that is not plausible, the rest of its member is
+    skipped.
     """
 
     def __init__(self, block_size: int, delta_format: int) -> None:
@@ -252,7 +253,7 @@ class Salvager:
         self.image_size: int | None = None
 
     def runs(self, data: bytes, begins_file: bool, begins_member: bool) -> Iterator[Run]:
-        """Yield the records that a piece completes; a member begins with a record, the file with the header."""
+        """Yield the records that this piece completes. A member begins with a record, the file with the header."""
         if begins_member:
             self._rest, self._lost = b"", False
         view = memoryview(self._rest + data if self._rest else data)
@@ -268,14 +269,14 @@ class Salvager:
         self._rest = bytes(view)
 
     def last(self) -> Iterator[Run]:
-        """Yield what a format 1 delta ends with: the image's last block, which may be short."""
+        """Yield the last record of a format 1 delta if it is shorter than the others: the image's last block."""
         if self._format == 1 and not self._lost and len(self._rest) > _OFFSET.size:
             offset = int(_OFFSET.unpack_from(self._rest)[0])
             if offset + len(self._rest) <= MAX_IMAGE_SIZE and offset % self._block_size == 0:
                 yield Run(offset, len(self._rest) - _OFFSET.size, memoryview(self._rest)[_OFFSET.size :])
 
     def _header(self, view: memoryview) -> int:
-        """Return the size of the header, which every first piece is longer than."""
+        """Return the size of the header, which is all in the first piece."""
         if bytes(view[: len(_MAGIC)]) == _MAGIC and len(view) >= _HEADER_2.size:
             self._format = 2
             self.image_size = int(_HEADER_2.unpack_from(view)[2])

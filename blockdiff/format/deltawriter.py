@@ -1,7 +1,7 @@
-"""Turn the runs of a scan into a delta and a digest table, on several threads.
+"""Write the runs of a scan as a delta and a digest table, on several threads.
 
-The digests in the new table are computed here, from the bytes that go into the delta: the table proves the data,
-its sender. Blocks that did not change keep the digests of the previous table.
+The digests in the new table are computed here, from the bytes that go into the delta. So the table proves the stored
+data; it does not repeat what the host claims. Blocks that did not change keep the digests of the previous table.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,20 +17,21 @@ from blockdiff.shared.blocks import Hasher, block_count
 from blockdiff.shared.errors import ProtocolError
 from blockdiff.shared.runs import Run
 
-#: Bytes that a member of a delta holds before compression, at least (but for the last) and at most, records' heads
-#: aside.
+#: Bytes of a member of a delta before compression, without the heads of its records: a member is closed when it has
+#: MEMBER_BYTES or more, and has MAX_MEMBER_BYTES at most.
 MEMBER_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 4 << 20
-#: Blocks of a member at most, and of a piece of a long run of zeros.
+#: A member is closed when it has MEMBER_BLOCKS or more. A long run of zeros is cut into pieces of ZERO_BLOCKS, or fewer
+#: in version 1.
 MEMBER_BLOCKS = 8192
 ZERO_BLOCKS = 65536
 
 
 @dataclass
 class _Member:
-    """Runs that will be compressed together, and the buffer that holds their bytes.
+    """Runs that will be compressed together, and the buffer that has their bytes.
 
-    For version 2 the buffer becomes the member as it is: `used` counts the room for the records' heads as well.
+    In version 2 the buffer is what will be compressed: `used` includes the room for the heads of the records.
     """
 
     buffer: memoryview
@@ -42,7 +43,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A member as it is written, and the digests of each of its runs: (offset, length, joined digests)."""
+    """A compressed member, and the digests of each of its runs: (offset, length, joined digests)."""
 
     data: bytes
     digests: list[tuple[int, int, bytes]]
@@ -50,7 +51,7 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class Written:
-    """What a `DeltaWriter` wrote: blocks of the image, blocks that the delta carries, and their bytes."""
+    """What a `DeltaWriter` wrote: the number of blocks of the image, of blocks in the delta, and of their bytes."""
 
     blocks: int
     changed_blocks: int
@@ -60,10 +61,10 @@ class Written:
 class DeltaWriter:
     """Writes one delta and its digest table: `add` takes the runs, `finish` ends both. A context manager.
 
-    `old` is the previous generation's table, None for a full one. `allocate` gives the room that a run's data is to be
-    received in; the run must then be the next one that is added. `image_size` in bytes may be None at first for a
-    version 1 delta, and must be set before `finish`. Each raises what the sinks raise, and `ProtocolError` if blocks
-    are missing that the previous table does not have; what one run brings about, a later call may raise.
+    `old` is the previous generation's table, None for a full one. `allocate` returns a buffer for the data of the next
+    run; the next call of `add` must then be for this run. `image_size`, in bytes, may be None at first for a version 1
+    delta, and must be set before `finish`. The methods raise what the sinks raise, and `ProtocolError` if blocks were
+    not added and are not in the previous table. An error that one run causes may be raised by a later call.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class DeltaWriter:
         self._stack.close()
 
     def allocate(self, length: int) -> memoryview:
-        """Return room for `length` bytes, at most `MAX_MEMBER_BYTES`, of the next run."""
+        """Return a buffer for the next run, of `length` bytes, which is at most `MAX_MEMBER_BYTES`."""
         if self._current.used + self._head_size + length > len(self._current.buffer):
             self._close_member()
         start = self._current.used + self._head_size
@@ -114,7 +115,7 @@ class DeltaWriter:
         return self._current.buffer[start : start + length]
 
     def add(self, run: Run) -> None:
-        """Write a run, which begins after the end of the one before."""
+        """Write a run. It must not begin before the end of the previous one."""
         for piece in self._pieces(run):
             member = self._current
             member.runs.append(piece)
@@ -123,10 +124,10 @@ class DeltaWriter:
             member.blocks += block_count(piece.length, self._hasher.block_size)
             if member.weight >= MEMBER_BYTES or member.blocks >= MEMBER_BLOCKS:
                 self._close_member()
-            self._encode_full_members()  # within this loop: a run of zeros may be of any length
+            self._encode_full_members()  # inside the loop, because a run of zeros may have any length
 
     def finish(self) -> Written:
-        """Write what is left of the runs, and what ends the files."""
+        """Write what remains of the runs, and the ends of both files."""
         self._close_member()
         self._encode_full_members()
         self._store(self._encoders.finish())
@@ -144,7 +145,7 @@ class DeltaWriter:
         return run.data is not None or self._format == 1
 
     def _pieces(self, run: Run) -> Iterator[Run]:
-        """Cut a long run of zeros, whose digests, and in version 1 whose bytes, would otherwise fill the memory."""
+        """Cut a long run of zeros. Its digests (in version 1 also its bytes) would otherwise fill the memory."""
         if run.data is not None:
             yield run
             return
@@ -164,7 +165,7 @@ class DeltaWriter:
         self._full_members.clear()
 
     def _encode(self, member: _Member) -> _Encoded:
-        """What the worker threads do: hash, encode and compress."""
+        """Hash, encode and compress a member. The worker threads do this."""
         digests = [(run.offset, run.length, self._hasher.run_digests(run.length, run.data)) for run in member.runs]
         data = self._compress(self._records(member))
         self._pool.give_back(member.buffer)

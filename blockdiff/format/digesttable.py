@@ -1,7 +1,7 @@
-"""Digest tables: the digests of all blocks of an image, in a file. The only place that knows their two forms.
+"""Digest tables: the digests of all blocks of an image, in a file. Only this module contains their two forms.
 
-The plain form is the original's. The sparse one leaves out the digests of zero blocks, group by group: those of an
-image that is mostly empty would otherwise be larger than what is in it (`docs/format.md`).
+The plain form is the original's. The sparse form leaves out groups of digests that are all of zero blocks. Otherwise a
+large image that is mostly zeros would have a large table in each generation (`docs/format.md`).
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from blockdiff.format.deltafile import Sink
 from blockdiff.shared.blocks import MAX_BLOCK_SIZE, MAX_IMAGE_SIZE, MIN_BLOCK_SIZE, Hasher, block_count
 from blockdiff.shared.errors import DamagedError, StorageError
 
-#: Digests of a group, which is left out if all of them are those of zero blocks.
+#: Number of digests in a group. A group is left out if all of its digests are those of zero blocks.
 GROUP = 1024
-#: Bytes of digests up to which a table is written in the plain form: a small one is not worth another.
+#: A table with at most this many bytes of digests is written in the plain form: the sparse one would save little.
 PLAIN_LIMIT = 1 << 20
-#: Blocks whose digests are read and compared in one step.
+#: Number of blocks whose digests are read and compared in one step.
 PART_BLOCKS = 65536
 
 _U32 = struct.Struct("<I")
@@ -30,14 +30,14 @@ _HINT = "restore it from a copy, or store everything again with --full"
 
 
 class _Layout(ABC):
-    """Where the digests are in the file."""
+    """Where the digests are in a file."""
 
     block_size: int
     count: int
 
     @abstractmethod
     def spans(self, first: int, count: int) -> Iterator[tuple[int | None, int]]:
-        """Yield the place in the file, None for zero blocks, and the number of neighbouring digests."""
+        """Yield, for neighbouring digests, their offset in the file (None for zero blocks), and their number."""
 
 
 class _Plain(_Layout):
@@ -50,7 +50,7 @@ class _Plain(_Layout):
 
 
 class _Sparse(_Layout):
-    """`stored` has a bit for each group, the lowest of the first byte for the first; `start` is where digests begin."""
+    """`stored` has a bit for each group, the lowest bits first; `start` is the offset of the first digest."""
 
     def __init__(self, block_size: int, count: int, digest_size: int, stored: bytes, start: int) -> None:
         self.block_size, self.count, self._digest_size = block_size, count, digest_size
@@ -69,7 +69,7 @@ class _Sparse(_Layout):
             first += taken
 
     def stored_digests(self) -> int:
-        """Return how many digests the file has: all groups are whole, but for the last of the image."""
+        """Return how many digests the file has. All groups are whole except the last one of the image."""
         last = (self.count - 1) // GROUP
         missing = (last + 1) * GROUP - self.count if self.count and self._is_stored(last) else 0
         return self._ranks[-1] * GROUP - missing
@@ -84,10 +84,10 @@ class _Sparse(_Layout):
 
 
 class TableReader:
-    """Reads a digest table of either form through a descriptor that it then owns. A context manager.
+    """Reads a digest table of either form through a descriptor, and closes it. A context manager.
 
-    `block_size` in bytes, `count` of digests, each of `digest_size` bytes. Raises `DamagedError` if the file cannot
-    be a digest table. Any number of threads may call `digests` at once.
+    The table has `count` digests of `digest_size` bytes, for blocks of `block_size` bytes. Raises `DamagedError` if the
+    file cannot be a digest table. Several threads may call `digests` at the same time.
     """
 
     def __init__(self, fd: int, where: str, digest_size: int) -> None:
@@ -111,7 +111,7 @@ class TableReader:
         self.close()
 
     def close(self) -> None:
-        """Close its descriptor."""
+        """Close the descriptor."""
         os.close(self._fd)
 
     def _plain(self, first: bytes) -> _Layout:
@@ -150,7 +150,7 @@ class TableReader:
         return layout
 
     def digests(self, first: int, count: int) -> bytes:
-        """Return the joined digests of `count` blocks from block `first` on, or as many as there are."""
+        """Return the joined digests of `count` blocks from block `first` on; fewer if the table ends before."""
         count = max(0, min(count, self.count - first))
         parts = [
             self._zero_digest * number if place is None else self._read(place, number * self.digest_size)
@@ -183,10 +183,10 @@ class TableReader:
 
 
 class TableWriter:
-    """Writes a digest table in large pieces: `append` what there is in order, then `finish`.
+    """Writes a digest table in large pieces: `append` all digests in order, then `finish`.
 
-    `sha256()` covers what was handed on, `count` the digests that were appended. With `sparse_count`, the number of
-    digests to come, the form is the sparse one.
+    `count` is the number of digests that were appended, `sha256()` that of the bytes that the sink has received. With
+    `sparse_count`, the number of digests that will be appended, it writes the sparse form.
     """
 
     def __init__(self, sink: Sink, hasher: Hasher, sparse_count: int | None = None) -> None:
@@ -195,8 +195,8 @@ class TableWriter:
         self._hash = hashlib.sha256()
         self._sparse_count = sparse_count
         self._zeros = hasher.zero_digest * GROUP
-        self._group = bytearray()  # of the sparse form, until it is whole
-        self._stored = bytearray()  # a byte for each group
+        self._group = bytearray()  # only in the sparse form: the digests of a group that is not whole yet
+        self._stored = bytearray()  # a byte for each group: 1 if it is stored
         self.count = 0
         if sparse_count is None:
             self._buffer = bytearray(_U32.pack(hasher.block_size))
@@ -245,12 +245,12 @@ class TableWriter:
         self._sink.write(data)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of what was handed on, in hexadecimal."""
+        """Return the SHA-256 of the bytes that the sink has received, in hexadecimal."""
         return self._hash.hexdigest()
 
 
 def _bitmap(flags: bytearray) -> bytes:
-    """Return 0s and 1s, eight to a byte, the lowest bit first."""
+    """Return the flags, each 0 or 1, as bits: eight to a byte, the lowest bit first."""
     return bytes(sum(flag << bit for bit, flag in enumerate(flags[i : i + 8])) for i in range(0, len(flags), 8))
 
 
@@ -261,9 +261,10 @@ def first_difference(digests: bytes, others: bytes, digest_size: int) -> int:
 
 
 def sparse_count(hasher: Hasher, delta_format: int, image_size: int | None) -> int | None:
-    """Return the number of digests if a table is to have the sparse form, else None.
+    """Return the number of digests if a table is to be written in the sparse form, else None.
 
-    Version 1 deltas and MD5 are the original's, whose commands may continue the chain and know the plain form only.
+    Version 1 deltas and MD5 are those of the original. Its commands may continue such a chain, and read only the plain
+    form.
     """
     if delta_format == 1 or hasher.digest.name == "md5" or image_size is None:
         return None

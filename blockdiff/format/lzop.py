@@ -1,4 +1,4 @@
-"""lzop files, as the original's ``--lzop`` makes them, through the `lzop` program: Python has no reader of its own."""
+"""lzop files, as the original's ``--lzop`` makes them, through the program `lzop`: Python has no module for them."""
 
 import os
 import select
@@ -11,7 +11,7 @@ from blockdiff.shared import process
 from blockdiff.shared.errors import BlockdiffError, ProcessError, UsageError
 
 _CHUNK = 1 << 20
-#: How long lzop, which only ever waits for us, may stand still, in seconds.
+#: How long blockdiff waits for output of lzop, or for its end, in seconds. lzop never waits for anything but blockdiff.
 TIMEOUT_S = 120.0
 
 
@@ -23,7 +23,7 @@ def _start(arguments: list[str], stdout: int) -> "subprocess.Popen[bytes]":
 
 
 class LzopWriter:
-    """Compresses what is written to it into the descriptor `fd`. A context manager; `finish` must be called."""
+    """Compresses the data and writes it to the descriptor `fd`. A context manager; `finish` must be called."""
 
     def __init__(self, fd: int) -> None:
         self._child = _start(["lzop", "-cf"], fd)
@@ -44,15 +44,15 @@ class LzopWriter:
             raise ProcessError(f"lzop stopped: {error.strerror}") from error
 
     def finish(self) -> None:
-        """Wait until everything is written; raises `ProcessError` unless lzop says that all went well."""
+        """Wait until everything is written; raises `ProcessError` unless lzop ends with status 0."""
         _close(self._child)
         _wait(self._child)
 
 
 def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield the decompressed content of the lzop file that `read(count)` returns in parts, b"" at its end.
+    """Yield the decompressed content of a lzop file; `read(count)` returns the next part of the file, b"" at its end.
 
-    Raises `ProcessError` if lzop calls it damaged.
+    Raises `ProcessError` if lzop fails (it does if the file is damaged) or hangs, and `UsageError` if it cannot start.
     """
     child = _start(["lzop", "-dc"], subprocess.PIPE)
     failures: list[BlockdiffError] = []
@@ -81,14 +81,14 @@ def pieces(read: Callable[[int], bytes]) -> Iterator[bytes]:
             if not data:
                 break
             yield data
-        if not failures:  # lzop would only complain of what we could not give it
+        if not failures:  # otherwise lzop would only report that its input was cut off
             _wait(child)
         feeder.join(TIMEOUT_S)
         if failures:
             raise failures[0]
     finally:
         process.stop(child)
-        feeder.join(process.STOP_TIMEOUT_S)  # what it reads is closed after us
+        feeder.join(process.STOP_TIMEOUT_S)  # the caller then closes the file that it reads
         output_file.close()
 
 

@@ -1,7 +1,7 @@
-"""The manifest of a generation: what it is, where it came from, and the checksums of its files.
+"""The manifest of a generation: what the generation is, what its source was, and the checksums of its files.
 
-A JSON object (`docs/format.md`) whose ``sha256`` is that of the file itself with the 64 digits replaced by zeros, so
-that every byte of it is covered.
+It is a JSON object (`docs/format.md`). Its ``sha256`` is that of the file itself with these 64 digits replaced by
+zeros, so that it covers every byte of the file.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from blockdiff.shared.blocks import DIGEST_SIZES, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from blockdiff.shared.errors import ChainError, DamagedError
 from blockdiff.shared.fields import Fields
 
-#: What is written. Version 1, in which a file had its SHA-256 in place of a checksum with a name, is read as well.
+#: The version that is written. Version 1, in which a file has ``sha256`` instead of ``checksum``, is read as well.
 VERSION = 2
 #: Largest manifest that is read, in bytes.
 MAX_BYTES = 16 << 20
@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Parent:
-    """The generation that this one builds on; `manifest_sha256` is None if it has no manifest."""
+    """The generation that this one builds on; `manifest_sha256` is None if that has no manifest."""
 
     generation: int
     manifest_sha256: str | None
@@ -36,7 +36,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a generation: the `suffix` that follows ``NAME.N``, size in bytes, and `checksum` (see there)."""
+    """A file of a generation: the `suffix` after ``NAME.N``, the size in bytes, and a checksum (`checksum.py`)."""
 
     suffix: str
     size: int
@@ -48,7 +48,7 @@ class Source:
     """What was backed up.
 
     `host` (with ``:port`` if one was given) is None for this machine; `kind` is ``file``, ``device`` or ``command``.
-    `volume` is the LV UUID of a logical volume that was read through a snapshot, `was` how the source was called when
+    `volume` is the LV UUID of a logical volume that was read through a snapshot. `was` is the name of the source when
     the generation was made, if `blockdiff repair --source` has given it another name since.
     """
 
@@ -62,7 +62,7 @@ class Source:
         return self.path if self.host is None else f"{self.host}:{self.path}"
 
     def same_place(self, other: "Source") -> bool:
-        """Return whether both name the same place; a regular file may have become a device there."""
+        """Return whether both have the same host and path; a regular file may have become a device."""
         return (self.host, self.path) == (other.host, other.path)
 
 
@@ -70,10 +70,10 @@ class Source:
 class SnapshotRecord:
     """The snapshot that was read: its LV UUID, and whether it was ``thick`` or ``thin``.
 
-    `took_s` is how long its making took, with the commands around it and the other snapshots of the same run;
-    `fill_percent` the highest fill level seen (thick), `extents` says how the extents were known that were read:
-    ``mapped`` or ``changed`` (that alone was read), ``audited`` (all was read and compared with them), None (all was).
-    `apart_s` is how many seconds lay between the snapshots of a run at most, None if it had one.
+    `took_s` is how many seconds it took to make the snapshot, with the commands before and after it and the other
+    snapshots of the same run. `fill_percent` is the highest fill level seen (thick). `extents` says what was read: only
+    the ``mapped`` or the ``changed`` extents; everything, to check the list of changed extents (``audited``); or simply
+    everything (None). The snapshots of one run were made within `apart_s` seconds; None if it made only one.
     """
 
     uuid: str
@@ -87,9 +87,9 @@ class SnapshotRecord:
 
 @dataclass(frozen=True)
 class Quiesced:
-    """What held writers still, and for how long: `by` is ``mysql``, ``command`` (LVCREATE_PREFIX) or ``freeze``.
+    """What stopped writers, and for how long: `by` is ``mysql``, ``command`` (LVCREATE_PREFIX) or ``freeze``.
 
-    `waited_s` is how long it took to get hold, of a database.
+    `waited_s` is how long it took to get the lock of a database; None for the others.
     """
 
     by: str
@@ -129,12 +129,12 @@ class Manifest:
 
     @property
     def changed_bytes(self) -> int:
-        """How many bytes of the image the delta carries."""
+        """How many bytes of the image are in the delta."""
         carried = self.changed_blocks * self.block_size
         return carried if self.image_size is None else min(carried, self.image_size)
 
     def to_bytes(self) -> bytes:
-        """Return the file's content. Raises `ChainError` for what `from_bytes` would not read as it is."""
+        """Return the file's content. Raises `ChainError` if `from_bytes` would refuse it or read it differently."""
         fields = {"blockdiff_manifest": VERSION, "sha256": _NO_DIGEST, **asdict(self)}
         blank = json.dumps(fields, indent=1, ensure_ascii=True).encode("ascii") + b"\n"
         digest = hashlib.sha256(blank).hexdigest().encode("ascii")
@@ -155,7 +155,7 @@ class Manifest:
 
 
 def from_bytes(content: bytes, path: str) -> Manifest:
-    """Return the manifest in `content`; raises `DamagedError` if it is not what was written."""
+    """Return the manifest in `content`; raises `DamagedError` if it is not as it was written, or not a manifest."""
     try:
         fields = json.loads(content.decode("ascii"))
         claimed = str(fields["sha256"])
@@ -176,7 +176,7 @@ def from_bytes(content: bytes, path: str) -> Manifest:
 
 
 def _check(fields: Fields, known: Manifest) -> None:
-    """What later steps calculate with must make sense: a checksum does not say who wrote a manifest."""
+    """Check the values that later steps calculate with: the checksum does not show who wrote the manifest."""
     fields.check("delta_format", known.delta_format in (1, 2))
     fields.check("block_size", MIN_BLOCK_SIZE <= known.block_size <= MAX_BLOCK_SIZE)
     fields.check("digest", known.digest in DIGEST_SIZES)
@@ -260,5 +260,5 @@ def _quiesced(fields: Fields) -> Quiesced:
 
 
 def sha256(content: bytes) -> str:
-    """Return the checksum of a manifest file by which its child knows it, in hexadecimal."""
+    """Return the SHA-256 of a manifest file, in hexadecimal: the next generation's manifest contains it."""
     return hashlib.sha256(content).hexdigest()

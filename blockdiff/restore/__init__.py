@@ -1,1 +1,1 @@
-"""What an image is written to, and what is on it already."""
+"""The targets of a restore, and the checks of what a target already contains."""

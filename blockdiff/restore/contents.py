@@ -1,4 +1,4 @@
-"""What a device holds, as far as a look of a second shows: signatures, and samples of all of it."""
+"""What a device contains, as far as about a second of reading shows: signatures, and samples of the whole device."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from blockdiff.shared import process
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import ProcessError, printable
 
-#: Looked at as a whole at both ends, in bytes: there are most file systems' and partition tables' beginnings.
+#: How many bytes are read at each end: most file systems and partition tables have their first blocks there.
 _ENDS = 1 << 20
-#: Samples between the ends, and the bytes of each.
+#: The number of samples, and the bytes of each.
 _SAMPLES = 256
 _SAMPLE = 64 << 10
 _BLKID_TIMEOUT_S = 30.0
 
-#: What `blkid` calls by unusual names.
+#: Common names for types that `blkid` reports under unusual names.
 _KINDS = {
     "LVM2_member": "a physical volume of LVM",
     "crypto_LUKS": "a LUKS volume",
@@ -25,10 +25,10 @@ _KINDS = {
 
 
 def found_on(path: str, fd: int, size: int) -> str | None:
-    """Return what the device `path` of `size` bytes, open as `fd`, holds: ``an ext4 file system labelled web1``.
+    """Return a phrase for what the device `path`, of `size` bytes and open as `fd`, contains.
 
-    None if nothing was found: the ends and the samples are zero, and `blkid`, if it is installed, knows nothing of
-    it. Raises `OSError` if the device cannot be read.
+    An example is ``an ext4 file system labelled web1``. Returns None if nothing was found: the ends and the samples are
+    zero, and `blkid`, if it is installed, recognises nothing. Raises `OSError` if the device cannot be read.
     """
     return _signature(path) or _data(fd, size)
 
@@ -41,7 +41,7 @@ def _signature(path: str) -> str | None:
         said = process.run([program, "-p", "-o", "export", path], _BLKID_TIMEOUT_S, check=False)
     except ProcessError:
         return None
-    if said.returncode == 8:  # that is what it says in this case
+    if said.returncode == 8:  # the status of blkid for an ambiguous result
         return "signatures of several kinds"
     lines = said.stdout.decode("utf-8", "replace").splitlines()
     found = {name: re.sub(r"\\(.)", r"\1", value) for name, _, value in (line.partition("=") for line in lines)}

@@ -1,4 +1,4 @@
-"""A block device that is restored to: written in place, so checked more before."""
+"""A block device as the target of a restore. It is overwritten in place, so it is checked carefully before."""
 
 import os
 import time
@@ -10,17 +10,17 @@ from blockdiff.shared import process
 from blockdiff.shared.blocks import shown_size
 from blockdiff.shared.errors import ProcessError, TargetError, printable
 
-#: How long udev may take to look at new devices, in seconds.
+#: How long udev may take to examine new devices, in seconds.
 _UDEV_S = 10
-#: How long another process that looks at a new device is waited for, in seconds, and how often it is looked.
+#: How long blockdiff waits for another process that examines a new device, and the time between checks, in seconds.
 SETTLE_S = 1.0
 _LOOK_S = 0.05
 
 
 def refuse_in_use(path: str) -> None:
-    """Raise `TargetError` if the device at `path` is mounted or in use, with all who use it.
+    """Raise `TargetError`, which names all users, if the device at `path` is mounted or in use.
 
-    A process that only looks at a new device, as udev does, is waited for.
+    It first waits a short time, because udev and other processes examine a new device.
     """
     if not _users(path):
         return
@@ -35,7 +35,7 @@ def refuse_in_use(path: str) -> None:
 
 
 def _let_udev_finish() -> None:
-    """Wait until udev has looked at what is new, if there is udev."""
+    """Wait until udev has handled all new devices, if this machine has udev."""
     with suppress(ProcessError):
         process.run(["udevadm", "settle", f"--timeout={_UDEV_S}"], 2 * _UDEV_S, check=False)
 
@@ -48,10 +48,10 @@ def _users(path: str) -> list[str]:
 
 
 class DeviceTarget(OffsetWriter):
-    """A block device, written in place. Refused if it is mounted or in use, by whomever (see `inuse`).
+    """A block device, written in place. It is refused if it is mounted or in use (see `inuse`). A context manager.
 
-    `image_size` in bytes is what must fit, None if it is not known yet. Without `force` a device that holds data is
-    refused. What is zero already is left alone, so that a thin volume does not grow. A context manager.
+    `image_size` is the number of bytes that must fit, None if it is not known yet. Without `force`, a device that
+    contains data is refused. Zeros are written only over other bytes, so that a thin volume does not grow.
     """
 
     def __init__(self, path: str, force: bool, image_size: int | None) -> None:
@@ -83,7 +83,7 @@ class DeviceTarget(OffsetWriter):
         return self
 
     def check(self) -> None:
-        """Raise `TargetError` if the device would be refused; nothing is written to it."""
+        """Raise `TargetError` if the device would be refused; write nothing."""
         with self:
             pass
 
@@ -101,7 +101,7 @@ class DeviceTarget(OffsetWriter):
         super().write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
-        """Write zeros if there are others; raises `TargetError`."""
+        """Write zeros where the device has other bytes; raises `TargetError`."""
         self.is_changed = True
         try:
             write_zeros(self._fd, offset, length)
@@ -109,5 +109,5 @@ class DeviceTarget(OffsetWriter):
             raise self._failed("write", error) from error
 
     def finish(self, image_size: int) -> None:
-        """Make what was written durable; raises `TargetError`."""
+        """Make everything that was written durable; raises `TargetError`."""
         self._sync()

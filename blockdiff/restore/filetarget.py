@@ -1,4 +1,4 @@
-"""A file that is restored to: written under a temporary name, complete when it gets its own."""
+"""A file as the target of a restore. It is written under a temporary name, and gets its own when it is complete."""
 
 import errno
 import os
@@ -11,15 +11,15 @@ from blockdiff.shared.errors import TargetError, printable
 
 _DEV = "/dev"
 
-#: How file systems say that they have no hard links, or no more of them.
+#: The errors of file systems that have no hard links, or cannot make more of them.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 
 
 class FileTarget(OffsetWriter):
     """A new file: written under a temporary name beside it, and renamed when it is complete and durable.
 
-    Zeros are holes. Without `force` an existing file is refused, at the start and at the end. A context manager;
-    without `finish` nothing of it stays.
+    Zeros become holes. Without `force`, an existing file is refused, at the start and at the end. A context manager;
+    without `finish`, nothing is left.
     """
 
     def __init__(self, path: str, force: bool) -> None:
@@ -36,27 +36,27 @@ class FileTarget(OffsetWriter):
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self._failed("create", error) from error
-        except BaseException:  # a signal that came just now: nobody else closes it
+        except BaseException:  # a signal just after the file was created: `__exit__` will not be called
             self.close()
             raise
         return self
 
     def close(self) -> None:
-        """Close it, and remove what has no name of the user's yet."""
+        """Close the file, and remove its temporary name."""
         super().close()
         try:
             os.unlink(self._temporary)
         except OSError:
-            pass  # it no longer exists; or it stays, and the error that brought us here is the one to report
+            pass  # it no longer exists, or cannot be removed: then the error that led here is the one to report
 
     def _exists(self) -> TargetError:
         return TargetError(f"{self._shown} exists", "--force replaces it once the new one is complete")
 
     def zero(self, offset: int, length: int) -> None:
-        """Nothing to do: what is not written in a new file is zero, and takes no room."""
+        """Do nothing: what is not written in a new file is zero, and takes no space."""
 
     def check(self) -> None:
-        """Raise `TargetError` if the file cannot be made, as far as can be known without making it."""
+        """Raise `TargetError` if the file cannot be created, as far as that can be known without creating it."""
         if not self._force and os.path.lexists(self.path):
             raise self._exists()
         try:
@@ -67,7 +67,7 @@ class FileTarget(OffsetWriter):
             raise TargetError(f"{printable(self._directory)} is not writable for this user", "restore to another place")
 
     def free_bytes(self) -> int:
-        """Return how much room there is for the file, in bytes; raises `TargetError`."""
+        """Return how much space there is for the file, in bytes; raises `TargetError`."""
         try:
             found = os.statvfs(self._directory)
         except OSError as error:
@@ -75,7 +75,7 @@ class FileTarget(OffsetWriter):
         return found.f_bavail * found.f_frsize
 
     def finish(self, image_size: int) -> None:
-        """Give the file its size and, when it is durable, its name; raises `TargetError`."""
+        """Set the size of the file, make it durable, and then give it its name; raises `TargetError`."""
         try:
             os.ftruncate(self._fd, image_size)
         except OSError as error:
@@ -92,7 +92,7 @@ class FileTarget(OffsetWriter):
         self._sync_directory()
 
     def _warn_of_users(self) -> None:
-        """A process that has the old file open keeps it: what it writes there is lost, and it sees nothing new."""
+        """Warn if a process has the old file open: what it writes there is lost, and it does not see the new file."""
         users = inuse.users_of_file(self.path)
         if users:
             self.warnings.append(
@@ -114,7 +114,7 @@ class FileTarget(OffsetWriter):
             os.unlink(self._temporary)
 
     def _rename_to_new_name(self) -> None:
-        """Rename if there are no hard links: a new and empty file is what makes sure that nothing is replaced."""
+        """Rename the file, where there are no hard links. A new, empty file makes sure that no other is replaced."""
         os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         try:
             os.rename(self._temporary, self.path)
@@ -123,7 +123,7 @@ class FileTarget(OffsetWriter):
             raise
 
     def _sync_directory(self) -> None:
-        """The file is complete and has its name: a directory that cannot be synced does not change that."""
+        """Make the name durable, or warn. An error here is no failure: the file is complete and has its name."""
         try:
             fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -138,14 +138,14 @@ class FileTarget(OffsetWriter):
 
 
 def _cut(name: str) -> str:
-    """Return what of a file name leaves room for more: a name has at most 255 bytes."""
+    """Return the beginning of a file name, so that more can be added: a name has at most 255 bytes."""
     return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 def refuse_in_dev(path: str) -> None:
-    """Raise `TargetError` if a file at `path` would be among the devices: it is a device whose name is wrong.
+    """Raise `TargetError` if a file at `path` would be in ``/dev``, and so in memory.
 
-    Or a logical volume that is not active. The file would be in memory.
+    The user probably meant a device and gave a wrong name, or a logical volume that is not active.
     """
     real = os.path.realpath(path)
     if not _is_in_dev(real):
@@ -160,7 +160,7 @@ def refuse_in_dev(path: str) -> None:
 
 
 def _is_in_dev(path: str) -> bool:
-    """Return whether a file of this absolute path would be in the file system that the devices are in."""
+    """Return whether a file with this absolute path would be in the file system of ``/dev``."""
     directory = os.path.dirname(path)
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)

@@ -1,7 +1,8 @@
-"""Who uses a device or a file of this machine: mounts, volumes on top of it, loop devices, processes.
+"""What uses a device or a file of this machine: mounts, volumes on top of it, loop devices, processes.
 
-The system itself lets nobody open a device exclusively that is mounted, swapped to, or a part of a volume. It does not
-count loop devices and processes, such as a guest that runs on the device. Only root sees all processes.
+Linux refuses to open a device exclusively if it is mounted, used as swap, or a part of a volume. It does not refuse if
+a loop device or a process uses it, such as a virtual machine. So these are looked for here. Only root sees all
+processes.
 """
 
 import os
@@ -19,9 +20,9 @@ _IsIt = Callable[[os.stat_result], bool]
 
 
 def users_of_device(number: int) -> list[str]:
-    """Return who uses the block device with this number, or a whole disk that it is a part of, or a part of it.
+    """Return what uses the block device with this number, one of its partitions, or the disk that it is a partition of.
 
-    Each is a phrase that follows "in use:". Empty if nobody does, or nobody that this user can see.
+    Each is a phrase that follows "in use:". The list is empty if nothing uses them that this user can see.
     """
     numbers = devices.disk_of(devices.number(number))
 
@@ -38,12 +39,12 @@ def users_of_device(number: int) -> list[str]:
 
 
 def users_of_file(path: str) -> list[str]:
-    """Return which processes have the file open, as phrases like those of `users_of_device`; empty if there is none."""
+    """Return the processes that have the file open, as phrases like those of `users_of_device`; empty if none has."""
     return list(_processes(_is_one_of([path])))
 
 
 def writers_of_files(paths: Iterable[str]) -> list[str]:
-    """Return which processes have one of the files open and may write to it; otherwise like `users_of_file`."""
+    """Return the processes that have one of the files open for writing; otherwise like `users_of_file`."""
     return list(_processes(_is_one_of(paths), only_writers=True))
 
 
@@ -53,7 +54,7 @@ def loop_device_of(path: str) -> str | None:
 
 
 def _is_one_of(paths: Iterable[str]) -> _IsIt:
-    """Return what knows the files at `paths`; those that no longer exist have no users."""
+    """Return a function that recognises the files at `paths`. Those that no longer exist are ignored."""
     statuses = []
     for path in paths:
         try:
@@ -68,18 +69,18 @@ def _device(number: str) -> str:
 
 
 def _name(device: str) -> str:
-    """Return the path of a device of the system, with the name that LVM or its like gave it."""
+    """Return the path of a device, by the name that device-mapper (for LVM or others) has for it, if it has one."""
     name = devices.content(f"{devices.SYS}/block/{device}/dm/name")
     return f"/dev/mapper/{printable(name)}" if name else f"/dev/{device}"
 
 
 def _loop_devices(is_it: _IsIt) -> Iterator[str]:
-    """Yield the names of the loop devices that are on what `is_it` knows."""
+    """Yield the names of the loop devices on a file or device that `is_it` recognises."""
     yield from (name for name, status in devices.loops() if is_it(status))
 
 
 def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
-    """Yield the processes, but for this one, that have open what `is_it` knows, for writing if that is asked for."""
+    """Yield the other processes that have something open that `is_it` recognises; with `only_writers`, for writing."""
     for pid in sorted(int(name) for name in _listed(devices.PROC) if name.isdecimal()):
         if pid != os.getpid() and any(map(is_it, _opened(f"{devices.PROC}/{pid}", only_writers))):
             name = devices.content(f"{devices.PROC}/{pid}/comm") or "a process"
@@ -87,14 +88,14 @@ def _processes(is_it: _IsIt, only_writers: bool = False) -> Iterator[str]:
 
 
 def _opened(process_directory: str, only_writers: bool) -> Iterator[os.stat_result]:
-    """Yield what a process has open, but for sockets, pipes and the like: those that have no path."""
+    """Yield the status of everything with a path that a process has open: no sockets, pipes and the like."""
     for name in _listed(f"{process_directory}/fd"):
         path = f"{process_directory}/fd/{name}"
         try:
             if os.readlink(path).startswith("/") and not (only_writers and _only_reads(process_directory, name)):
                 yield os.stat(path)
         except OSError:
-            continue  # it was closed in between
+            continue  # it has been closed
 
 
 def _only_reads(process_directory: str, name: str) -> bool:
@@ -103,7 +104,7 @@ def _only_reads(process_directory: str, name: str) -> bool:
 
 
 def _others(number: int) -> list[str]:
-    """Return what device-mapper says of a volume: it counts those who have it open, even within the system itself."""
+    """Return the users of a volume that only device-mapper knows, as a phrase: it also counts those in the kernel."""
     program = shutil.which("dmsetup", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if program is None or not os.path.exists(_device(devices.number(number)) + "/dm"):
         return []
@@ -122,4 +123,4 @@ def _listed(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except OSError:
-        return []  # it has ended, or we may not see it
+        return []  # the process has ended, or this user may not see it

@@ -1,4 +1,4 @@
-"""What files and devices that are restored to have in common: writes at offsets, by any thread."""
+"""What the targets of a restore have in common, files and devices: any thread may write at any offset."""
 
 import errno
 import os
@@ -18,9 +18,9 @@ _ZEROS = bytes(1 << 20)
 
 
 def write_zeros(fd: int, offset: int, length: int) -> None:
-    """Make bytes of a file or device zero, and write nothing if they are: that would give room to them.
+    """Make bytes of a file or device zero. Write nothing if they already are, because writing takes space.
 
-    A thin volume or a hole grows by whatever is written. Raises `OSError`.
+    Every write to a thin volume or a hole allocates space, even a write of zeros. Raises `OSError`.
     """
     stop = offset + length
     while offset < stop:
@@ -32,15 +32,15 @@ def _are_zero(fd: int, offset: int, length: int) -> bool:
     try:
         found = os.pread(fd, length, offset)
     except OSError:
-        return False  # a bad sector is often one that can be written
+        return False  # a sector that cannot be read can often be written
     return found == (_ZEROS if length == len(_ZEROS) else bytes(length))
 
 
 class OffsetWriter:
     """An open descriptor that is written to. A context manager.
 
-    `warnings` are about the result of a restore that went to its end, `notes` about what could not be looked at.
-    `is_changed` says whether its old content has been written to.
+    `warnings` are about the result of a complete restore, `notes` about what could not be checked. `is_changed` says
+    whether the old content of the target may have been overwritten.
     """
 
     def __init__(self, path: str) -> None:
@@ -55,7 +55,7 @@ class OffsetWriter:
         self.close()
 
     def close(self) -> None:
-        """Close it, if it is open."""
+        """Close the descriptor, if it is open."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,7 +1,8 @@
-"""Restore what is sound of a damaged generation, and report the rest.
+"""Restore the sound blocks of a damaged generation, and report the others.
 
-Newest delta first, like `merge`, but damage ends nothing: each block that can still be read anywhere is taken if its
-digest is that of the generation's table, and only then. So what is written is exact; what is not found is left zero.
+The newest delta is read first, as in `merge`, but damage does not end the restore. A block is written, from any delta
+in which it can still be read, only if its digest is the one in the generation's table. So what is written is exact;
+blocks that are not found are zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +20,9 @@ from blockdiff.shared.runs import Run
 
 @dataclass(frozen=True)
 class Salvaged:
-    """What came of it: the size of the image, and what is `lost` of it, as (offset, length), both in bytes.
+    """The result: the size of the image, and its `lost` parts as (offset, length), all in bytes.
 
-    `notes` say what was not as it should be.
+    `notes` say what was damaged or missing.
     """
 
     image_size: int
@@ -32,10 +33,10 @@ class Salvaged:
 def salvage(
     chain: Chain, number: int, target: merge.Target, advance: Callable[[int], object] = lambda length: None
 ) -> Salvaged:
-    """Write what can be found of generation `number` to `target`, zeros for the rest.
+    """Write the blocks of generation `number` that can be found to `target`, and zeros for the others.
 
-    `advance` gets the length of each part that was written. Raises `DamagedError` if there is no digest table,
-    without which nobody can know what is sound.
+    `advance` is called with the length of each block that was written. Raises `DamagedError` if there is no digest
+    table: without it, nothing shows which blocks are sound.
     """
     generation = chain.generations[number]
     notes: list[str] = []
@@ -53,7 +54,7 @@ def salvage(
 
 
 def _older(chain: Chain, number: int) -> Iterator[Generation]:
-    """Yield the generations that may hold blocks of this one: down to the last full one, gaps or not."""
+    """Yield the existing generations that may contain blocks of this one, newest first, back to the last full one."""
     for n in sorted((n for n in chain.generations if n <= number), reverse=True):
         yield chain.generations[n]
         known = chain.generations[n].manifest
@@ -62,7 +63,7 @@ def _older(chain: Chain, number: int) -> Iterator[Generation]:
 
 
 def _table(generation: Generation, notes: list[str]) -> TableReader:
-    """Return the digest table, damaged or not: a digest that a block has proves both."""
+    """Return the digest table, even if it is damaged: a block and a digest that match prove each other."""
     try:
         return generation.open_table()
     except DamagedError as error:
@@ -84,7 +85,7 @@ def _note(notes: list[str], generation: Generation) -> None:
 
 
 class _Salvage:
-    """One image: which of its blocks are still missing."""
+    """The salvage of one image: keeps track of the blocks that are still missing."""
 
     def __init__(
         self, generation: Generation, table: TableReader, target: merge.Target, advance: Callable[[int], object]
@@ -101,7 +102,7 @@ class _Salvage:
         self._end: int | None = None
 
     def read_delta(self, generation: Generation) -> None:
-        """Write what is missing and is in this delta."""
+        """Write those missing blocks that are in this delta."""
         known = generation.manifest
         reader = Salvager(self._table.block_size, known.delta_format if known is not None else 1)
         with merge.open_delta(generation) as file:
@@ -129,7 +130,7 @@ class _Salvage:
             self._write_part(Run(offset, length, data))
 
     def _write_part(self, run: Run) -> None:
-        """Write the blocks of a run that are missing and have the digests of the table."""
+        """Write those blocks of a run that are still missing and have the digests in the table."""
         size, digest_size = self._table.block_size, self._table.digest_size
         first = run.offset // size
         found = self._hasher.run_digests(self._inside(run), run.data)
@@ -154,19 +155,19 @@ class _Salvage:
             self._advance(end - begin)
 
     def _is_block(self, offset: int, length: int) -> bool:
-        """Whether this many bytes are a whole block; of an image whose size is not known the last may be short."""
+        """Return whether `length` bytes at `offset` are a whole block. Only the last block of an image may be short."""
         if length == self._table.block_size or self._image_size is not None:
             return length == self._table.block_size or offset + length == self._image_size
         return offset // self._table.block_size == self._table.count - 1
 
     def _inside(self, run: Run) -> int:
-        """Return how much of a run is inside the image, in bytes: zeros may be claimed beyond it."""
+        """Return how many bytes of a run are inside the image: a run of zeros may end after the image."""
         if run.data is not None or self._image_size is None:
             return run.length
         return max(0, min(run.length, self._image_size - run.offset))
 
     def finish(self, notes: list[str]) -> Salvaged:
-        """Fill the rest with zeros, and report it."""
+        """Write zeros for the missing blocks, and return the result, which lists them."""
         size = self._table.block_size
         image_size = self._image_size
         if image_size is None:

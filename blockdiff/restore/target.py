@@ -1,4 +1,4 @@
-"""What an image is restored to: a new file, or a block device."""
+"""The target of a restore: a new file, or a block device."""
 
 import os
 import stat
@@ -10,11 +10,11 @@ from blockdiff.shared.errors import TargetError, printable
 
 
 def open_target(path: str, force: bool, image_size: int | None) -> FileTarget | DeviceTarget:
-    """Return the target at `path`: a block device that is there, or else a file; raises `TargetError`.
+    """Return the target at `path`: an existing block device, or else a file; raises `TargetError`.
 
-    A restore to a device through a symbolic link, such as ``/dev/vg/lv``, writes to the device. A file that is mounted
-    through a loop device is refused even with `force`: to replace it would not reach who uses it. So is any file under
-    ``/dev``: that would be in memory, and is a device whose name is wrong, or a volume that is not active.
+    If `path` is a symbolic link to a device, such as ``/dev/vg/lv``, the restore writes to the device. A file that a
+    loop device uses is refused even with `force`: the loop device would still use the old file. So is any file under
+    ``/dev``: it would be in memory, and the user probably meant a device.
     """
     try:
         mode = os.stat(path).st_mode
