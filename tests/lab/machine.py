@@ -40,14 +40,15 @@ class Machine:
             self._disks = [_copy(self._image.disk, self._directory), *(_empty(self._directory, n) for n in self._sizes)]
             for disk in self._disks:
                 stack.callback(os.close, disk)
-            self._network, number = _tap()
+            self._network, name = _tap()
             stack.callback(os.close, self._network)
+            number = socket.if_nametoindex(name)
             here = _NETWORKS + (number << 2) + 1
             cpus = sorted(os.sched_getaffinity(0))
             self._cpu = cpus[number % len(cpus)]
             self.address = str(here + 1)
             self._arguments = [f"LAB_ADDRESS={self.address}/30", f"LAB_GATEWAY={here}"]
-            _configure(number, f"{here}/30")
+            _configure(name, f"{here}/30")
             self._on()
             stack.callback(self._off)
             self._stack = stack.pop_all()
@@ -119,18 +120,17 @@ def _copy(disk: Path, directory: Path) -> int:
 def _empty(directory: Path, size: int) -> int:
     with tempfile.TemporaryFile(dir=directory) as file:
         file.truncate(size)
-        return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR)
+        return os.dup(file.fileno())
 
 
-def _tap() -> tuple[int, int]:
-    """Return a network interface of this machine that exists as long as it is open: its descriptor and its number."""
+def _tap() -> tuple[int, str]:
+    """Return a network interface of this machine that exists as long as it is open: its descriptor and its name."""
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)  # the kernel must not wait for a packet
     request = struct.pack("16sH22x", b"bdlab%d", _IFF_TAP | _IFF_NO_PI)
-    name = fcntl.ioctl(tap, _TUNSETIFF, request)[:16].rstrip(b"\0").decode()
-    return tap, socket.if_nametoindex(name)
+    return tap, fcntl.ioctl(tap, _TUNSETIFF, request)[:16].rstrip(b"\0").decode()
 
 
-def _configure(number: int, address: str) -> None:
-    name, ip = socket.if_indextoname(number), shutil.which("ip") or "/sbin/ip"
+def _configure(name: str, address: str) -> None:
+    ip = shutil.which("ip") or "/sbin/ip"
     for words in (["address", "add", address, "dev", name], ["link", "set", name, "up"]):
         subprocess.run([ip, *words], timeout=60, check=True)
